@@ -1,0 +1,64 @@
+# `make` shows what there is. Every target installs first whatever its lock file asks for.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# The lock that is installed already, or the CPU's; `make setup LOCK=requirements/cuda.lock` for GPUs.
+LOCK ?= $(or $(patsubst .venv/.installed-%,requirements/%,$(firstword $(wildcard .venv/.installed-*))),requirements/cpu.lock)
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed-$(notdir $(LOCK))
+INTEGRATION_TESTS := $(wildcard tests/integration tests/gpu)
+
+export PYTHONUNBUFFERED := 1
+# Bytecode is kept even where the machine's default is not to: importing vLLM takes half the time,
+# in each of the many processes that a run or the tests start.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: help setup bench-setup lint format test test-quick quickstart quickstart-ablation lock clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 22
+
+$(INSTALLED): $(LOCK) pyproject.toml scripts/environment.py
+	@rm -f .venv/.installed-*
+	@$(PYTHON) scripts/environment.py install --lock $(LOCK)
+	@touch $@
+
+setup: $(INSTALLED) ## make .venv from the lock file
+
+bench-setup: $(INSTALLED) ## add the libraries that bench/ compares with
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements/bench.lock
+
+lint: $(INSTALLED) ## ruff and the type checker, over everything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(INSTALLED) ## let ruff lay out and fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(INSTALLED) ## all tests, the quick ones first
+	$(BIN)/pytest $(wildcard tests/test_*.py) $(INTEGRATION_TESTS) $(PYTEST_ARGS)
+
+test-quick: $(INSTALLED) ## the tests that need no real engines
+	$(BIN)/pytest tests $(INTEGRATION_TESTS:%=--ignore %) $(PYTEST_ARGS)
+
+quickstart: $(INSTALLED) ## distil SmolLM2-135M into a student of half its size
+	$(BIN)/python scripts/prepare_quickstart.py
+	$(BIN)/distillm-ray train configs/quickstart.yaml
+
+quickstart-ablation: $(INSTALLED) ## the same number of steps of plain SFT
+	$(BIN)/python scripts/prepare_quickstart.py
+	$(BIN)/distillm-ray train configs/quickstart-sft.yaml
+
+lock: ## resolve requirements/*.lock anew; UPGRADE=1 takes the newest versions allowed
+	@$(PYTHON) scripts/environment.py lock $(if $(UPGRADE),--upgrade)
+
+clean: ## remove .venv and caches; runs and models stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

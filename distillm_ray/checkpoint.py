@@ -1,0 +1,197 @@
+"""Checkpoints on disk: a directory is either complete or does not count.
+
+    checkpoints/step-00000100/
+      learner/     DeepSpeed's files and each rank's random state
+      buffer.bin   the replay buffer as of draw 100
+      meta.json    CheckpointMeta
+
+Every rank writes into `step-00000100.partial`; rank 0 makes it durable and renames it. The newest
+`keep` stay, and besides them the one with the lowest validation loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillm_ray.errors import RunDirectoryError
+from distillm_ray.types import Validation
+
+LEARNER_FOLDER = "learner"
+BUFFER_FILE = "buffer.bin"
+META_FILE = "meta.json"
+
+_COMPLETE = re.compile(r"step-(\d{8,})")
+_PARTIAL_SUFFIX = ".partial"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointMeta:
+    """What can be said about a checkpoint without loading it."""
+
+    step: int  # completed optimizer steps
+    phi: float
+    validation: Validation | None  # the newest one at that step
+    zero_stage: int
+    num_ranks: int
+    config: dict[str, Any]  # the resolved tree, as JSON
+
+    def to_json(self) -> str:
+        """Readable text for `meta.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> CheckpointMeta:
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        validation = values.pop("validation")
+        return cls(**values, validation=Validation(**validation) if validation else None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    path: Path
+    meta: CheckpointMeta
+
+    @property
+    def learner_path(self) -> Path:
+        """Where `Learner.load` reads."""
+        return self.path / LEARNER_FOLDER
+
+    def buffer_state(self) -> bytes:
+        """What `ReplayBuffer.restore` takes."""
+        return (self.path / BUFFER_FILE).read_bytes()
+
+
+class CheckpointDirectory:
+    """The `checkpoints/` of a run. Constructing it reads and writes nothing."""
+
+    def __init__(self, path: Path, *, keep: int) -> None:
+        assert keep >= 1, f"at least one checkpoint has to stay, got keep = {keep}"
+        self._path = path
+        self._keep = keep
+
+    def complete(self) -> list[Checkpoint]:
+        """All complete checkpoints, oldest first."""
+        if not self._path.is_dir():
+            return []
+        found = []
+        for path in sorted(self._path.iterdir(), key=lambda path: (len(path.name), path.name)):
+            if _COMPLETE.fullmatch(path.name) and (path / META_FILE).is_file():
+                meta = CheckpointMeta.from_json((path / META_FILE).read_text())
+                found.append(Checkpoint(path=path, meta=meta))
+        return found
+
+    def latest(self) -> Checkpoint | None:
+        """The newest complete checkpoint."""
+        return max(self.complete(), key=lambda found: found.meta.step, default=None)
+
+    def best(self) -> Checkpoint | None:
+        """The complete checkpoint with the lowest validation loss; of equal ones the earliest."""
+        scored = [found for found in self.complete() if found.meta.validation is not None]
+        return min(scored, key=_validation_loss, default=None)
+
+    def partial_path(self, step: int) -> Path:
+        """Where all ranks write the checkpoint of `step` until it is complete."""
+        return self._path / f"step-{step:08d}{_PARTIAL_SUFFIX}"
+
+    def prepare(self, step: int) -> None:
+        """Make an empty partial directory; what a killed writer left behind is removed. Rank 0.
+
+        Raises:
+            RunDirectoryError: the directory cannot be made.
+        """
+        partial = self.partial_path(step)
+        with self.removing_partial_on_failure(step):
+            self._path.mkdir(parents=True, exist_ok=True)
+            for leftover in self._path.glob(f"*{_PARTIAL_SUFFIX}"):
+                shutil.rmtree(leftover)
+            (partial / LEARNER_FOLDER).mkdir(parents=True)
+
+    def commit(self, meta: CheckpointMeta, buffer_state: bytes) -> Checkpoint:
+        """Add buffer and meta data, make all of it durable, rename, prune. Rank 0, after all wrote.
+
+        A checkpoint of the same step that is already complete holds the same state and stays.
+
+        Raises:
+            RunDirectoryError: the disk is full; earlier checkpoints are untouched.
+        """
+        partial = self.partial_path(meta.step)
+        final = partial.with_suffix("")
+        with self.removing_partial_on_failure(meta.step):
+            (partial / BUFFER_FILE).write_bytes(buffer_state)
+            (partial / META_FILE).write_text(meta.to_json())
+            if final.exists():
+                shutil.rmtree(partial)
+            else:
+                _make_durable(partial)
+                partial.rename(final)
+                _sync(self._path)
+        self._prune()
+        return Checkpoint(path=final, meta=meta)
+
+    @contextmanager
+    def removing_partial_on_failure(self, step: int) -> Iterator[None]:
+        """A failed write leaves no partial directory; a full disk gets a message.
+
+        Raises:
+            RunDirectoryError: instead of the error of a full disk.
+        """
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(self.partial_path(step), ignore_errors=True)
+            if not _is_disk_full(error):
+                raise
+            previous = self.latest()
+            stays = f"{previous.path} stays good" if previous else "there is none before it"
+            raise RunDirectoryError(
+                f"no space left for the checkpoint of step {step} in {self._path}: {stays};"
+                " free some space and run the same command again, or lower checkpoint.keep"
+            ) from error
+
+    def _prune(self) -> None:
+        complete = self.complete()
+        best = self.best()
+        for found in complete[: -self._keep]:
+            if best is None or found.path != best.path:
+                shutil.rmtree(found.path)
+
+
+def _validation_loss(checkpoint: Checkpoint) -> float:
+    assert checkpoint.meta.validation is not None
+    return checkpoint.meta.validation.loss
+
+
+def _is_disk_full(error: OSError | RuntimeError) -> bool:
+    """torch's archive writer reports a failed write as a RuntimeError without an errno."""
+    if isinstance(error, OSError):
+        return error.errno in _DISK_FULL
+    return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+
+
+def _make_durable(directory: Path) -> None:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

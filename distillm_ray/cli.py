@@ -1,0 +1,242 @@
+"""The command line: parse and check first, import the heavy modules after.
+
+`--help` and an error in the config answer without torch, Ray or vLLM. A `UserError` ends with its
+message and exit code 2; a failed run with 1; a stopped one, which the same command resumes, with 3.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distillm_ray import __version__
+from distillm_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from distillm_ray.config import Config
+    from distillm_ray.console import ConsoleView
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 3
+
+app = typer.Typer(
+    name="distillm-ray",
+    help="Distil large language models into small ones on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, as in learner.steps=100."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Run the job; the same command resumes an interrupted run."""
+    with _user_errors():
+        tree = _load(config, overrides)
+        _quiet()
+        from distillm_ray import preflight
+
+        checked = preflight.check(tree)
+        from distillm_ray.report import write_report
+
+        if preflight.is_complete(tree):
+            typer.echo(f"The run in {tree.run.directory} is complete.")
+            _print(write_report(tree.run.directory, compare=_comparable(tree)))
+            return
+        from distillm_ray import pipeline
+
+        with _view(tree) as view:
+            status = pipeline.train(tree, checked, view, command=shlex.join(sys.argv))
+        _print(write_report(tree.run.directory, compare=_comparable(tree)))
+        if status == "stopped":
+            typer.echo("Stopped with a checkpoint; the same command resumes the run.")
+            raise typer.Exit(EXIT_STOPPED)
+
+
+@app.command()
+def evaluate(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face directory; the run's model/ by default.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write the JSON.")] = None,
+) -> None:
+    """ROUGE-L, BLEU and validation loss of a model."""
+    with _user_errors():
+        tree = _load(config, overrides)
+        _quiet()
+        from distillm_ray import jobs
+
+        with _view(tree) as view:
+            table = jobs.evaluate(tree, model, output, view)
+        _print(table)
+
+
+@app.command()
+def generate(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    *,
+    model: Annotated[Path, typer.Option(help="A Hugging Face directory that answers.")],
+    prompts: Annotated[list[Path], typer.Option(help="Files of prompts; may be given again.")],
+    output: Annotated[Path, typer.Option(help="The JSONL to write.")],
+    keep_truncated: Annotated[
+        bool, typer.Option(help="Keep responses that ended by length.")
+    ] = False,
+) -> None:
+    """Responses of a model to a set of prompts, as JSONL (also SeqKD's data)."""
+    with _user_errors():
+        tree = _load(config, overrides)
+        _quiet()
+        from distillm_ray import jobs
+
+        with _view(tree) as view:
+            lines = jobs.generate(tree, model, prompts, output, keep_truncated, view)
+        for line in lines:
+            typer.echo(line)
+
+
+@app.command("init-student")
+def init_student(
+    teacher: Annotated[Path, typer.Argument(help="A Hugging Face directory.")],
+    out: Annotated[Path, typer.Argument(help="The directory to make.")],
+    layers: Annotated[str, typer.Option(help="Layers to keep, as in 0,1,2,9.")],
+) -> None:
+    """A student from some of the teacher's layers."""
+    with _user_errors():
+        try:
+            numbers = tuple(int(part) for part in layers.split(","))
+        except ValueError:
+            raise UserError(
+                f"--layers must be numbers with commas between them, as in 0,1,2,9, got {layers!r}"
+            ) from None
+        _quiet()
+        from distillm_ray import students
+
+        students.init_student(teacher, out, numbers)
+        typer.echo(f"{out}: {len(numbers)} layers of {teacher}")
+
+
+@app.command()
+def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """The resolved config, and what it will ask of the cluster."""
+    with _user_errors():
+        tree = _load(config, overrides)
+        from distillm_ray.resources import render_show
+
+        device = "cpu" if tree.run.device == "cpu" else "cuda"
+        typer.echo(render_show(tree, device))
+        if tree.run.device == "auto":
+            typer.echo(
+                "run.device is auto: GPUs are asked for where the cluster has any; for a cluster"
+                " without, add run.device=cpu"
+            )
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="Another run for the table; may be given again.")
+    ] = None,
+) -> None:
+    """Figures, summary and table of a run."""
+    with _user_errors():
+        _quiet()
+        from distillm_ray.report import write_report
+
+        _print(write_report(run, compare=compare or ()))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine or cluster can run, and what is missing."""
+    with _user_errors():
+        _quiet()
+        from distillm_ray.doctor import diagnose, exit_code, render
+
+        findings = diagnose()
+        _print(render(findings))
+        raise typer.Exit(exit_code(findings))
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_USER_ERROR) from error
+
+
+def _load(path: Path, overrides: list[str] | None) -> Config:
+    from distillm_ray.config_files import load_config
+
+    return load_config(path, overrides or [])
+
+
+@contextmanager
+def _view(config: Config) -> Iterator[ConsoleView]:
+    from distillm_ray.console import ConsoleView
+
+    view = ConsoleView(config.learner.steps)
+    try:
+        yield view
+    finally:
+        view.stop()
+
+
+def _comparable(config: Config) -> tuple[Path, ...]:
+    """Runs beside this one whose names begin with its name: ablations of it."""
+    directory = config.run.directory
+    return tuple(
+        other
+        for other in sorted(directory.parent.glob(f"{directory.name}-*"))
+        if (other / "evaluation.json").is_file()
+    )
+
+
+def _print(renderable: object) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(renderable)
+
+
+def _quiet() -> None:
+    """Other libraries' notices are not for our users; their errors are."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+if __name__ == "__main__":
+    main()

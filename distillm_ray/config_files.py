@@ -1,0 +1,150 @@
+"""YAML files and `key=value` overrides into a checked `Config`, with errors a user can act on."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from distillm_ray.config import Config
+from distillm_ray.errors import ConfigError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, apply dotted `key=value` overrides in order, check everything.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown (with the nearest known one),
+            a value has the wrong type, or values contradict each other. All problems at once.
+    """
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    try:
+        tree = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"config file {path} must hold a mapping of sections at its top level")
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(
+                f"override {override!r} must have the form key=value, as in learner.steps=100"
+            )
+    try:
+        for override in overrides:
+            tree = _with_override(tree, override)
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {path} with its overrides: {error}") from error
+    return parse_config(values, name=str(path))
+
+
+def parse_config(values: Any, *, name: str) -> Config:
+    """Check a plain tree of values; `name` is what the message calls it."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{name}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _with_override(tree: DictConfig, override: str) -> DictConfig:
+    """The tree with one key set; another `type` replaces the old one together with its keys."""
+    patch = OmegaConf.from_dotlist([override])
+    key = override.partition("=")[0].removesuffix(".type")
+    old, new = OmegaConf.select(tree, key), OmegaConf.select(patch, key)
+    both = isinstance(old, DictConfig) and isinstance(new, DictConfig)
+    if both and "type" in new and old.get("type") != new["type"]:
+        OmegaConf.update(tree, key, {}, merge=False)
+    merged = OmegaConf.merge(tree, patch)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _explain(item: Any) -> str:
+    """One line for one pydantic error: key, rule, value."""
+    keys: list[str] = []
+    tag = ""  # of the innermost union on the way
+    choices = _choices(Config)
+    for part in item["loc"]:
+        # pydantic puts the chosen union member into the location, by its tag or its annotation
+        if part in choices.get(".".join(keys), ()):
+            tag = part
+        elif "[" not in str(part):
+            keys.append(str(part))
+    dotted = ".".join(keys) or "the config"
+    value = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    match item["type"]:
+        case "extra_forbidden":
+            known = set(_known_keys(Config))
+            if dotted in known:
+                return f"{dotted}: no key of type: {tag}, only of another type"
+            nearest = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            return f"{dotted}: unknown key{hint}"
+        case "missing":
+            return f"{dotted}: this key is required"
+        case "union_tag_not_found":
+            return f"{dotted}.type: this key is required, one of {', '.join(choices[dotted])}"
+        case "union_tag_invalid":
+            tags = choices[dotted]
+            nearest = difflib.get_close_matches(str(item["ctx"]["tag"]), tags, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            return (
+                f"{dotted}.type: must be one of {', '.join(tags)}, got {item['ctx']['tag']}{hint}"
+            )
+        case "tuple_type":
+            return f"{dotted}: must be a list, as in [a, b]{value}"
+        case "model_type":
+            return f"{dotted}: must be a mapping of keys to values{value}"
+        case "value_error":
+            return f"{dotted}: {message}" if keys else message
+        case _:
+            return f"{dotted}: {message}{value}"
+
+
+def _choices(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, ...]]:
+    """The tags that each union of sections knows, by its dotted key."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, info in section.model_fields.items():
+        members = tuple(_sections_in(info.annotation))
+        tags = tuple(
+            member.model_fields["type"].default
+            for member in members
+            if info.discriminator or len(members) > 1
+        )
+        if tags:
+            found[f"{prefix}{name}"] = tags
+        for member in members:
+            found |= _choices(member, f"{prefix}{name}.")
+    return found
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        key = f"{prefix}{name}"
+        yield key
+        for member in _sections_in(info.annotation):
+            yield from _known_keys(member, f"{key}.")
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        for part in typing.get_args(annotation):
+            yield from _sections_in(part)

@@ -1,0 +1,29 @@
+"""What a user can cause. Everything else is a bug of ours and may show its stack trace.
+
+The command line prints the message of a `UserError` and exits with code 2. A message names the key,
+file or line, the rule, the value, and the consequence or the remedy.
+"""
+
+
+class UserError(ValueError):
+    """Bad input: the message is meant for the user, complete without a stack trace."""
+
+
+class ConfigError(UserError):
+    """A key of the config, alone or in combination with others."""
+
+
+class DataError(UserError):
+    """A data file: its rows, columns or encoding."""
+
+
+class ModelError(UserError):
+    """A model directory, or a teacher and student that do not fit together."""
+
+
+class RunDirectoryError(UserError):
+    """A run directory that belongs to another run, or cannot be written or resumed."""
+
+
+class ClusterError(UserError):
+    """The cluster lacks what the config asks for, or something did not start in time."""

@@ -1,0 +1,392 @@
+"""Prompt to Rollout: what every generator is, whatever engine runs inside.
+
+    Demand ──► wait for its weights ──► engine ──► count ──► Rollout
+                      ▲
+    Weights ──► between engine steps (in-flight requests continue), or after the last one finished
+
+A subclass brings the engine: `start`, `stop`, `_respond`, `_load`. This file decides what is
+counted, when weights may change and which seed a request has. It knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from distillm_ray.config import FilterConfig, RolloutConfig, SamplingConfig
+from distillm_ray.types import (
+    Demand,
+    FinishReason,
+    Float32Array,
+    Int32Array,
+    Prompt,
+    Rollout,
+    Source,
+    Weights,
+)
+
+Device: TypeAlias = Literal["cpu", "cuda"]
+
+# A response loops if it ends with an n-gram of up to MAX_NGRAM tokens that is repeated at least
+# MIN_REPEATS times over at least MIN_LOOP_TOKENS tokens: "ha ha ha" is an answer, a page is none.
+MAX_NGRAM = 64
+MIN_REPEATS = 4
+MIN_LOOP_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """What an engine is asked: one prompt, fully specified."""
+
+    request_id: str
+    prompt_ids: Int32Array
+    sampling: SamplingConfig
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    seed: int
+    version: int  # of the weights at submission
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Response:
+    """What an engine answers. The end token, if one was generated, is the last of `token_ids`."""
+
+    token_ids: Int32Array  # [T], T >= 1
+    logprobs: Float32Array  # [T], of the engine's weights at temperature 1, before any filter
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorCounters:
+    """Since the generator was made. What a filter drops is counted too."""
+
+    responses: int = 0
+    tokens: int = 0  # of responses
+    prompt_tokens: int = 0
+    empty: int = 0  # nothing but an end token
+    truncated: int = 0  # ended by length
+    looping: int = 0  # see is_looping
+    in_flight: int = 0  # now
+    busy_seconds: float = 0.0  # with at least one request in the engine
+    updates: int = 0
+    update_seconds: float = 0.0  # until the weights were in place, draining included
+
+
+class Generator(ABC):
+    """Answers prompts with the newest weights that it was given."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        config: RolloutConfig,
+        *,
+        end_token_ids: Sequence[int],
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+        seed: int,
+        device: Device,
+        version: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Nothing heavy happens before `start`.
+
+        `end_token_ids`: the model's own, all of them; `config.sampling.stop_token_ids` come on
+        top. `version`: of the weights in `model_dir`.
+        """
+        if not end_token_ids and not config.sampling.stop_token_ids:
+            raise ValueError(
+                f"{model_dir} names no end token and rollout.sampling.stop_token_ids is empty:"
+                " every response would run to its length limit; set rollout.sampling.stop_token_ids"
+            )
+        self.model_dir = model_dir
+        self.config = config
+        self.end_token_ids = tuple(end_token_ids)
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_response_tokens = max_response_tokens
+        self.seed = seed
+        self.device: Device = device
+        self.trust_remote_code = trust_remote_code
+        self._version = version
+        self._updating = False
+        self._broken = False  # an update failed: nobody knows which weights the engine holds
+        self._changed = asyncio.Condition()  # version, the flags or _in_flight changed
+        self._in_flight = 0
+        self._busy_since = 0.0
+        self._counters = GeneratorCounters()
+
+    # ---- the engine, by subclass ---------------------------------------------------------------
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Load the model and be ready to answer."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Free the engine. In-flight requests fail."""
+
+    @abstractmethod
+    async def _respond(self, request: Request) -> Response:
+        """Answer one request; many run at once. Raises if the engine fails: never a part of it."""
+
+    @abstractmethod
+    async def _load(self, buckets: Sequence[Any]) -> None:
+        """Replace all weights; no request is between two engine steps while it runs."""
+
+    # ---- what others call ----------------------------------------------------------------------
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and response tokens together."""
+        return self.max_prompt_tokens + self.max_response_tokens
+
+    @property
+    def version(self) -> int:
+        """Of the weights in use: completed optimizer steps."""
+        return self._version
+
+    @property
+    def counters(self) -> GeneratorCounters:
+        """A snapshot."""
+        busy = self._counters.busy_seconds
+        if self._in_flight:
+            busy += time.monotonic() - self._busy_since
+        return replace(self._counters, in_flight=self._in_flight, busy_seconds=busy)
+
+    async def generate(self, demand: Demand) -> Rollout:
+        """Answer a demand as the config says, with weights of `demand.min_version` or newer.
+
+        Waits for those weights and then for the response, each at most `rollout.timeout_s`;
+        raises TimeoutError saying which. The seed is a function of run seed, ordinal and attempt.
+        """
+        return await self._run(
+            demand.prompt,
+            rollout_id=f"student-{demand.ordinal}",
+            sampling=self.config.sampling,
+            seed=request_seed(self.seed, demand.ordinal, demand.attempt),
+            source=Source.STUDENT,
+            min_version=demand.min_version,
+            ordinal=demand.ordinal,
+        )
+
+    async def complete(
+        self,
+        prompt: Prompt,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        source: Source = Source.STUDENT,
+    ) -> Rollout:
+        """Answer a prompt outside of training: evaluation, probes, `distillm-ray generate`.
+
+        The engine's seed is a function of `seed` and the prompt's id, so that equal seeds give the
+        same sampling noise whatever the order. Raises ValueError where the lengths do not fit.
+        """
+        return await self._run(
+            prompt,
+            rollout_id=f"{source}-{prompt.prompt_id}-{seed}",
+            sampling=sampling,
+            seed=request_seed(seed, zlib.crc32(prompt.prompt_id.encode()), 0),
+            source=source,
+            min_version=0,
+            ordinal=None,
+        )
+
+    async def update_weights(self, weights: Weights, *, keep_in_flight: bool) -> float:
+        """Take these weights; returns the seconds until they were in place.
+
+        `weights.buckets` are the dictionaries themselves (resolve references first). With
+        `keep_in_flight` running requests continue with the new weights; without, they finish with
+        the old ones first. New requests wait either way. A version not above ours is ignored.
+        Raises TimeoutError after `rollout.timeout_s`. After any failure the engine's weights are
+        unknown: every later call raises RuntimeError, and the generator must be replaced.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._broken or not self._updating)
+            self._check()
+            if weights.version <= self._version:
+                return 0.0
+            self._updating = True
+        start = time.monotonic()
+        loaded = False
+        try:
+            async with asyncio.timeout(self.config.timeout_s):
+                if not keep_in_flight:
+                    async with self._changed:
+                        await self._changed.wait_for(lambda: self._in_flight == 0)
+                await self._load(weights.buckets)
+            loaded = True
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"weights of version {weights.version} were not in place after"
+                f" rollout.timeout_s = {self.config.timeout_s:g} s ({self._in_flight} requests in"
+                " flight)"
+            ) from error
+        finally:
+            async with self._changed:
+                self._updating = False
+                self._broken = not loaded
+                if loaded:
+                    self._version = weights.version
+                self._changed.notify_all()
+        seconds = time.monotonic() - start
+        self._counters = replace(
+            self._counters,
+            updates=self._counters.updates + 1,
+            update_seconds=self._counters.update_seconds + seconds,
+        )
+        return seconds
+
+    # ---- how ----------------------------------------------------------------------------------
+
+    async def _run(
+        self,
+        prompt: Prompt,
+        *,
+        rollout_id: str,
+        sampling: SamplingConfig,
+        seed: int,
+        source: Source,
+        min_version: int,
+        ordinal: int | None,
+    ) -> Rollout:
+        max_tokens = self._max_tokens(prompt, sampling)
+        version = await self._enter(rollout_id, min_version)
+        request = Request(
+            request_id=rollout_id,
+            prompt_ids=prompt.token_ids,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop_token_ids=tuple(dict.fromkeys((*self.end_token_ids, *sampling.stop_token_ids))),
+            seed=seed,
+            version=version,
+        )
+        try:
+            async with asyncio.timeout(self.config.timeout_s):
+                response = await self._respond(request)
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"{rollout_id} had no response after rollout.timeout_s ="
+                f" {self.config.timeout_s:g} s"
+            ) from error
+        finally:
+            await self._leave()
+        rollout = Rollout(
+            rollout_id=rollout_id,
+            prompt_id=prompt.prompt_id,
+            prompt_ids=prompt.token_ids,
+            response_ids=response.token_ids,
+            loss_mask=np.ones(len(response.token_ids), dtype=np.bool_),
+            source=source,
+            version=version,
+            finish_reason=response.finish_reason,
+            logprobs=response.logprobs,
+            ordinal=ordinal,
+        )
+        self._count(rollout)
+        return rollout
+
+    def _max_tokens(self, prompt: Prompt, sampling: SamplingConfig) -> int:
+        """What the request may generate. Raises ValueError if the engine has no room for it."""
+        max_tokens = sampling.max_tokens or self.max_response_tokens
+        if len(prompt.token_ids) + max_tokens > self.max_model_len:
+            raise ValueError(
+                f"prompt {prompt.prompt_id}: its tokens and sampling.max_tokens must fit into"
+                " data.max_prompt_tokens + the longest response, got"
+                f" {len(prompt.token_ids)} + {max_tokens} > {self.max_model_len}"
+            )
+        return max_tokens
+
+    async def _enter(self, rollout_id: str, min_version: int) -> int:
+        """Wait until the request may start; returns the version that it starts with.
+
+        A request that an update overtakes before its first engine step is recorded as one update
+        older than it is: ages are never understated.
+        """
+        try:
+            async with asyncio.timeout(self.config.timeout_s), self._changed:
+                await self._changed.wait_for(
+                    lambda: self._broken or (not self._updating and self._version >= min_version)
+                )
+                self._check()
+                if self._in_flight == 0:
+                    self._busy_since = time.monotonic()
+                self._in_flight += 1
+                return self._version
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"{rollout_id} waited rollout.timeout_s = {self.config.timeout_s:g} s for weights"
+                f" of version {min_version}; here is version {self._version}"
+                + (", an update is under way" if self._updating else "")
+            ) from error
+
+    def _check(self) -> None:
+        if self._broken:
+            raise RuntimeError(
+                f"a weight update after version {self._version} failed: this generator may hold a"
+                " mixture of weights and must be replaced"
+            )
+
+    async def _leave(self) -> None:
+        self._in_flight -= 1
+        if self._in_flight == 0:
+            busy = self._counters.busy_seconds + time.monotonic() - self._busy_since
+            self._counters = replace(self._counters, busy_seconds=busy)
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _count(self, rollout: Rollout) -> None:
+        old = self._counters
+        self._counters = replace(
+            old,
+            responses=old.responses + 1,
+            tokens=old.tokens + len(rollout.response_ids),
+            prompt_tokens=old.prompt_tokens + len(rollout.prompt_ids),
+            empty=old.empty + is_empty(rollout),
+            truncated=old.truncated + (rollout.finish_reason is FinishReason.LENGTH),
+            looping=old.looping + is_looping(rollout),
+        )
+
+
+# ---- decisions: pure functions -----------------------------------------------------------------
+
+
+def request_seed(run_seed: int, ordinal: int, attempt: int) -> int:
+    """The engine's seed of one request: other ordinals and attempts sample other noise."""
+    words = np.random.SeedSequence((run_seed, ordinal, attempt)).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))  # vLLM reads -1 as "none" and stores 64 bits, signed
+
+
+def is_empty(rollout: Rollout) -> bool:
+    """Nothing but an end token: a legitimate rollout of one token."""
+    return rollout.finish_reason is FinishReason.STOP and len(rollout.response_ids) == 1
+
+
+def is_looping(rollout: Rollout) -> bool:
+    """Whether the response repeats an n-gram to its end (an end token does not count)."""
+    stopped = rollout.finish_reason is FinishReason.STOP
+    tokens_T = rollout.response_ids[:-1] if stopped else rollout.response_ids
+    num_tokens = len(tokens_T)
+    for period in range(1, min(MAX_NGRAM, num_tokens // MIN_REPEATS) + 1):
+        breaks = np.flatnonzero(tokens_T[period:] != tokens_T[:-period])
+        # The tail after the last break repeats with this period, its first n-gram included.
+        tail = num_tokens - (int(breaks[-1]) + 1 if len(breaks) else 0)
+        if tail >= max(MIN_REPEATS * period, MIN_LOOP_TOKENS):
+            return True
+    return False
+
+
+def verdict(rollout: Rollout, config: FilterConfig) -> Literal["looping", "truncated"] | None:
+    """Why the filter drops a response, or None: it is trained on."""
+    if config.drop_looping and is_looping(rollout):
+        return "looping"
+    if config.drop_truncated and rollout.finish_reason is FinishReason.LENGTH:
+        return "truncated"
+    return None

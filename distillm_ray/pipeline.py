@@ -1,0 +1,396 @@
+"""The job: wires the roles, runs them to the end and writes the report. Read this file first.
+
+    preflight ──► connect ──► data ──► start roles ──► evaluate the student as it is
+                                                              │
+        report ◄── evaluate student and teacher ◄── train: learners ─┴─ rollout loop
+                                                      (both until the last step)
+
+The driver moves no data: it starts actors, watches the log, and hands on a signal to stop. The
+learners pull samples from the buffer, the rollout loop pulls work from it; nothing calls upwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Literal, TypeAlias
+
+import ray
+from ray.exceptions import RayActorError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from distillm_ray import inference, resources
+from distillm_ray.cluster import Cluster, LearnerJob, ask, available, connect, resolve_device
+from distillm_ray.config import Config
+from distillm_ray.config_files import dump_config
+from distillm_ray.console import ConsoleView
+from distillm_ray.data import Splits, load_splits
+from distillm_ray.errors import UserError
+from distillm_ray.models import ModelFacts, check_model_directory
+from distillm_ray.pools import Actor
+from distillm_ray.preflight import CONFIG_FILE, Preflight
+from distillm_ray.records import DoneRecord, StepRecord, ValidationRecord
+from distillm_ray.report import MODEL_FOLDER, git_commit
+from distillm_ray.resources import Device
+from distillm_ray.services import Wires
+from distillm_ray.summary import (
+    STUDENT_AFTER,
+    STUDENT_BEFORE,
+    TEACHER,
+    ComparedSample,
+    Evaluation,
+    ModelScores,
+    read_evaluation,
+)
+from distillm_ray.types import Prompt, Rollout, Source
+
+_POLL_S = 0.5
+_ASK_S = 120.0  # limit of small calls
+
+Status: TypeAlias = Literal["complete", "stopped"]
+
+
+def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: str) -> Status:
+    """Run or resume the job; returns how it ended.
+
+    Raises:
+        UserError: for the user's eyes. Everything else is a bug or a failure of the cluster that
+            restarts could not mend; the last checkpoint stays good either way.
+    """
+    return _Job(config, preflight, view, command).run()
+
+
+@dataclass(slots=True, eq=False)
+class _Roles:
+    """Handles of what is running."""
+
+    metrics: Actor
+    buffer: Actor
+    loop: Actor
+    stores: list[Actor]
+    scorers: list[Actor] = field(default_factory=list)
+    generators: list[Actor] = field(default_factory=list)
+
+    @property
+    def wires(self) -> Wires:
+        return Wires(
+            buffer=self.buffer, loop=self.loop, stores=tuple(self.stores), metrics=self.metrics
+        )
+
+
+class _Job:
+    def __init__(
+        self, config: Config, preflight: Preflight, view: ConsoleView, command: str
+    ) -> None:
+        self._config = config
+        self._preflight = preflight
+        self._view = view
+        self._command = command
+        self._seconds: dict[str, float] = {}
+        self._stop = threading.Event()
+        self._started = time.monotonic()
+
+    def run(self) -> Status:
+        config, resume_from = self._config, self._preflight.resume_from
+        with self._phase("connecting to Ray"):
+            connect(config)
+            device = resolve_device(config)
+            resources.check(resources.request(config, device), available())
+        directory = config.run.directory
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.student.model, trust_remote_code=config.student.trust_remote_code
+        )
+        with self._phase("reading data"):
+            splits = load_splits(config.data, tokenizer, config.run.seed)
+            for line in _describe(splits):
+                self._view.note(line)
+        (directory / CONFIG_FILE).write_text(dump_config(config))
+        cluster = Cluster(config, device)
+        roles = self._make_roles(cluster, splits)
+        with self._stopping_on_signals():
+            with self._phase("starting generators and scorers"):
+                ask(roles.loop.start.remote(), timeout_s=2 * config.run.startup_timeout_s)
+            evaluation = read_evaluation(directory) if resume_from else None
+            evaluator = _Evaluator(config, self._preflight, device, tokenizer, splits)
+            if evaluation is None and evaluator.prompts:
+                with self._phase("evaluating the student before training"):
+                    evaluation = evaluator.before(roles.loop)
+                    evaluation.write(directory)
+            with self._phase("training"):
+                completed = self._train(cluster, roles, splits, device)
+            status: Status = "complete" if completed == config.learner.steps else "stopped"
+            if status == "complete" and evaluation is not None:
+                self._evaluate(cluster, roles, evaluator, evaluation)
+        self._finish(roles, status, completed)
+        return status
+
+    # ---- phases ----------------------------------------------------------------------------------
+
+    def _make_roles(self, cluster: Cluster, splits: Splits) -> _Roles:
+        config, preflight = self._config, self._preflight
+        resume_from = preflight.resume_from
+        metrics = cluster.metrics(
+            resume_step=resume_from.meta.step if resume_from else None,
+            commit=git_commit(config.run.directory),
+            command=self._command,
+        )
+        buffer = cluster.buffer(splits.train.prompts, splits.train.demonstrations)
+        generators = scorers = stores = []
+        if resources.wants_generators(config):
+            generators = cluster.generators(
+                preflight.student,
+                Source.STUDENT,
+                sampling_tokens=config.max_response_tokens,
+                config=config.rollout,
+            )
+        if config.loss.needs_teacher:
+            scorers = cluster.scorers(preflight.vocabulary_size)
+            stores = cluster.stores()
+        loop = cluster.loop(
+            buffer=buffer, generators=generators, scorers=scorers, stores=stores, metrics=metrics
+        )
+        return _Roles(
+            metrics=metrics,
+            buffer=buffer,
+            loop=loop,
+            stores=stores,
+            scorers=scorers,
+            generators=generators,
+        )
+
+    def _train(self, cluster: Cluster, roles: _Roles, splits: Splits, device: Device) -> int:
+        """Run learners and rollout loop side by side; returns the completed steps."""
+        job = LearnerJob(
+            config=self._config,
+            device=device,
+            wires=roles.wires,
+            vocabulary_size=self._preflight.vocabulary_size,
+            validation=ray.put(self._limited(splits.validation.demonstrations)),
+        )
+        rollouts = roles.loop.run.remote()
+        learners = _Thread(lambda: cluster.train(job))
+        learners.start()
+        position = 0
+        asked_to_stop = False
+        while learners.is_alive():
+            learners.join(_POLL_S)
+            position = self._follow(roles, position)
+            if self._stop.is_set() and not asked_to_stop:
+                asked_to_stop = True
+                self._view.note("stopping: the learners write a checkpoint first")
+                ask(roles.buffer.request_stop.remote(), timeout_s=_ASK_S)
+            failure = ask(roles.buffer.failure.remote(), timeout_s=_ASK_S)
+            if failure is not None:
+                raise UserError(failure)
+            if ray.wait([rollouts], timeout=0)[0] and learners.is_alive():
+                ask(rollouts, timeout_s=_ASK_S)  # it only returns early by raising
+        self._follow(roles, position)
+        _raise_training_failure(learners.failure)
+        ask(roles.buffer.finish.remote(), timeout_s=_ASK_S)
+        ask(rollouts, timeout_s=_ASK_S)
+        return ask(roles.buffer.completed.remote(), timeout_s=_ASK_S)
+
+    def _evaluate(
+        self,
+        cluster: Cluster,
+        roles: _Roles,
+        evaluator: _Evaluator,
+        evaluation: Evaluation,
+    ) -> None:
+        with self._phase("evaluating the student after training"):
+            evaluation = evaluator.after(roles.loop, evaluation)
+            evaluation.write(self._config.run.directory)
+        inference.release([*roles.generators, *roles.scorers])
+        with self._phase("evaluating the teacher"):
+            evaluator.teacher(cluster, evaluation).write(self._config.run.directory)
+
+    def _finish(self, roles: _Roles, status: Status, completed: int) -> None:
+        record = DoneRecord(
+            step=completed,
+            status=status,
+            seconds=time.monotonic() - self._started,
+            phase_seconds=self._seconds,
+        )
+        ask(roles.metrics.add.remote(record), timeout_s=_ASK_S)
+        self._view.update(record)
+        ask(roles.metrics.close.remote(), timeout_s=_ASK_S)
+
+    # ---- helpers ---------------------------------------------------------------------------------
+
+    def _follow(self, roles: _Roles, position: int) -> int:
+        """Show what the log has that we have not seen; returns how far we have read."""
+        try:
+            records, position = ray.get(roles.metrics.since.remote(position), timeout=_ASK_S)
+        except RayActorError:
+            return position  # it is being restarted; the file is complete
+        for record in records:
+            self._view.update(record)
+        if not any(isinstance(record, StepRecord | ValidationRecord) for record in records):
+            waiting = ask(roles.buffer.waiting.remote(), timeout_s=_ASK_S)
+            self._view.waiting(waiting)
+        self._view.tick()
+        return position
+
+    def _limited(self, demonstrations: tuple[Rollout, ...]) -> tuple[Rollout, ...]:
+        return demonstrations[: self._config.validation.max_prompts]
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self._view.start(name)
+        started = time.monotonic()
+        yield
+        self._seconds[name] = time.monotonic() - started
+
+    @contextmanager
+    def _stopping_on_signals(self) -> Iterator[None]:
+        """The first SIGTERM or SIGINT asks for a checkpoint; a second SIGINT ends at once."""
+        previous: dict[int, Any] = {}
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._stop.is_set() and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop.set()
+
+        if threading.current_thread() is threading.main_thread():
+            previous = {
+                number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)
+            }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class _Evaluator:
+    """Before, after and the teacher, on the same held-out prompts."""
+
+    def __init__(
+        self,
+        config: Config,
+        preflight: Preflight,
+        device: Device,
+        tokenizer: PreTrainedTokenizerBase,
+        splits: Splits,
+    ) -> None:
+        self._config = config
+        self._preflight = preflight
+        self._device: Device = device
+        self._tokenizer = tokenizer
+        limit = config.validation.max_prompts
+        self._validation = splits.validation.demonstrations[:limit]
+        test = splits.test or splits.validation
+        self.prompts: tuple[Prompt, ...] = ()
+        if config.evaluation.at_end:
+            self.prompts = test.prompts[: config.evaluation.max_prompts]
+
+    def before(self, loop: Actor) -> Evaluation:
+        """The student as it came; its answers become the samples' first half."""
+        scores, answers = inference.score_answers(
+            loop, self.prompts, self._config, tokenizer=self._tokenizer
+        )
+        shown = self._config.evaluation.num_samples_shown
+        return Evaluation(
+            models={STUDENT_BEFORE: self._with_loss(scores, self._preflight.student)},
+            samples=tuple(
+                ComparedSample(
+                    prompt=prompt.text,
+                    reference=prompt.references[0],
+                    before=answer.text,
+                    after="",
+                )
+                for prompt, answer in list(zip(self.prompts, answers, strict=True))[:shown]
+            ),
+            num_prompts=len(self.prompts),
+            seeds=self._config.evaluation.seeds,
+        )
+
+    def after(self, loop: Actor, evaluation: Evaluation) -> Evaluation:
+        """The trained student, with the weights that were exported."""
+        scores, answers = inference.score_answers(
+            loop, self.prompts, self._config, tokenizer=self._tokenizer
+        )
+        exported = check_model_directory(self._config.run.directory / MODEL_FOLDER, "model")
+        return dataclasses.replace(
+            evaluation,
+            models={**evaluation.models, STUDENT_AFTER: self._with_loss(scores, exported)},
+            samples=tuple(
+                dataclasses.replace(sample, after=answer.text)
+                for sample, answer in zip(evaluation.samples, answers, strict=False)
+            ),
+        )
+
+    def teacher(self, cluster: Cluster, evaluation: Evaluation) -> Evaluation:
+        """What the student is measured against. Needs the resources of a generator pool."""
+        facts = self._preflight.teacher
+        with inference.answering(
+            cluster,
+            self._config,
+            facts,
+            Source.TEACHER,
+            max_tokens=self._config.max_response_tokens,
+        ) as loop:
+            scores, _ = inference.score_answers(
+                loop, self.prompts, self._config, tokenizer=self._tokenizer
+            )
+        models = {**evaluation.models, TEACHER: self._with_loss(scores, facts)}
+        return dataclasses.replace(evaluation, models=models)
+
+    def _with_loss(self, scores: ModelScores, model: ModelFacts) -> ModelScores:
+        section = self._config.teacher if model.role == "teacher" else self._config.student
+        loss = inference.validation_loss(
+            model.path,
+            self._validation,
+            self._config,
+            self._device,
+            dtype=section.dtype,
+            vocabulary_size=self._preflight.vocabulary_size,
+            trust_remote_code=section.trust_remote_code,
+        )
+        return dataclasses.replace(scores, validation_loss=loss)
+
+
+class _Thread(threading.Thread):
+    """Ray Train's `fit` blocks; the driver has a log to show meanwhile."""
+
+    def __init__(self, work: Any) -> None:
+        super().__init__(daemon=True, name="learners")
+        self._work = work
+        self.failure: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except TrainingFailedError as error:
+            self.failure = error
+
+
+def _raise_training_failure(failure: Exception | None) -> None:
+    """A rank's user error as itself; anything else as Ray Train says it."""
+    if failure is None:
+        return
+    if isinstance(failure, WorkerGroupError):
+        for error in failure.worker_failures.values():
+            cause = error.__cause__ or error
+            if isinstance(cause, UserError):
+                raise cause from failure
+    raise failure
+
+
+def _describe(splits: Splits) -> list[str]:
+    datasets = [splits.train, splits.validation, *([splits.test] if splits.test else [])]
+    lines = [str(dataset.report) for dataset in datasets]
+    if splits.num_validation_twins:
+        lines.append(
+            f"warning: {splits.num_validation_twins} validation prompts are also training prompts,"
+            " word for word: the validation loss will look better than it is"
+        )
+    return lines

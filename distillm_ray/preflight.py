@@ -1,0 +1,105 @@
+"""Everything that can be refused before a cluster is touched or a file is written: in seconds."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from distillm_ray.checkpoint import Checkpoint, CheckpointDirectory
+from distillm_ray.config import Config
+from distillm_ray.config_files import load_config
+from distillm_ray.data_files import check_files
+from distillm_ray.errors import RunDirectoryError
+from distillm_ray.metrics import FILE_NAME, read_records
+from distillm_ray.models import (
+    ModelFacts,
+    check_lengths,
+    check_model_directory,
+    check_pair,
+    check_targets,
+)
+from distillm_ray.records import DoneRecord
+from distillm_ray.resume import check_resume
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Preflight:
+    """What the checks found."""
+
+    teacher: ModelFacts
+    student: ModelFacts
+    vocabulary_size: int  # shared; rows of the heads from here on are padding
+    resume_from: Checkpoint | None
+
+
+def check(config: Config) -> Preflight:
+    """Models, data files and run directory.
+
+    Raises:
+        UserError: the first of them that cannot work, by name.
+    """
+    teacher = check_model_directory(
+        config.teacher.model, "teacher", trust_remote_code=config.teacher.trust_remote_code
+    )
+    student = check_model_directory(
+        config.student.model, "student", trust_remote_code=config.student.trust_remote_code
+    )
+    vocabulary_size = check_pair(teacher, student)
+    check_lengths(config, teacher, student)
+    check_targets(config.targets, vocabulary_size)
+    check_files(config.data)
+    return Preflight(
+        teacher=teacher,
+        student=student,
+        vocabulary_size=vocabulary_size,
+        resume_from=_check_run_directory(config),
+    )
+
+
+def _check_run_directory(config: Config) -> Checkpoint | None:
+    """A new or empty directory, or one that holds this run.
+
+    Raises:
+        RunDirectoryError: it belongs to something else, to another run, or cannot be written.
+    """
+    directory = config.run.directory
+    if directory.exists() and not directory.is_dir():
+        raise RunDirectoryError(f"run.directory: {directory} must be a directory, it is a file")
+    _check_writable(directory)
+    saved = directory / CONFIG_FILE
+    if not saved.is_file():
+        if directory.is_dir() and any(directory.iterdir()):
+            raise RunDirectoryError(
+                f"run.directory: {directory} is not empty and holds no {CONFIG_FILE}: it is no run"
+                " of this program, and nothing in it shall be overwritten; choose another"
+            )
+        return None
+    check_resume(load_config(saved), config)
+    return CheckpointDirectory(directory / CHECKPOINT_FOLDER, keep=config.checkpoint.keep).latest()
+
+
+def _check_writable(directory: Path) -> None:
+    existing = directory.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK):
+        raise RunDirectoryError(
+            f"run.directory: {directory} cannot be written ({existing} is read-only for this user)"
+        )
+
+
+def is_complete(config: Config) -> bool:
+    """Whether the run in `run.directory` has done these steps and what comes after them."""
+    path = config.run.directory / FILE_NAME
+    if not path.is_file():
+        return False
+    return any(
+        isinstance(record, DoneRecord)
+        and record.status == "complete"
+        and record.step == config.learner.steps
+        for record in read_records(path)
+    )

@@ -1,0 +1,291 @@
+"""The messages between roles. Read this first: who makes what, and who reads it.
+
+    data ── Prompt ──► rollout loop ── Demand ──► Generator ── Rollout ──► Scorer ── TeacherTargets
+      └──── Rollout (source = dataset) ─────────────┐  │                                 │
+                                                    ▼  ▼                                 ▼
+                          Schedule ── Mix ──► ReplayBuffer ── StepPlan ──► batching ◄─ TargetStore
+                             ▲                                                │
+                             └── Validation ◄── learner ◄── LearnerBatch ◄────┘
+                                                   └────── Weights ──► Generator
+
+Messages are immutable and hold numpy arrays, so that they cross process borders without a copy.
+Arrays that arrive from the object store are read-only: copy before writing.
+
+Axes: P prompt tokens, T response tokens, D hidden size, K top-k, V vocabulary, L packed tokens,
+N loss positions of a packed row, S sequences of a packed row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32Array: TypeAlias = NDArray[np.int32]
+Float32Array: TypeAlias = NDArray[np.float32]
+BoolArray: TypeAlias = NDArray[np.bool_]
+
+
+class Source(StrEnum):
+    """Who wrote a response."""
+
+    DATASET = "dataset"
+    STUDENT = "student"
+    TEACHER = "teacher"
+
+
+class Shelf(StrEnum):
+    """Where a slot of the global batch takes its sequence from."""
+
+    DATASET = "dataset"
+    FRESH = "fresh"
+    REPLAY = "replay"
+
+
+class FinishReason(StrEnum):
+    """Why a response ended. `STOP`: an end token, which is then the last token of the response."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    """Something to answer, with the answers that the data set has for it."""
+
+    prompt_id: str
+    token_ids: Int32Array  # [P], chat template applied, ready for generation
+    reference_ids: tuple[Int32Array, ...]  # each [T], end token included
+    text: str  # the user's words, for reports
+    references: tuple[str, ...]  # the answers as text, for ROUGE and BLEU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rollout:
+    """One prompt with one response: the unit that is generated, scored, stored and trained on."""
+
+    rollout_id: str
+    prompt_id: str
+    prompt_ids: Int32Array  # [P]
+    response_ids: Int32Array  # [T], T >= 1; ends with the end token if finish_reason is STOP
+    loss_mask: BoolArray  # [T]; False where another speaker writes (multi-turn data)
+    source: Source
+    version: int  # optimizer step of the weights its generation started with; 0 for data
+    finish_reason: FinishReason
+    logprobs: Float32Array | None = None  # [T], under the engine's weights and temperature 1
+    ordinal: int | None = None  # set on student rollouts: which demand it answers
+    text: str = ""  # decoded response where the maker had it, for reports
+
+    def __post_init__(self) -> None:
+        """Reject shapes that would only fail much later, inside a packed batch."""
+        num_tokens = len(self.response_ids)
+        assert num_tokens > 0, f"{self.rollout_id}: a rollout needs at least one response token"
+        assert len(self.prompt_ids) > 0, f"{self.rollout_id}: a rollout needs a prompt token"
+        assert self.loss_mask.shape == (num_tokens,), f"{self.rollout_id}: loss_mask is not [T]"
+        assert self.logprobs is None or self.logprobs.shape == (num_tokens,)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens: what one forward pass of this sequence computes."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Response tokens that the loss covers."""
+        return int(self.loss_mask.sum())
+
+
+# ---- teacher targets: row i belongs to the position that predicts the i-th loss token --------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HiddenTargets:
+    """The direct input of the teacher's output head: exact, full vocabulary, D values a token."""
+
+    values_TD: NDArray[Any]  # uint16 (bfloat16 bits) or float32
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the payload in bytes."""
+        return self.values_TD.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TopKTargets:
+    """The K most likely ids with their log-probabilities; the rest is one tail bucket."""
+
+    ids_TK: Int32Array
+    log_probs_TK: Float32Array
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the payload in bytes."""
+        return self.ids_TK.nbytes + self.log_probs_TK.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LogitTargets:
+    """All logits: for tests and tiny vocabularies."""
+
+    values_TV: NDArray[Any]  # uint16 (bfloat16 bits) or float32
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the payload in bytes."""
+        return self.values_TV.nbytes
+
+
+TeacherTargets: TypeAlias = HiddenTargets | TopKTargets | LogitTargets
+"""`[num_loss_tokens, ...]`: only the positions that predict response tokens under the loss mask."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreReport:
+    """What the rollout loop learns of a scored sequence; the payload travels beside it."""
+
+    rollout_id: str
+    num_tokens: int  # tokens that the teacher's forward pass computed for this sequence
+    nbytes: int  # size of the payload
+    seconds: float  # this sequence's share of the forward pass
+
+
+# ---- demand and draw ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Demand:
+    """A fresh student rollout that a coming step will train on."""
+
+    ordinal: int
+    prompt: Prompt
+    min_version: int  # the generation must start with these weights or newer ones
+    attempt: int = 0  # how often the ordinal was lost before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """How many slots of a global batch came from where."""
+
+    fresh: int = 0
+    replay: int = 0
+    dataset: int = 0
+
+    @property
+    def total(self) -> int:
+        """Slots of the global batch."""
+        return self.fresh + self.replay + self.dataset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DrawnSequence:
+    """One slot of the global batch, decided."""
+
+    rollout: Rollout
+    shelf: Shelf
+    age: int  # training step minus the version its generation started with; 0 for data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Draw:
+    """The global batch of one step, before it is split over ranks. Slot order."""
+
+    step: int
+    phi: float
+    psi: float
+    mix: Mix
+    sequences: tuple[DrawnSequence, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlannedSequence:
+    """A drawn sequence with the weight of each of its loss tokens in the global loss."""
+
+    rollout: Rollout
+    shelf: Shelf
+    age: int
+    token_weights: Float32Array  # [num_loss_tokens]; over the global batch they sum to 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MicroBatchPlan:
+    """What one forward and backward pass packs into one row."""
+
+    sequences: tuple[PlannedSequence, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepPlan:
+    """One optimizer step: for each rank the same number of micro-batches, nearly equal tokens."""
+
+    step: int
+    phi: float
+    psi: float
+    mix: Mix
+    ranks: tuple[tuple[MicroBatchPlan, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LearnerBatch:
+    """One packed row: whole sequences one after the other, no padding.
+
+    Position `loss_positions_N[i]` predicts `labels_N[i]`; it is the position before the label's.
+    """
+
+    token_ids_L: Int32Array
+    position_ids_L: Int32Array  # restart at 0 with every sequence
+    boundaries: Int32Array  # [S + 1], cumulative sequence starts: 0 ... L
+    loss_positions_N: Int32Array
+    labels_N: Int32Array
+    token_weights_N: Float32Array
+    sequence_index_N: Int32Array  # which of the S sequences a loss position belongs to
+    rollout_ids: tuple[str, ...]  # S of them
+    shelves: tuple[Shelf, ...]
+    ages: tuple[int, ...]
+    targets: TeacherTargets | None  # stacked over the N loss positions; None without a teacher
+    behaviour_logprobs_N: Float32Array | None = None  # the engine's; NaN where it gave none
+
+
+# ---- learner to the rest ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Weights:
+    """Published student weights: buckets of named tensors in the object store.
+
+    Each reference resolves to a `dict[str, (shape, dtype name, uint8 array)]`; see weights.py.
+    """
+
+    version: int
+    buckets: tuple[Any, ...]  # Ray object references, or the dictionaries themselves in a test
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """Teacher-forced cross-entropy on held-out data-set responses, token mean, in nats."""
+
+    step: int  # completed optimizer steps; 0 is before training
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainStep:
+    """What the learners report of one optimizer step: reduced over ranks, one record."""
+
+    step: int  # completed optimizer steps, the first is 1
+    loss: float
+    loss_by_shelf: dict[str, float] = field(default_factory=dict)
+    learning_rate: float = 0.0
+    gradient_norm: float = 0.0
+    tokens: int = 0  # packed tokens of the global batch
+    loss_tokens: int = 0
+    positions: int = 0  # positions computed, padding included
+    seconds: float = 0.0
+    wait_seconds: float = 0.0  # waited for data on the slowest rank
+    skipped: bool = False  # non-finite loss or gradient
+    infinite_tokens: int = 0  # tokens whose divergence is +inf (an id possible for one side only)
+    rank_token_imbalance: float = 0.0  # (most - fewest) / most tokens of a rank

@@ -1,0 +1,318 @@
+"""Both engines on a tiny Llama: what they generate is what the learner's model would.
+
+Axes: T response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from distillm_ray.config import (
+    RolloutConfig,
+    SamplingConfig,
+    TransformersEngine,
+    VllmEngine,
+)
+from distillm_ray.generator import Generator
+from distillm_ray.generator_transformers import TransformersGenerator
+from distillm_ray.generator_vllm import VllmGenerator
+from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Weights
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:[Uu]nclosed:ResourceWarning"),  # vLLM leaves its sockets
+]
+
+Result = TypeVar("Result")
+
+VOCABULARY_SIZE = 128
+END_TOKENS = (5, 9)
+GREEDY = SamplingConfig(temperature=0.0, max_tokens=24)
+LOOP = asyncio.new_event_loop()
+VERSIONS = itertools.count(1)
+
+
+def run(work: Coroutine[Any, Any, Result]) -> Result:
+    return LOOP.run_until_complete(asyncio.wait_for(work, 120))
+
+
+def tiny_llama(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.2,  # spreads the logits: greedy choices are no near ties
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=list(END_TOKENS),
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def prompts(count: int) -> list[Prompt]:
+    """Longer than a cache block of vLLM's CPU backend (128 tokens), which all of them share."""
+    numbers = np.random.default_rng(0)
+    shared = numbers.integers(10, VOCABULARY_SIZE, 130)
+    return [
+        Prompt(
+            prompt_id=f"p{index}",
+            token_ids=np.concatenate(
+                [shared, numbers.integers(10, VOCABULARY_SIZE, 3 + index)]
+            ).astype(np.int32),
+            reference_ids=(),
+            text="",
+            references=(),
+        )
+        for index in range(count)
+    ]
+
+
+def to_weights(model: LlamaForCausalLM, version: int) -> Weights:
+    """Two buckets, the tied head left out, as the learner publishes them."""
+    entries = {
+        name: (tuple(value.shape), "float32", value.numpy().reshape(-1).view(np.uint8))
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    names = sorted(entries)
+    buckets = ({n: entries[n] for n in names[:5]}, {n: entries[n] for n in names[5:]})
+    nbytes = sum(array.nbytes for _, _, array in entries.values())
+    return Weights(version=version, buckets=buckets, nbytes=nbytes)
+
+
+@pytest.fixture(scope="module", params=["vllm", "transformers"])
+def generator(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Generator]:
+    directory: Path = tmp_path_factory.mktemp("model")
+    tiny_llama(0).save_pretrained(directory)
+    engine = VllmEngine(max_num_seqs=8) if request.param == "vllm" else TransformersEngine()
+    kind = VllmGenerator if request.param == "vllm" else TransformersGenerator
+    made = kind(
+        directory,
+        RolloutConfig(engine=engine, dtype="float32", num_threads=1, timeout_s=100),
+        end_token_ids=END_TOKENS,
+        max_prompt_tokens=160,
+        max_response_tokens=96,
+        seed=7,
+        device="cpu",
+    )
+    run(made.start())
+    yield made
+    run(made.stop())
+
+
+def update(generator: Generator, model: LlamaForCausalLM, *, keep_in_flight: bool = True) -> int:
+    version = next(VERSIONS)
+    run(generator.update_weights(to_weights(model, version), keep_in_flight=keep_in_flight))
+    return version
+
+
+async def answer(
+    generator: Generator, asked: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0
+) -> list[Rollout]:
+    return await asyncio.gather(
+        *(generator.complete(prompt, sampling, seed=seed) for prompt in asked)
+    )
+
+
+@torch.inference_mode()
+def greedy(model: LlamaForCausalLM, prompt: Prompt, max_tokens: int) -> list[int]:
+    """transformers, one prompt at a time, in float32."""
+    token_ids = torch.from_numpy(prompt.token_ids).long()[None]
+    output = model.generate(
+        inputs=token_ids,
+        attention_mask=torch.ones_like(token_ids),
+        generation_config=GenerationConfig(
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=list(END_TOKENS),
+            pad_token_id=0,
+        ),
+    )
+    assert isinstance(output, torch.Tensor)
+    return output[0, token_ids.shape[1] :].tolist()
+
+
+@torch.inference_mode()
+def logprobs_of(model: LlamaForCausalLM, rollout: Rollout) -> torch.Tensor:
+    """Of the response's tokens, `[T]`, by one forward pass over prompt and response."""
+    token_ids = np.concatenate([rollout.prompt_ids, rollout.response_ids])
+    logits_TV = model(torch.from_numpy(token_ids).long()[None]).logits[0]
+    log_probs_TV = logits_TV[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+    return log_probs_TV.gather(1, torch.from_numpy(rollout.response_ids).long()[:, None])[:, 0]
+
+
+def test_greedy_outputs_equal_those_of_the_learners_model_after_every_sync(
+    generator: Generator,
+) -> None:
+    asked = prompts(6)
+    for seed in (1, 2):
+        model = tiny_llama(seed)
+        version = update(generator, model)
+        rollouts = run(answer(generator, asked, GREEDY))
+        for prompt, rollout in zip(asked, rollouts, strict=True):
+            assert rollout.response_ids.tolist() == greedy(model, prompt, 24)
+            assert rollout.version == version
+        assert len({tuple(rollout.response_ids.tolist()) for rollout in rollouts}) > 1
+
+
+def test_log_probabilities_are_those_of_temperature_1_before_any_filter(
+    generator: Generator,
+) -> None:
+    model = tiny_llama(3)
+    update(generator, model)
+    sampling = SamplingConfig(temperature=1.6, top_p=0.9, top_k=50, max_tokens=40)
+    for rollout in run(answer(generator, prompts(4), sampling)):
+        expected = logprobs_of(model, rollout)
+        assert rollout.logprobs is not None
+        torch.testing.assert_close(
+            torch.from_numpy(rollout.logprobs), expected, atol=2e-4, rtol=1e-4
+        )
+
+
+def test_sampling_follows_the_models_distribution(generator: Generator) -> None:
+    model = tiny_llama(4)
+    update(generator, model)
+    prompt = prompts(1)[0]
+    sampling = SamplingConfig(max_tokens=1)
+
+    async def first_tokens() -> list[int]:
+        rollouts = await asyncio.gather(
+            *(generator.complete(prompt, sampling, seed=seed) for seed in range(400))
+        )
+        return [int(rollout.response_ids[0]) for rollout in rollouts]
+
+    counts = np.bincount(run(first_tokens()), minlength=VOCABULARY_SIZE)
+    with torch.inference_mode():
+        logits_V = model(torch.from_numpy(prompt.token_ids).long()[None]).logits[0, -1]
+    expected = logits_V.double().softmax(-1).numpy() * 400
+    # Ids that are expected less than five times are one bin of the chi-squared test.
+    often = expected >= 5
+    observed = np.append(counts[often], counts[~often].sum())
+    wanted = np.append(expected[often], expected[~often].sum())
+    statistic = float(((observed - wanted) ** 2 / wanted).sum())
+    freedom = len(wanted) - 1
+    assert freedom >= 1
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5 + 4
+
+
+def test_any_of_several_end_tokens_ends_a_response_and_is_its_last_token(
+    generator: Generator,
+) -> None:
+    update(generator, tiny_llama(5))
+    stop = SamplingConfig(temperature=2.0, max_tokens=60, stop_token_ids=(17, 40, 77))
+    ends = {*END_TOKENS, 17, 40, 77}
+    before = generator.counters
+    rollouts = run(answer(generator, prompts(16), stop, seed=3))
+    reasons = set()
+    for rollout in rollouts:
+        tokens = rollout.response_ids.tolist()
+        assert not ends & set(tokens[:-1])
+        assert (rollout.finish_reason is FinishReason.STOP) == (tokens[-1] in ends)
+        if rollout.finish_reason is FinishReason.LENGTH:
+            assert len(tokens) == 60
+        reasons.add(rollout.finish_reason)
+    assert FinishReason.STOP in reasons
+    after = generator.counters
+    assert after.responses - before.responses == 16
+    assert after.tokens - before.tokens == sum(len(rollout.response_ids) for rollout in rollouts)
+    assert after.truncated - before.truncated == sum(
+        rollout.finish_reason is FinishReason.LENGTH for rollout in rollouts
+    )
+
+
+def test_a_response_of_only_an_end_token_is_a_rollout_of_one_token(generator: Generator) -> None:
+    model = tiny_llama(6)
+    update(generator, model)
+    prompt = prompts(1)[0]
+    first = greedy(model, prompt, 1)[0]
+    before = generator.counters.empty
+    only_end = SamplingConfig(temperature=0.0, max_tokens=20, stop_token_ids=(first,))
+    (rollout,) = run(answer(generator, [prompt], only_end))
+    assert rollout.response_ids.tolist() == [first]
+    assert rollout.finish_reason is FinishReason.STOP
+    assert generator.counters.empty == before + 1
+
+
+def test_requests_in_flight_during_an_update_all_finish(generator: Generator) -> None:
+    old_version = update(generator, tiny_llama(1))
+    model = tiny_llama(2)
+    version = next(VERSIONS)
+    demands = [
+        Demand(ordinal=index, prompt=prompt, min_version=0)
+        for index, prompt in enumerate(prompts(12))
+    ]
+
+    async def work() -> tuple[list[Rollout], Rollout]:
+        running = [asyncio.create_task(generator.generate(demand)) for demand in demands]
+        late = Demand(ordinal=99, prompt=demands[0].prompt, min_version=version)
+        waiting = asyncio.create_task(generator.generate(late))
+        await asyncio.sleep(0.02)
+        await generator.update_weights(to_weights(model, version), keep_in_flight=True)
+        return [await task for task in running], await waiting
+
+    rollouts, late = run(work())
+    assert [rollout.ordinal for rollout in rollouts] == list(range(12))
+    assert {rollout.version for rollout in rollouts} == {old_version}
+    assert late.version == version
+    assert all(len(rollout.response_ids) >= 1 for rollout in rollouts)
+    asked = prompts(3)
+    for prompt, rollout in zip(asked, run(answer(generator, asked, GREEDY)), strict=True):
+        assert rollout.response_ids.tolist() == greedy(model, prompt, 24)
+
+
+def test_without_keeping_requests_in_flight_they_finish_with_the_old_weights(
+    generator: Generator,
+) -> None:
+    old, new = tiny_llama(1), tiny_llama(2)
+    update(generator, old)
+    version = next(VERSIONS)
+    asked = prompts(4)
+    long_greedy = SamplingConfig(temperature=0.0, max_tokens=60)
+
+    async def work() -> list[Rollout]:
+        running = asyncio.create_task(answer(generator, asked, long_greedy))
+        await asyncio.sleep(0.02)
+        await generator.update_weights(to_weights(new, version), keep_in_flight=False)
+        assert running.done() or generator.counters.in_flight == 0
+        return await running
+
+    for prompt, rollout in zip(asked, run(work()), strict=True):
+        assert rollout.response_ids.tolist() == greedy(old, prompt, 60)
+        assert rollout.version == version - 1
+
+
+def test_the_seed_is_a_function_of_run_ordinal_and_attempt(generator: Generator) -> None:
+    update(generator, tiny_llama(3))
+    prompt = prompts(1)[0]
+
+    def tokens(ordinal: int, attempt: int) -> list[int]:
+        demand = Demand(ordinal=ordinal, prompt=prompt, min_version=0, attempt=attempt)
+        return run(generator.generate(demand)).response_ids.tolist()
+
+    first = tokens(1, 0)
+    assert tokens(1, 0) == first
+    assert tokens(2, 0) != first
+    assert tokens(1, 1) != first
+
+
+def test_an_older_version_is_not_taken_back(generator: Generator) -> None:
+    version = update(generator, tiny_llama(4))
+    stale = to_weights(tiny_llama(1), version - 1)
+    assert run(generator.update_weights(stale, keep_in_flight=True)) == 0.0
+    assert generator.version == version

@@ -1,0 +1,452 @@
+"""The DeepSpeed engine on real gloo ranks, against plain torch without packing, ranks or DeepSpeed.
+
+One group of two processes and one of a single process run everything, for all ZeRO stages; the
+tests read what they wrote.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from distillm_ray.batching import pack, plan_step, plan_validation
+from distillm_ray.config import LearnerConfig, LoraConfig, LossConfig, SkewKL, StudentConfig
+from distillm_ray.divergences import skew_kl
+from distillm_ray.heads import FrozenHead
+from distillm_ray.learner import Learner, learning_rate_at
+from distillm_ray.types import (
+    Draw,
+    DrawnSequence,
+    FinishReason,
+    HiddenTargets,
+    LearnerBatch,
+    Mix,
+    Rollout,
+    Shelf,
+    Source,
+)
+from distillm_ray.weight_files import to_tensors
+
+pytestmark = pytest.mark.integration
+
+VOCABULARY = 41  # ids of the tokenizer; the head has three padding rows more
+TEACHER_WIDTH = 12
+STAGES = (0, 1, 2, 3)
+LENGTHS = ((3, 2), (5, 9), (2, 4), (4, 1), (6, 7), (2, 12))  # prompt, response
+STEPS = 3
+LOSS = LossConfig(divergence=SkewKL(alpha=0.1), cross_entropy_weight=0.3)
+
+
+def learner_config(stage: int, **changes: Any) -> LearnerConfig:
+    settings: dict[str, Any] = {
+        "steps": 10,
+        "batch_size": len(LENGTHS),
+        "learning_rate": 0.5,
+        "max_gradient_norm": 0.8,
+        "optimizer": "sgd",
+        "zero_stage": stage,
+        "num_threads": 1,
+    }
+    return LearnerConfig(**(settings | changes))
+
+
+def rollouts(step: int) -> list[Rollout]:
+    rng = np.random.default_rng(100 + step)
+    made = []
+    for index, (num_prompt, num_response) in enumerate(LENGTHS):
+        student = index % 2 == 1
+        made.append(
+            Rollout(
+                rollout_id=f"{step}-{index}",
+                prompt_id=str(index),
+                prompt_ids=rng.integers(0, VOCABULARY, num_prompt, dtype=np.int32),
+                response_ids=rng.integers(0, VOCABULARY, num_response, dtype=np.int32),
+                loss_mask=np.ones(num_response, dtype=np.bool_),
+                source=Source.STUDENT if student else Source.DATASET,
+                version=step,
+                finish_reason=FinishReason.STOP,
+                ordinal=index if student else None,
+                logprobs=np.full(num_response, -3.0, dtype=np.float32) if student else None,
+            )
+        )
+    return made
+
+
+def hidden_targets(rollout: Rollout) -> HiddenTargets:
+    seed = int(rollout.rollout_id.replace("-", ""))
+    values = np.random.default_rng(seed).standard_normal((rollout.num_loss_tokens, TEACHER_WIDTH))
+    return HiddenTargets(values_TD=values.astype(np.float32))
+
+
+def teacher_head() -> FrozenHead:
+    generator = torch.Generator().manual_seed(5)
+    return FrozenHead(weight_VD=torch.randn(VOCABULARY, TEACHER_WIDTH, generator=generator))
+
+
+def plans(step: int, num_ranks: int):
+    sequences = tuple(
+        DrawnSequence(
+            rollout=rollout,
+            shelf=Shelf.FRESH if rollout.source is Source.STUDENT else Shelf.DATASET,
+            age=0,
+        )
+        for rollout in rollouts(step)
+    )
+    draw = Draw(step=step, phi=0.5, psi=0.5, mix=Mix(fresh=3, dataset=3), sequences=sequences)
+    plan = plan_step(draw, num_ranks=num_ranks, max_micro_batch_tokens=16, normalize="source")
+    return plan.ranks
+
+
+def batches(step: int, rank: int, num_ranks: int) -> list[LearnerBatch]:
+    targets = {rollout.rollout_id: hidden_targets(rollout) for rollout in rollouts(step)}
+    return [pack(micro_batch, targets) for micro_batch in plans(step, num_ranks)[rank]]
+
+
+def validation_batches(rank: int, num_ranks: int) -> list[LearnerBatch]:
+    ranks = plan_validation(rollouts(50), num_ranks=num_ranks, max_micro_batch_tokens=16)
+    return [pack(micro_batch, None) for micro_batch in ranks[rank]]
+
+
+def tiny_student(directory: Path) -> None:
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY + 3,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            initializer_range=0.3,
+            eos_token_id=3,
+        )
+    ).save_pretrained(directory)
+    (directory / "tokenizer.json").write_text('{"a": "tokenizer"}')
+    (directory / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+
+
+# ---- what the processes do ---------------------------------------------------------------------
+
+
+def build(directory: Path, config: LearnerConfig, student: StudentConfig | None = None) -> Learner:
+    return Learner(
+        config,
+        student or StudentConfig(model=directory / "student", dtype="float32"),
+        LOSS,
+        teacher_head=teacher_head(),
+        vocabulary_size=VOCABULARY,
+        device=torch.device("cpu"),
+        seed=0,
+        persistence_threshold=0,
+    )
+
+
+def gathered(learner: Learner, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for bucket in learner.gather_weights(dtype):
+        found.update(to_tensors(bucket))
+    return found
+
+
+def train(learner: Learner, first: int, last: int) -> list[dict[str, Any]]:
+    return [
+        {**dataclasses.asdict(outcome.train), "logprob_gap": outcome.logprob_gap}
+        for step in range(first, last)
+        if (
+            outcome := learner.train_step(
+                batches(step, learner.rank, learner.num_ranks), step, wait_seconds=learner.rank
+            )
+        )
+    ]
+
+
+def run_rank(rank: int, num_ranks: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    path = str(directory / f"store-{num_ranks}")
+    store = dist.FileStore(path, num_ranks)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    for stage in STAGES:
+        run_stage(directory, stage, directory / f"{num_ranks}-{stage}")
+    run_bfloat16(directory, directory / f"{num_ranks}-bfloat16")
+    run_lora(directory, directory / f"{num_ranks}-lora")
+    dist.destroy_process_group()
+
+
+def run_stage(directory: Path, stage: int, out: Path) -> None:
+    learner = build(directory, learner_config(stage))
+    facts: dict[str, Any] = {
+        "validation": learner.validation_loss(validation_batches(learner.rank, learner.num_ranks))
+    }
+    facts["steps"] = train(learner, 0, STEPS)
+    trained = gathered(learner)
+    bad = batches(STEPS, learner.rank, learner.num_ranks)
+    if learner.rank == learner.num_ranks - 1:
+        bad[0] = dataclasses.replace(bad[0], token_weights_N=bad[0].token_weights_N * np.inf)
+    facts["bad"] = dataclasses.asdict(learner.train_step(bad, STEPS).train)
+    after_bad = gathered(learner)
+    learner.save(out / "checkpoint")
+    facts["next"] = train(learner, STEPS, STEPS + 1)
+    continued = gathered(learner)
+    learner.export(out / "model")
+    restored = build(directory, learner_config(2 if stage == 1 else stage))
+    restored.load(out / "checkpoint")
+    train(restored, STEPS, STEPS + 1)
+    resumed = gathered(restored)
+    if learner.rank == 0:
+        torch.save((trained, after_bad, continued, resumed), out / "weights.pt")
+        (out / "facts.json").write_text(json.dumps(facts))
+
+
+def run_bfloat16(directory: Path, out: Path) -> None:
+    student = StudentConfig(model=directory / "student", dtype="bfloat16")
+    config = learner_config(1, optimizer="adamw", learning_rate=1e-6, min_learning_rate_ratio=1.0)
+    learner = build(directory, config, student)
+    losses = [record["loss"] for record in train(learner, 0, 1)]
+    if learner.rank == 0:
+        out.mkdir(exist_ok=True)
+        torch.save((losses, gathered(learner, torch.bfloat16)), out / "weights.pt")
+    else:
+        gathered(learner, torch.bfloat16)
+
+
+def run_lora(directory: Path, out: Path) -> None:
+    """LoRA and gradient checkpointing under ZeRO-3, exported with the adapters merged."""
+    student = StudentConfig(
+        model=directory / "student",
+        dtype="float32",
+        lora=LoraConfig(rank=2, alpha=4.0),
+        gradient_checkpointing=True,
+    )
+    learner = build(directory, learner_config(3, learning_rate=5.0), student)
+    before = gathered(learner)
+    steps = train(learner, 0, STEPS)
+    log_probs_N = learner.token_logprobs(batches(0, 0, 1)[0])
+    learner.export(out / "model")
+    if learner.rank == 0:
+        torch.save((before, steps, log_probs_N), out / "weights.pt")
+
+
+# ---- the reference: no packing, no ranks, no DeepSpeed ------------------------------------------
+
+
+def reference(directory: Path) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, gradient norms and weights after three steps."""
+    model = AutoModelForCausalLM.from_pretrained(directory / "student", dtype=torch.float32)
+    model.train()
+    config = learner_config(0)
+    head = teacher_head()
+    losses, norms = [], []
+    for step in range(STEPS):
+        model.zero_grad()
+        loss = torch.zeros(())
+        [micro_batches] = plans(step, 1)
+        for sequence in (one for micro_batch in micro_batches for one in micro_batch.sequences):
+            rollout = sequence.rollout
+            token_ids = torch.tensor(np.concatenate([rollout.prompt_ids, rollout.response_ids]))
+            logits_LV = model(input_ids=token_ids.long()[None], use_cache=False).logits[0]
+            first = len(rollout.prompt_ids) - 1
+            student_TV = logits_LV[first : first + len(rollout.response_ids), :VOCABULARY]
+            teacher_TV = torch.from_numpy(hidden_targets(rollout).values_TD) @ head.weight_VD.T
+            values_T = skew_kl(student_TV, teacher_TV, alpha=0.1)
+            labels_T = torch.from_numpy(rollout.response_ids).long()
+            entropy_T = torch.nn.functional.cross_entropy(student_TV, labels_T, reduction="none")
+            token_weights_T = torch.from_numpy(sequence.token_weights)
+            loss = loss + (token_weights_T * (values_T + 0.3 * entropy_T)).sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
+        rate = 0.5 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 9)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter -= rate * parameter.grad
+        losses.append(loss.item())
+        norms.append(norm.item())
+    return losses, norms, {name: value.detach() for name, value in model.named_parameters()}
+
+
+# ---- tests --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    directory = tmp_path_factory.mktemp("learner")
+    tiny_student(directory / "student")
+    for num_ranks in (1, 2):
+        spawn(run_rank, args=(num_ranks, directory), nprocs=num_ranks)
+    yield directory
+
+
+def facts_of(runs: Path, num_ranks: int, stage: int) -> dict[str, Any]:
+    return json.loads((runs / f"{num_ranks}-{stage}" / "facts.json").read_text())
+
+
+def weights_of(runs: Path, num_ranks: int, stage: int | str) -> Any:
+    return torch.load(runs / f"{num_ranks}-{stage}" / "weights.pt", weights_only=False)
+
+
+def assert_close(left: dict[str, Any], right: dict[str, Any], tolerance: float) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.allclose(tensor, right[name], rtol=0, atol=tolerance), name
+
+
+def test_the_learning_rate_warms_up_linearly_and_ends_at_the_ratio_of_a_cosine() -> None:
+    config = learner_config(
+        0, steps=13, warmup_steps=4, learning_rate=1.0, min_learning_rate_ratio=0.2
+    )
+    rates = [learning_rate_at(step, config) for step in range(13)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[8] == pytest.approx(0.6)  # half way: the mean of peak and end
+    assert rates[12] == pytest.approx(0.2)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_the_ranks_really_have_unequal_tokens_and_several_micro_batches() -> None:
+    first, second = plans(0, 2)
+    tokens = [
+        sum(one.rollout.num_tokens for micro_batch in rank for one in micro_batch.sequences)
+        for rank in (first, second)
+    ]
+    assert tokens[0] != tokens[1]
+    assert len(first) == len(second) >= 2
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_three_steps_equal_plain_torch_on_any_number_of_ranks_and_stage(
+    runs: Path, stage: int, num_ranks: int
+) -> None:
+    losses, norms, expected = reference(runs)
+    steps = facts_of(runs, num_ranks, stage)["steps"]
+    assert [record["loss"] for record in steps] == pytest.approx(losses, abs=1e-5)
+    assert [record["gradient_norm"] for record in steps] == pytest.approx(norms, rel=1e-4)
+    assert max(norms) > 0.8, "the test has to clip"
+    assert_close(weights_of(runs, num_ranks, stage)[0], expected, 2e-6)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_non_finite_loss_on_one_rank_is_skipped_by_all(
+    runs: Path, stage: int, num_ranks: int
+) -> None:
+    trained, after_bad, continued, _ = weights_of(runs, num_ranks, stage)
+    facts = facts_of(runs, num_ranks, stage)
+    assert facts["bad"]["skipped"] is True
+    assert_close(trained, after_bad, 0.0)
+    assert [record["skipped"] for record in facts["next"]] == [False]
+    assert all(tensor.isfinite().all() for tensor in continued.values())
+    assert not torch.equal(continued["model.norm.weight"], trained["model.norm.weight"])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_restored_learner_goes_on_bit_for_bit(runs: Path, stage: int, num_ranks: int) -> None:
+    """Stage 1 is restored as stage 2, which the rules of resuming allow."""
+    _, _, continued, resumed = weights_of(runs, num_ranks, stage)
+    assert_close(continued, resumed, 1e-7 if stage == 1 else 0.0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_log_of_a_step_counts_over_all_ranks(runs: Path, stage: int) -> None:
+    one, two = (facts_of(runs, num_ranks, stage)["steps"][0] for num_ranks in (1, 2))
+    num_tokens = sum(prompt + response for prompt, response in LENGTHS)
+    for record in (one, two):
+        assert record["tokens"] == record["positions"] == num_tokens
+        assert record["loss_tokens"] == sum(response for _, response in LENGTHS)
+        assert record["learning_rate"] == pytest.approx(0.5)
+        assert record["infinite_tokens"] == 0
+        shares = record["loss_by_shelf"]
+        assert 0.5 * (shares["fresh"] + shares["dataset"]) == pytest.approx(
+            record["loss"], rel=1e-5
+        )
+    assert one["loss_by_shelf"] == pytest.approx(two["loss_by_shelf"], rel=1e-5)
+    assert one["logprob_gap"] == pytest.approx(two["logprob_gap"], rel=1e-5)
+    assert (one["wait_seconds"], two["wait_seconds"]) == (0.0, 1.0)
+    assert 0 < two["rank_token_imbalance"] < 0.5
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_validation_is_the_cross_entropy_of_every_response_token_once(
+    runs: Path, num_ranks: int
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(runs / "student", dtype=torch.float64)
+    expected = 0.0
+    for rollout in rollouts(50):
+        token_ids = torch.tensor(np.concatenate([rollout.prompt_ids, rollout.response_ids])).long()
+        logits_LV = model(input_ids=token_ids[None]).logits[0][:, :VOCABULARY]
+        first = len(rollout.prompt_ids)
+        log_q_LV = logits_LV.log_softmax(-1)
+        expected -= log_q_LV[first - 1 : -1].gather(-1, token_ids[first:, None]).sum().item()
+    for stage in STAGES:
+        loss, tokens = facts_of(runs, num_ranks, stage)["validation"]
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert tokens == sum(response for _, response in LENGTHS)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_exported_directory_is_the_trained_model_with_the_students_files(
+    runs: Path, stage: int, num_ranks: int
+) -> None:
+    directory = runs / f"{num_ranks}-{stage}" / "model"
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    continued = weights_of(runs, num_ranks, stage)[2]
+    assert_close({name: value.detach() for name, value in loaded.named_parameters()}, continued, 0)
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (directory / name).read_text() == (runs / "student" / name).read_text()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_bfloat16_student_has_float32_master_weights_and_no_spurious_first_step(
+    runs: Path, num_ranks: int
+) -> None:
+    """AdamW moves every weight by the learning rate at most: far below bfloat16's resolution."""
+    losses, after = weights_of(runs, num_ranks, "bfloat16")
+    assert losses == pytest.approx(reference(runs)[0][:1], rel=0.03)
+    model = AutoModelForCausalLM.from_pretrained(runs / "student", dtype=torch.bfloat16)
+    before = {name: value.detach() for name, value in model.named_parameters()}
+    assert_close(
+        {name: value.float() for name, value in after.items()},
+        {name: value.float() for name, value in before.items()},
+        1e-2,
+    )
+    unchanged = sum((after[name] == before[name]).sum().item() for name in before)
+    assert unchanged > 0.95 * sum(value.numel() for value in before.values())
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_lora_student_under_zero_3_learns_and_exports_merged_weights(
+    runs: Path, num_ranks: int
+) -> None:
+    before, steps, log_probs_N = weights_of(runs, num_ranks, "lora")
+    assert steps[-1]["skipped"] is False
+    model = AutoModelForCausalLM.from_pretrained(runs / f"{num_ranks}-lora" / "model").eval()
+    after = {name: value.detach() for name, value in model.named_parameters()}
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in after if "_proj" in name}
+    batch = batches(0, 0, 1)[0]
+    expected = []
+    for start, end in zip(batch.boundaries[:-1], batch.boundaries[1:], strict=True):
+        token_ids = torch.from_numpy(batch.token_ids_L[start:end].copy()).long()[None]
+        log_q_LV = model(input_ids=token_ids).logits[0, :, :VOCABULARY].log_softmax(-1)
+        inside = (batch.loss_positions_N >= start) & (batch.loss_positions_N < end)
+        positions = torch.from_numpy(batch.loss_positions_N[inside] - start).long()
+        labels = torch.from_numpy(batch.labels_N[inside].copy()).long()
+        expected.append(log_q_LV[positions, labels])
+    assert torch.allclose(torch.from_numpy(log_probs_N), torch.cat(expected), atol=1e-4)
+
+
+def test_one_and_two_ranks_agree_on_the_lora_student(runs: Path) -> None:
+    one, two = (weights_of(runs, num_ranks, "lora")[1] for num_ranks in (1, 2))
+    losses = [[record["loss"] for record in steps] for steps in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)

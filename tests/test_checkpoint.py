@@ -1,0 +1,125 @@
+"""A checkpoint is complete or it does not count."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from distillm_ray.checkpoint import CheckpointDirectory, CheckpointMeta
+from distillm_ray.errors import RunDirectoryError
+from distillm_ray.types import Validation
+
+
+def meta(step: int, loss: float | None = None) -> CheckpointMeta:
+    validation = None if loss is None else Validation(step=step, loss=loss, tokens=10)
+    return CheckpointMeta(
+        step=step, phi=0.3, validation=validation, zero_stage=1, num_ranks=1, config={"run": {}}
+    )
+
+
+def write(directory: CheckpointDirectory, step: int, loss: float | None = None) -> None:
+    directory.prepare(step)
+    (directory.partial_path(step) / "learner" / "state").write_bytes(b"weights")
+    directory.commit(meta(step, loss), f"buffer of {step}".encode())
+
+
+def steps(directory: CheckpointDirectory) -> list[int]:
+    return [found.meta.step for found in directory.complete()]
+
+
+def test_what_was_committed_is_found_again(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(tmp_path / "checkpoints", keep=2)
+    assert directory.latest() is None
+    write(directory, 100, loss=1.5)
+    found = directory.latest()
+    assert found is not None
+    assert found.path.name == "step-00000100"
+    assert found.meta == meta(100, 1.5)
+    assert found.buffer_state() == b"buffer of 100"
+    assert (found.learner_path / "state").read_bytes() == b"weights"
+
+
+def test_the_newest_ones_and_the_best_one_are_kept(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(tmp_path, keep=2)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.4)):
+        write(directory, step, loss)
+    assert steps(directory) == [2, 4, 5]
+    best = directory.best()
+    assert best is not None and best.meta.step == 2
+
+
+def test_without_validation_only_the_newest_are_kept(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(tmp_path, keep=1)
+    for step in (1, 2, 3):
+        write(directory, step)
+    assert steps(directory) == [3]
+
+
+def test_a_half_written_checkpoint_is_never_taken_and_goes_with_the_next(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(tmp_path, keep=2)
+    write(directory, 1)
+    directory.prepare(2)
+    (directory.partial_path(2) / "learner" / "state").write_bytes(b"half")
+    restarted = CheckpointDirectory(tmp_path, keep=2)
+    assert steps(restarted) == [1]
+    write(restarted, 3)
+    assert steps(restarted) == [1, 3]
+    assert not directory.partial_path(2).exists()
+
+
+def test_a_directory_without_meta_data_does_not_count(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(tmp_path, keep=2)
+    write(directory, 1)
+    (tmp_path / "step-00000002").mkdir()
+    assert steps(directory) == [1]
+
+
+def test_a_complete_checkpoint_of_the_same_step_stays(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(tmp_path, keep=2)
+    write(directory, 1, loss=1.0)
+    write(directory, 1, loss=2.0)
+    found = directory.latest()
+    assert found is not None and found.meta == meta(1, 1.0)
+    assert not directory.partial_path(1).exists()
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = CheckpointDirectory(tmp_path, keep=2)
+    write(directory, 1)
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    directory.prepare(2)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(RunDirectoryError) as caught:
+        directory.commit(meta(2), b"buffer")
+    assert "no space left for the checkpoint of step 2" in str(caught.value)
+    assert "step-00000001 stays good" in str(caught.value)
+    assert not directory.partial_path(2).exists()
+    assert steps(directory) == [1]
+
+
+def test_torchs_writer_on_a_full_device_counts_as_a_full_disk(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(tmp_path, keep=2)
+    directory.prepare(1)
+    with (
+        pytest.raises(RunDirectoryError, match="there is none before it"),
+        directory.removing_partial_on_failure(1),
+    ):
+        torch.save({"weights": torch.zeros(10_000_000)}, "/dev/full")
+    assert not directory.partial_path(1).exists()
+
+
+def test_another_error_is_passed_on_and_leaves_no_partial_directory(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(tmp_path, keep=2)
+    directory.prepare(1)
+    with (
+        pytest.raises(RuntimeError, match="out of luck"),
+        directory.removing_partial_on_failure(1),
+    ):
+        raise RuntimeError("out of luck")
+    assert not directory.partial_path(1).exists()

@@ -1,0 +1,263 @@
+"""The config tree: what loads, what is refused, and whether the message helps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distillm_ray.config import AdaptiveSchedule, Config, FixedSchedule, ReverseKL, SkewKL
+from distillm_ray.config_files import dump_config, load_config, parse_config
+from distillm_ray.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
+
+
+def tree(**sections: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "run": {"directory": "runs/x"},
+        "teacher": {"model": "models/teacher"},
+        "student": {"model": "models/student"},
+        "data": {"train": ["data/train.jsonl"]},
+        "learner": {"steps": 10, "batch_size": 8},
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
+    return values
+
+
+def refusal(**sections: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree(**sections), name="x.yaml")
+    return str(caught.value).removeprefix("x.yaml:\n").strip()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree(loss={"divergence": {"type": "skew_kl", "alpha": 0.2}})))
+    return path
+
+
+def test_there_are_configs_to_load() -> None:
+    assert "quickstart.yaml" in {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads_and_survives_the_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+
+
+def test_overrides_are_applied_in_order_and_typed_like_yaml(file: Path) -> None:
+    overrides = ["learner.steps=20", "learner.learning_rate=1e-4", "learner.steps=30"]
+    more = ["student.lora.rank=4", "data.validation=[a.jsonl,b.jsonl]", "loss.divergence.alpha=0.3"]
+    config = load_config(file, overrides + more)
+    assert (config.learner.steps, config.learner.learning_rate) == (30, 1e-4)
+    assert config.student.lora is not None and config.student.lora.rank == 4
+    assert config.data.validation == (Path("a.jsonl"), Path("b.jsonl"))
+    assert config.loss.divergence == SkewKL(alpha=0.3)
+
+
+@pytest.mark.parametrize(
+    "override", ["loss.divergence.type=reverse_kl", "loss.divergence={type: reverse_kl}"]
+)
+def test_another_type_replaces_the_keys_of_the_old_one(file: Path, override: str) -> None:
+    assert load_config(file, [override]).loss.divergence == ReverseKL()
+
+
+def test_a_teacher_can_be_switched_off_by_an_override(file: Path) -> None:
+    config = load_config(file, ["loss.divergence=null", "loss.cross_entropy_weight=1"])
+    assert config.loss.divergence is None
+    assert not config.loss.needs_teacher
+
+
+def test_the_tree_is_frozen() -> None:
+    config = Config.model_validate(tree())
+    with pytest.raises(ValueError, match="frozen"):
+        config.learner.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"lerner": {}}, "lerner: unknown key; did you mean learner?"),
+        (
+            {"learner": {"lerning_rate": 1}},
+            "learner.lerning_rate: unknown key; did you mean learner.learning_rate?",
+        ),
+        (
+            {"loss": {"divergence": {"type": "skew_kl", "alfa": 0.3}}},
+            "loss.divergence.alfa: unknown key; did you mean loss.divergence.alpha?",
+        ),
+        (
+            {"evaluation": {"sampling": {"tmperature": 1}}},
+            "evaluation.sampling.tmperature: unknown key;"
+            " did you mean evaluation.sampling.temperature?",
+        ),
+        ({"run": {"directory": "r", "zzzzqqqq": 1}}, "run.zzzzqqqq: unknown key"),
+        (
+            {"schedule": {"type": "fixed", "start": 0.3}},
+            "schedule.start: no key of type: fixed, only of another type",
+        ),
+        (
+            {"rollout": {"engine": {"type": "vllm", "max_batch_size": 3}}},
+            "rollout.engine.max_batch_size: no key of type: vllm, only of another type",
+        ),
+    ],
+)
+def test_an_unknown_key_is_refused_and_the_nearest_one_named(
+    sections: dict[str, Any], message: str
+) -> None:
+    assert refusal(**sections) == message
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"learner": {"steps": "many"}}, "learner.steps: Input should be a valid integer"),
+        ({"teacher": {"actors": 0}}, "teacher.actors: Input should be greater than or equal to 1"),
+        ({"teacher": 3}, "teacher: must be a mapping of keys to values, got 3"),
+        ({"data": {"train": "a.jsonl"}}, "data.train: must be a list, as in [a, b], got 'a.jsonl'"),
+        ({"data": {"train": []}}, "data.train: Tuple should have at least 1 item"),
+        ({"run": {"device": "tpu"}}, "run.device: Input should be 'auto', 'cuda' or 'cpu'"),
+        ({"loss": {"divergence": {"alpha": 0.1}}}, "loss.divergence.type: this key is required"),
+        (
+            {"schedule": {"type": "adaptiv"}},
+            "schedule.type: must be one of adaptive, fixed, got adaptiv; did you mean adaptive?",
+        ),
+    ],
+)
+def test_a_wrong_type_names_key_rule_and_value(sections: dict[str, Any], message: str) -> None:
+    assert refusal(**sections).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("sections", "parts"),
+    [
+        ({"replay": {"min_size": 4}}, ("8 <= 4 <= 1000", "without replacement")),
+        ({"replay": {"capacity": 4}}, ("8 <= 8 <= 4",)),
+        ({"replay": {"min_size": 2000}}, ("8 <= 2000 <= 1000", "never replays")),
+        (
+            {"rollout": {"lookahead": 4, "sync_interval": 3}},
+            ("4 + 3 - 2 = 5 > 4", "raise max_staleness"),
+        ),
+        ({"rollout": {"max_staleness": 0, "lookahead": 2}}, ("2 + 1 - 2 = 1 > 0",)),
+        ({"learner": {"workers": 9}}, ("learner.workers", "9 > 8")),
+        ({"learner": {"warmup_steps": 10}}, ("10 >= 10", "never reach its peak")),
+        ({"learner": {"max_micro_batch_tokens": 1000}}, ("1000 < 1024",)),
+        ({"teacher": {"max_batch_tokens": 1000}}, ("teacher.max_batch_tokens", "1000 < 1024")),
+        (
+            {"rollout": {"sampling": {"max_tokens": 9000}}},
+            ("learner.max_micro_batch_tokens", "8192 < 9512"),
+        ),
+        ({"loss": {"divergence": None}}, ("nothing to learn",)),
+        ({"loss": {"divergence_weight": 0.0}}, ("nothing to learn",)),
+        (
+            {"loss": {"divergence": {"type": "jensen_shannon", "beta": 1.0}}},
+            ("got 1.0", "type: forward_kl or type: reverse_kl"),
+        ),
+    ],
+)
+def test_an_impossible_combination_is_refused_with_the_reason(
+    sections: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    message = refusal(**sections)
+    for part in parts:
+        assert part in message
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = refusal(learner={"steps": "many", "stepz": 1}, teacher={"actors": 0})
+    assert [line.strip().split(":")[0] for line in message.splitlines()] == [
+        "teacher.actors",
+        "learner.steps",
+        "learner.stepz",
+    ]
+
+
+def test_what_is_required_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({}, name="x.yaml")
+    required = {line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]}
+    assert required == {"run", "teacher", "student", "data", "learner"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "is not valid YAML"),
+        ("- a\n- b", "must hold a mapping"),
+        ("run: ${nowhere}", "nowhere"),
+        ("run: 1\nrun: 2", "is not valid YAML"),
+        ("", "learner: this key is required"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml") as caught:
+        load_config(path)
+    assert message in str(caught.value)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml does not exist"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize("override", ["learner.steps", "=3", "--learner.steps 3"])
+def test_an_override_without_key_or_value_is_refused(file: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="must have the form key=value"):
+        load_config(file, [override])
+
+
+def test_an_override_of_an_unknown_key_is_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean rollout\.actors\?"):
+        load_config(file, ["rollout.actor=3"])
+
+
+def test_defaults_follow_the_paper() -> None:
+    config = Config.model_validate(tree())
+    assert config.schedule == AdaptiveSchedule(
+        start=0.0, increment=0.1, tolerance=0.0, reference="best", replay_ratio="decreasing"
+    )
+    assert config.loss.divergence == SkewKL(alpha=0.1)
+    assert config.loss.normalize == "source"
+    assert config.replay.capacity == 1000
+    assert config.replay_min_size == config.learner.batch_size
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        (AdaptiveSchedule(), True),
+        (FixedSchedule(phi=0.0), False),
+        (FixedSchedule(phi=0.5), True),
+    ],
+)
+def test_rollouts_are_wanted_if_phi_can_be_above_zero(schedule: Any, wanted: bool) -> None:
+    assert Config.model_validate(tree(schedule=schedule.model_dump())).wants_rollouts is wanted
+
+
+def test_reading_a_config_imports_no_heavy_library() -> None:
+    code = (
+        "import sys, distillm_ray.config_files as _;"
+        "print([n for n in ('torch', 'ray', 'vllm', 'transformers', 'deepspeed', 'matplotlib')"
+        " if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr

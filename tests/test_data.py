@@ -1,0 +1,431 @@
+"""Rows, templates and splits: token ids by hand with a word-level tokenizer, messages by line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from distillm_ray.config import ChatTemplate, DataConfig, PlainTemplate
+from distillm_ray.data import Dataset, hold_out, load_dataset, load_splits
+from distillm_ray.data_files import check_files
+from distillm_ray.errors import DataError
+from distillm_ray.rows import Example, RowError, parse_row
+from distillm_ray.templates import Renderer
+
+SPECIAL = ["<unk>", "<user>", "<assistant>", "<system>", "<end>", "</s>"]
+WORDS = ["sky", "is", "blue", "why", "yes", "no", "so", "be", "brief", "and", "red"]
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+USER, ASSISTANT, SYSTEM, END, EOS = 1, 2, 3, 4, 5
+IDS = {word: len(SPECIAL) + index for index, word in enumerate(WORDS)}
+
+
+def ids_of(words: str) -> list[int]:
+    return [IDS[word] for word in words.split()]
+
+
+def make_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
+    """One id a word; white space is dropped, so the expected ids can be written by hand."""
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *WORDS])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")  # type: ignore[assignment]
+    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def question(text: str, *answers: str) -> Example:
+    return parse_row({"prompt": text, "response": list(answers)}, require_responses=bool(answers))
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "why", "response": "so"},
+        {"instruction": "why", "input": "", "output": "so"},
+        {"instruction": "why", "context": None, "response": "so", "category": "x"},
+        {"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]},
+        {"prompt": "why", "references": ["so"]},
+    ],
+)
+def test_every_column_form_says_the_same(row: dict[str, Any]) -> None:
+    example = parse_row(row, require_responses=True)
+    assert [(turn.role, turn.content) for turn in example.turns] == [("user", "why")]
+    assert (example.text, example.references) == ("why", ("so",))
+
+
+def test_context_follows_the_instruction_and_several_answers_are_kept() -> None:
+    row = {"id": 7, "instruction": "why", "input": "sky", "output": ["so", "yes"]}
+    example = parse_row(row, require_responses=True)
+    assert (example.text, example.references) == ("why\n\nsky", ("so", "yes"))
+    assert (example.example_id, example.context) == ("7", "sky")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ([1], "malformed", "a row must be an object, got list"),
+        ({"question": "why"}, "malformed", "columns must be .*; got question"),
+        ({"prompt": "why"}, "malformed", "no answer: one of response, responses"),
+        ({"prompt": "  ", "response": "so"}, "empty", "prompt is empty"),
+        ({"prompt": "why", "response": ""}, "empty", "response is empty"),
+        ({"prompt": "why", "response": []}, "empty", "response is an empty list"),
+        ({"prompt": "why", "response": 3}, "malformed", "response must be text, got int"),
+        ({"messages": [{"role": "user"}]}, "malformed", r"messages\[0\]\.content must be text"),
+        (
+            {"messages": [{"role": "user", "content": "why"}]},
+            "malformed",
+            "last message must be the assistant's, got role 'user'",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "so"}]},
+            "malformed",
+            "must follow a user's message",
+        ),
+    ],
+)
+def test_a_bad_row_is_named_for_what_it_lacks(row: Any, kind: str, message: str) -> None:
+    with pytest.raises(RowError, match=message) as caught:
+        parse_row(row, require_responses=True)
+    assert caught.value.kind == kind
+
+
+def test_prompts_alone_are_enough_where_no_answer_is_required() -> None:
+    assert parse_row({"prompt": "why", "topic": "x"}, require_responses=False).references == ()
+
+
+# ---- templates ----------------------------------------------------------------------------------
+
+
+def test_a_chat_prompt_ends_where_generation_begins_and_answers_end_with_the_end_of_turn() -> None:
+    renderer = Renderer(make_tokenizer(), ChatTemplate(system="be brief"))
+    assert renderer.end_token_id == END
+    rendered = renderer.render(question("why", "so", "sky is blue"))
+    prompt = [SYSTEM, *ids_of("be brief"), END, USER, *ids_of("why"), END, ASSISTANT]
+    assert rendered.prompt_ids == prompt
+    assert rendered.reference_ids == [[*ids_of("so"), END], [*ids_of("sky is blue"), END]]
+    assert rendered.demonstration_prompt_ids == prompt
+    assert rendered.demonstration_response_ids == [*ids_of("so"), END]
+    assert rendered.demonstration_loss_mask == [True, True]
+
+
+def test_a_multi_turn_demonstration_learns_the_assistants_tokens_only() -> None:
+    messages = [("user", "why"), ("assistant", "so"), ("user", "and"), ("assistant", "sky is blue")]
+    row = {"messages": [{"role": role, "content": content} for role, content in messages]}
+    renderer = Renderer(make_tokenizer(), ChatTemplate())
+    rendered = renderer.render(parse_row(row, require_responses=True))
+    start = [USER, *ids_of("why"), END, ASSISTANT]
+    between = [USER, *ids_of("and"), END, ASSISTANT]
+    first, last = [*ids_of("so"), END], [*ids_of("sky is blue"), END]
+    assert rendered.prompt_ids == start + first + between
+    assert rendered.reference_ids == [last]
+    assert rendered.demonstration_prompt_ids == start
+    assert rendered.demonstration_response_ids == first + between + last
+    assert rendered.demonstration_loss_mask == [True] * 2 + [False] * 4 + [True] * 4
+
+
+def test_a_template_without_end_of_turn_falls_back_to_the_eos_token() -> None:
+    template = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+    tail = "{% if add_generation_prompt %}<assistant> {% endif %}"
+    renderer = Renderer(make_tokenizer(template + tail), ChatTemplate())
+    assert renderer.end_token_id == EOS
+    assert renderer.render(question("why", "so")).reference_ids == [[*ids_of("so"), EOS]]
+
+
+def test_a_template_whose_prompt_is_no_prefix_of_the_conversation_is_refused() -> None:
+    template = CHAT + "{% if add_generation_prompt %}sky {% endif %}"
+    with pytest.raises(DataError, match="prompt is not the beginning of the whole conversation"):
+        Renderer(make_tokenizer(template), ChatTemplate())
+
+
+def test_a_template_that_rewrites_earlier_turns_refuses_multi_turn_rows() -> None:
+    content = "{{ 'red' if m['role'] == 'assistant' and not loop.last else m['content'] }}"
+    renderer = Renderer(make_tokenizer(CHAT.replace("{{ m['content'] }}", content)), ChatTemplate())
+    assert renderer.render(question("why", "so")).reference_ids == [[*ids_of("so"), END]]
+    messages = [("user", "why"), ("assistant", "so"), ("user", "and"), ("assistant", "yes")]
+    row = {"messages": [{"role": role, "content": content} for role, content in messages]}
+    with pytest.raises(RowError, match="rewrites earlier turns: the conversation up to message 4"):
+        renderer.render(parse_row(row, require_responses=True))
+
+
+def test_a_template_that_refuses_a_system_message_is_named() -> None:
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    )
+    with pytest.raises(DataError, match="refuses the row: no system"):
+        Renderer(make_tokenizer(template + CHAT), ChatTemplate(system="be brief"))
+
+
+def test_a_tokenizer_without_chat_template_names_the_remedy() -> None:
+    with pytest.raises(DataError, match=r"set data\.template\.type=plain"):
+        Renderer(make_tokenizer(None), ChatTemplate())
+
+
+def test_the_plain_templates_put_the_answer_after_the_prompt_and_end_with_eos() -> None:
+    raw = Renderer(make_tokenizer(None), PlainTemplate(name="raw"))
+    rendered = raw.render(question("why sky", "so"))
+    assert rendered.prompt_ids == ids_of("why sky")
+    assert rendered.reference_ids == [[*ids_of("so"), EOS]]
+
+    tokenizer = make_tokenizer(None)
+    row = {"instruction": "why", "input": "sky", "output": "so"}
+    rendered = Renderer(tokenizer, PlainTemplate()).render(parse_row(row, require_responses=True))
+    text = (
+        "Below is an instruction that describes a task, paired with an input that provides further"
+        " context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nwhy\n\n### Input:\nsky\n\n### Response:\n"
+    )
+    assert rendered.prompt_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert rendered.reference_ids == [[*ids_of("so"), EOS]]
+
+
+def test_a_plain_template_refuses_a_conversation() -> None:
+    messages = [("user", "why"), ("assistant", "so"), ("user", "and"), ("assistant", "yes")]
+    row = {"messages": [{"role": role, "content": content} for role, content in messages]}
+    with pytest.raises(RowError, match="one question with one answer, got 3 messages"):
+        Renderer(make_tokenizer(), PlainTemplate()).render(parse_row(row, require_responses=True))
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def write_lines(path: Path, *rows: Any) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_a_missing_file_is_named_with_its_key(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.test: .*nowhere\.jsonl does not exist"):
+        check_files(
+            DataConfig(
+                train=(write_lines(tmp_path / "a.jsonl", {"prompt": "why", "response": "so"}),),
+                test=(tmp_path / "nowhere.jsonl",),
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", r"a\.jsonl is empty"),
+        ("a.csv", "x", r"must be one of \.jsonl.*got \.csv"),
+        ("a.jsonl", '{"prompt": "why", "response": "so"}\n{"prompt"\n', r"a\.jsonl:2: not valid"),
+        ("a.json", '[{"prompt": "why"}]', r"a\.json:1: the file is one JSON array"),
+        ("a.parquet", "no parquet", r"a\.parquet is not a readable parquet file"),
+    ],
+)
+def test_the_quick_check_finds_bad_files(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        check_files(DataConfig(train=(tmp_path / name,)))
+
+
+def test_a_file_listed_twice_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"prompt": "why", "response": "so"})
+    with pytest.raises(DataError, match="is listed twice"):
+        check_files(DataConfig(train=(path, tmp_path / "." / "a.jsonl")))
+
+
+# ---- Ray Data -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    started = not ray.is_initialized()
+    if started:
+        ray.init(
+            num_cpus=16,
+            object_store_memory=150 * 2**20,
+            log_to_driver=False,
+            include_dashboard=False,
+        )
+    yield
+    if started:
+        ray.shutdown()
+
+
+def load(
+    *paths: Path, require_responses: bool = True, tokenizer: Any = None, **changes: Any
+) -> Dataset:
+    config = DataConfig(train=paths, **changes)
+    return load_dataset(
+        paths,
+        config,
+        tokenizer or make_tokenizer(),
+        split="train",
+        require_responses=require_responses,
+    )
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("local_ray")
+class TestWithRayData:
+    def test_rows_become_prompts_and_demonstrations_in_the_files_order(
+        self, tmp_path: Path
+    ) -> None:
+        first = write_lines(
+            tmp_path / "a file.jsonl",
+            {"prompt": "why", "response": "so"},
+            "",
+            {"id": "named", "prompt": "why sky", "response": ["yes", "no"]},
+        )
+        second = tmp_path / "b.parquet"
+        pq.write_table(pa.table({"instruction": ["is"], "output": ["blue"]}), second)
+        dataset = load(first, second)
+        assert [prompt.prompt_id for prompt in dataset.prompts] == ["a file-1", "named", "b-1"]
+        prompt, demonstration = dataset.prompts[1], dataset.demonstrations[1]
+        assert prompt.references == ("yes", "no")
+        assert [ids.tolist() for ids in prompt.reference_ids] == [
+            [*ids_of("yes"), END],
+            [*ids_of("no"), END],
+        ]
+        assert prompt.token_ids.dtype == np.int32
+        assert (demonstration.rollout_id, demonstration.text) == ("dataset-named", "yes")
+        assert demonstration.prompt_ids.tolist() == [USER, *ids_of("why sky"), END, ASSISTANT]
+        assert demonstration.response_ids.tolist() == [*ids_of("yes"), END]
+        assert (dataset.report.num_rows, dataset.report.num_kept) == (3, 3)
+        assert (dataset.report.num_prompt_tokens, dataset.report.num_response_tokens) == (13, 6)
+
+    def test_a_dataset_directory_is_read_by_split(self, tmp_path: Path) -> None:
+        from datasets import Dataset as HuggingFaceDataset
+        from datasets import DatasetDict
+
+        rows = HuggingFaceDataset.from_dict({"prompt": ["why", "is"], "response": ["so", "yes"]})
+        rows.save_to_disk(tmp_path / "one")
+        DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "several")
+        assert [p.text for p in load(tmp_path / "one").prompts] == ["why", "is"]
+        assert [p.text for p in load(tmp_path / "several").prompts] == ["why", "is"]
+        with pytest.raises(DataError, match="has no split 'validation', only train, test"):
+            check_files(DataConfig(train=(tmp_path / "one",), validation=(tmp_path / "several",)))
+
+    def test_bad_rows_are_refused_with_file_and_line(self, tmp_path: Path) -> None:
+        good = {"prompt": "why", "response": "so"}
+        path = write_lines(tmp_path / "a.jsonl", good, "", "{bad", good, {"prompt": ""})
+        with pytest.raises(DataError) as caught:
+            load(path)
+        lines = str(caught.value).splitlines()
+        assert lines[0].startswith(f"{path}:3: not valid JSON: Expecting property name")
+        assert lines[1] == f"{path}:5: prompt is empty"
+        assert lines[2] == "data.train: correct these rows, or set data.bad_rows=skip"
+
+    def test_skipped_rows_are_counted_by_kind(self, tmp_path: Path) -> None:
+        path = write_lines(
+            tmp_path / "a.jsonl",
+            "{bad",
+            {"prompt": "", "response": "so"},
+            {"id": "a", "prompt": "why", "response": "so"},
+            {"id": "a", "prompt": "is", "response": "yes"},
+            {"id": "b", "prompt": "why sky is blue", "response": "so"},
+            {"id": "c", "prompt": "why", "response": "sky is blue"},
+        )
+        dataset = load(path, bad_rows="skip", max_prompt_tokens=6, max_response_tokens=3)
+        assert [prompt.prompt_id for prompt in dataset.prompts] == ["a"]
+        assert dataset.report.num_problems == {
+            "malformed": 1,
+            "empty": 1,
+            "duplicate": 1,
+            "long": 2,
+        }
+        assert f"{path}:4: id 'a' was used before, at {path}:3" in str(dataset.report)
+        assert f"{path}:6: the response has 4 tokens, data.max_response_tokens is 3" in str(
+            dataset.report
+        )
+
+    def test_a_long_prompt_is_refused_where_the_config_says_so(self, tmp_path: Path) -> None:
+        path = write_lines(tmp_path / "a.jsonl", {"prompt": "why sky", "response": "so"})
+        with pytest.raises(
+            DataError, match=r"a\.jsonl:1: the prompt has 5 tokens, data\.max_p.* 4"
+        ):
+            load(path, long_rows="fail", max_prompt_tokens=4)
+
+    def test_an_empty_data_set_is_refused(self, tmp_path: Path) -> None:
+        path = write_lines(tmp_path / "a.jsonl", "", "")
+        with pytest.raises(DataError, match=r"data\.train: no usable row in .*a\.jsonl \(0 rows"):
+            load(path)
+        path = write_lines(tmp_path / "b.jsonl", {"prompt": "why"})
+        with pytest.raises(DataError, match=r"1 rows, 1 of them skipped; the first: .*b\.jsonl:1"):
+            load(path, bad_rows="skip")
+
+    def test_a_damaged_file_is_named_without_a_stack_trace(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.parquet"
+        words = [f"why {number} " * 20 for number in range(2000)]
+        pq.write_table(pa.table({"prompt": words, "response": words}), path, compression="none")
+        content = bytearray(path.read_bytes())
+        content[1000:9000] = b"\xff" * 8000
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"^.*a\.parquet is not a readable parquet file: .*$"):
+            load(path)
+
+    def test_prompts_are_read_without_answers_for_generation(self, tmp_path: Path) -> None:
+        path = write_lines(tmp_path / "a.jsonl", {"id": "x", "topic": "y", "prompt": "why"})
+        dataset = load(path, require_responses=False)
+        assert [prompt.prompt_id for prompt in dataset.prompts] == ["x"]
+        assert dataset.demonstrations == ()
+
+    def test_equal_stems_give_different_ids(self, tmp_path: Path) -> None:
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+            write_lines(tmp_path / name / "a.jsonl", {"prompt": "why", "response": "so"})
+        dataset = load(tmp_path / "one" / "a.jsonl", tmp_path / "two" / "a.jsonl")
+        assert [prompt.prompt_id for prompt in dataset.prompts] == ["a.0-1", "a.1-1"]
+
+    def test_held_out_prompts_depend_on_seed_and_words_only_and_twins_stay_together(
+        self, tmp_path: Path
+    ) -> None:
+        texts = [f"{a} {b}" for a in WORDS for b in WORDS]
+        rows = [{"prompt": text, "response": "so"} for text in texts]
+        dataset = load(write_lines(tmp_path / "a.jsonl", *rows, *rows[:40]))
+        reversed_dataset = load(write_lines(tmp_path / "b.jsonl", *rows[::-1]))
+
+        def held_out(data: Dataset, seed: int) -> set[str]:
+            train, validation = hold_out(data, fraction=0.1, seed=seed)
+            texts = {prompt.text for prompt in validation.prompts}
+            assert not texts & {prompt.text for prompt in train.prompts}
+            assert len(train.prompts) + len(validation.prompts) == len(data.prompts)
+            return texts
+
+        chosen = held_out(dataset, 0)
+        assert len(chosen) == round(0.1 * len(texts))
+        assert held_out(reversed_dataset, 0) == chosen
+        assert held_out(dataset, 1) != chosen
+
+    def test_splits_from_files_report_prompts_that_occur_in_both(self, tmp_path: Path) -> None:
+        train = write_lines(
+            tmp_path / "train.jsonl",
+            *({"prompt": word, "response": "so"} for word in ("why", "is")),
+        )
+        held = write_lines(
+            tmp_path / "held.jsonl",
+            *({"prompt": word, "response": "yes"} for word in ("is", "no", "and")),
+        )
+        config = DataConfig(train=(train,), validation=(held,))
+        splits = load_splits(config, make_tokenizer(), seed=0)
+        assert (len(splits.train.prompts), len(splits.validation.prompts)) == (2, 3)
+        assert (splits.num_validation_twins, splits.test) == (1, None)
+
+    def test_one_distinct_prompt_cannot_be_split(self, tmp_path: Path) -> None:
+        path = write_lines(tmp_path / "a.jsonl", {"prompt": "why", "response": "so"})
+        with pytest.raises(DataError, match="at least 2 distinct training prompts, got 1"):
+            load_splits(DataConfig(train=(path,)), make_tokenizer(), seed=0)

@@ -1,0 +1,297 @@
+"""What every generator does, whatever its engine: seeds, loops, filters, versions, limits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distillm_ray.config import FilterConfig, RolloutConfig, SamplingConfig
+from distillm_ray.generator import (
+    Generator,
+    Request,
+    Response,
+    is_empty,
+    is_looping,
+    request_seed,
+    verdict,
+)
+from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Source, Weights
+
+END = 99
+
+
+def rollout(tokens: Sequence[int], finish_reason: FinishReason = FinishReason.LENGTH) -> Rollout:
+    return Rollout(
+        rollout_id="r",
+        prompt_id="p",
+        prompt_ids=np.array([1], dtype=np.int32),
+        response_ids=np.array(tokens, dtype=np.int32),
+        loss_mask=np.ones(len(tokens), dtype=np.bool_),
+        source=Source.STUDENT,
+        version=0,
+        finish_reason=finish_reason,
+    )
+
+
+def prompt(length: int = 3) -> Prompt:
+    return Prompt(
+        prompt_id="p",
+        token_ids=np.arange(1, length + 1, dtype=np.int32),
+        reference_ids=(),
+        text="",
+        references=(),
+    )
+
+
+class EchoGenerator(Generator):
+    """Answers with the prompt and the weights' version, after it was allowed to."""
+
+    async def start(self) -> None:
+        self.allowed = asyncio.Event()
+        self.allowed.set()
+        self.weights = 0
+        self.requests: list[Request] = []
+        self.failure: Exception | None = None
+
+    async def stop(self) -> None:
+        pass
+
+    async def _respond(self, request: Request) -> Response:
+        self.requests.append(request)
+        await self.allowed.wait()
+        tokens = [*request.prompt_ids.tolist(), 1000 + self.weights, END]
+        return Response(
+            token_ids=np.array(tokens, dtype=np.int32),
+            logprobs=np.zeros(len(tokens), dtype=np.float32),
+            finish_reason=FinishReason.STOP,
+        )
+
+    async def _load(self, buckets: Sequence[Any]) -> None:
+        if self.failure is not None:
+            raise self.failure
+        (self.weights,) = buckets
+
+
+async def started(timeout_s: float = 5.0) -> EchoGenerator:
+    generator = EchoGenerator(
+        Path("model"),
+        RolloutConfig(timeout_s=timeout_s),
+        end_token_ids=(END,),
+        max_prompt_tokens=4,
+        max_response_tokens=8,
+        seed=3,
+        device="cpu",
+    )
+    await generator.start()
+    return generator
+
+
+def demand(ordinal: int = 0, min_version: int = 0) -> Demand:
+    return Demand(ordinal=ordinal, prompt=prompt(), min_version=min_version)
+
+
+def weights(version: int) -> Weights:
+    return Weights(version=version, buckets=(version,), nbytes=0)
+
+
+# ---- loops and filters ---------------------------------------------------------------------------
+
+
+def test_a_page_of_one_token_loops_and_a_short_run_does_not() -> None:
+    assert is_looping(rollout([1, 2, 3] + [7] * 32))
+    assert not is_looping(rollout([1, 2, 3] + [7] * 31))
+
+
+def test_a_repeated_sentence_loops_from_its_fourth_time_on() -> None:
+    sentence = list(range(20))
+    assert is_looping(rollout([50, 51] + sentence * 4))
+    assert not is_looping(rollout([50, 51] + sentence * 3))
+    assert is_looping(rollout(sentence * 4 + sentence[:7]))  # cut off in the middle
+
+
+def test_a_loop_that_the_response_leaves_again_is_none() -> None:
+    assert not is_looping(rollout([7] * 60 + [1, 2, 3]))
+
+
+def test_the_end_token_does_not_hide_a_loop() -> None:
+    assert is_looping(rollout([7] * 32 + [END], FinishReason.STOP))
+
+
+@given(
+    st.lists(st.integers(0, 2), max_size=12),
+    st.lists(st.integers(0, 2), min_size=1, max_size=40),
+    st.integers(1, 50),
+)
+def test_looping_is_what_trying_every_ngram_finds(
+    start: list[int], ngram: list[int], repeats: int
+) -> None:
+    tokens = start + ngram * repeats
+
+    def naive() -> bool:
+        for size in range(1, 65):
+            tail = 1
+            while tail < len(tokens) and (
+                tail < size or tokens[-tail - 1] == tokens[-tail - 1 + size]
+            ):
+                tail += 1
+            if tail >= max(4 * size, 32):
+                return True
+        return False
+
+    assert is_looping(rollout(tokens)) == naive()
+
+
+def test_the_filter_names_its_reason_and_drops_nothing_unless_asked() -> None:
+    loop = rollout([7] * 40)
+    cut = rollout(range(40))
+    fine = rollout([1, 2, END], FinishReason.STOP)
+    assert verdict(loop, FilterConfig()) is None
+    assert verdict(loop, FilterConfig(drop_looping=True)) == "looping"
+    assert verdict(cut, FilterConfig(drop_looping=True)) is None
+    assert verdict(cut, FilterConfig(drop_truncated=True)) == "truncated"
+    assert verdict(fine, FilterConfig(drop_looping=True, drop_truncated=True)) is None
+
+
+def test_an_empty_response_is_one_end_token_and_not_one_word() -> None:
+    assert is_empty(rollout([END], FinishReason.STOP))
+    assert not is_empty(rollout([5], FinishReason.LENGTH))
+    assert not is_empty(rollout([5, END], FinishReason.STOP))
+
+
+# ---- seeds ---------------------------------------------------------------------------------------
+
+
+def test_seeds_differ_by_run_ordinal_and_attempt_and_fit_into_63_bits() -> None:
+    seeds = {
+        request_seed(run, ordinal, attempt)
+        for run in range(4)
+        for ordinal in range(50)
+        for attempt in range(3)
+    }
+    assert len(seeds) == 4 * 50 * 3
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert request_seed(1, 2, 3) == request_seed(1, 2, 3)
+
+
+# ---- versions and limits -------------------------------------------------------------------------
+
+
+async def test_a_rollout_carries_its_demand_and_the_version_that_it_started_with() -> None:
+    generator = await started()
+    await generator.update_weights(weights(4), keep_in_flight=True)
+    made = await generator.generate(demand(ordinal=7))
+    assert (made.rollout_id, made.ordinal, made.version) == ("student-7", 7, 4)
+    assert made.response_ids.tolist() == [1, 2, 3, 1004, END]
+    assert made.loss_mask.all()
+    assert generator.requests[0].seed == request_seed(3, 7, 0)
+
+
+async def test_a_request_waits_for_the_weights_that_it_needs() -> None:
+    generator = await started()
+    waiting = asyncio.create_task(generator.generate(demand(min_version=2)))
+    await generator.update_weights(weights(1), keep_in_flight=True)
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    await generator.update_weights(weights(2), keep_in_flight=True)
+    assert (await waiting).version == 2
+
+
+async def test_without_keeping_in_flight_an_update_waits_and_new_requests_wait_for_it() -> None:
+    generator = await started()
+    generator.allowed.clear()
+    running = asyncio.create_task(generator.generate(demand(0)))
+    await asyncio.sleep(0.01)
+    update = asyncio.create_task(generator.update_weights(weights(1), keep_in_flight=False))
+    await asyncio.sleep(0.01)
+    late = asyncio.create_task(generator.generate(demand(1)))
+    await asyncio.sleep(0.01)
+    assert generator.weights == 0
+    assert len(generator.requests) == 1
+    generator.allowed.set()
+    assert (await running).response_ids.tolist()[-2] == 1000
+    await update
+    assert (await late).response_ids.tolist()[-2] == 1001
+
+
+async def test_with_keeping_in_flight_an_update_does_not_wait() -> None:
+    generator = await started()
+    generator.allowed.clear()
+    running = asyncio.create_task(generator.generate(demand(0)))
+    await asyncio.sleep(0.01)
+    await generator.update_weights(weights(1), keep_in_flight=True)
+    assert generator.version == 1
+    generator.allowed.set()
+    assert (await running).version == 0
+
+
+async def test_a_wait_for_weights_ends_with_what_it_waited_for() -> None:
+    generator = await started(timeout_s=0.05)
+    with pytest.raises(TimeoutError, match="weights of version 9; here is version 0"):
+        await generator.generate(demand(min_version=9))
+
+
+async def test_a_response_that_does_not_come_ends_with_its_name_and_the_limit() -> None:
+    generator = await started(timeout_s=0.05)
+    generator.allowed.clear()
+    with pytest.raises(TimeoutError, match=r"student-5 had no response after rollout\.timeout_s"):
+        await generator.generate(demand(ordinal=5))
+    assert generator.counters.in_flight == 0
+
+
+async def test_after_a_failed_update_nothing_is_answered() -> None:
+    generator = await started()
+    generator.failure = OSError("no space left")
+    with pytest.raises(OSError, match="no space left"):
+        await generator.update_weights(weights(1), keep_in_flight=True)
+    with pytest.raises(RuntimeError, match="must be replaced"):
+        await generator.generate(demand())
+
+
+async def test_equal_seeds_complete_equally_in_any_order_and_prompts_get_other_noise() -> None:
+    generator = await started()
+    other = Prompt(
+        prompt_id="q", token_ids=prompt().token_ids, reference_ids=(), text="", references=()
+    )
+    for asked in (prompt(), other, prompt()):
+        await generator.complete(asked, SamplingConfig(max_tokens=2), seed=5)
+    first, second, third = (request.seed for request in generator.requests)
+    assert first == third
+    assert first != second
+
+
+async def test_what_does_not_fit_is_refused_before_the_engine_sees_it() -> None:
+    generator = await started()
+    with pytest.raises(ValueError, match=r"got 3 \+ 20 > 12"):
+        await generator.complete(prompt(), SamplingConfig(max_tokens=20), seed=0)
+    assert generator.requests == []
+
+
+async def test_counters_add_up() -> None:
+    generator = await started()
+    await asyncio.gather(*(generator.generate(demand(index)) for index in range(5)))
+    await generator.update_weights(weights(1), keep_in_flight=True)
+    counters = generator.counters
+    assert (counters.responses, counters.tokens, counters.prompt_tokens) == (5, 25, 15)
+    assert (counters.empty, counters.truncated, counters.looping) == (0, 0, 0)
+    assert (counters.updates, counters.in_flight) == (1, 0)
+    assert counters.busy_seconds > 0
+
+
+def test_a_model_without_any_end_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="every response would run to its length limit"):
+        EchoGenerator(
+            Path("model"),
+            RolloutConfig(),
+            end_token_ids=(),
+            max_prompt_tokens=4,
+            max_response_tokens=8,
+            seed=3,
+            device="cpu",
+        )

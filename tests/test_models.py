@@ -1,0 +1,234 @@
+"""Model directories: facts read from headers, and every bad directory named for what it lacks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+
+from distillm_ray.config import Config, TargetsConfig
+from distillm_ray.errors import ConfigError, ModelError
+from distillm_ray.models import (
+    check_lengths,
+    check_model_directory,
+    check_pair,
+    check_targets,
+)
+
+WORDS = ["<unk>", "<s>", "</s>", "red", "green", "blue"]
+
+
+def write_tokenizer(directory: Path, words: list[str]) -> None:
+    tokenizer = Tokenizer(
+        WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in words[:3]])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
+    )
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama as transformers saves it, with 8 head rows for 6 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    write_tokenizer(directory, WORDS)
+    return directory
+
+
+@pytest.fixture
+def model(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def test_the_facts_of_a_directory_are_those_of_the_model_that_was_saved(model: Path) -> None:
+    facts = check_model_directory(model, "teacher")
+    embeddings = 2 * 8 * 8
+    attention = 8 * 8 + 2 * (8 * 4) + 8 * 8
+    layer = attention + 3 * 8 * 16 + 2 * 8
+    assert facts.num_parameters == embeddings + 2 * layer + 8
+    assert (facts.architecture, facts.num_layers) == ("LlamaForCausalLM", 2)
+    assert (facts.hidden_size, facts.num_rows, facts.vocabulary_size) == (8, 8, 6)
+    assert (facts.context_length, facts.tied, facts.end_token_ids) == (32, False, (2,))
+    assert (facts.head_rule, facts.head_rule_value) == ("linear", None)
+
+
+def test_checking_a_model_imports_neither_torch_nor_ray_nor_transformers(model: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from distillm_ray.models import *;"
+        f"check_model_directory(Path({str(model)!r}), 'teacher');"
+        "print(*[m for m in ('torch', 'ray', 'transformers', 'vllm') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == ""
+
+
+def test_several_end_tokens_are_taken_from_the_generation_config(model: Path) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 4]}))
+    assert check_model_directory(model, "student").end_token_ids == (2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("key", "rule"),
+    [
+        ("final_logit_softcapping", "softcap"),
+        ("logit_scale", "multiply"),
+        ("logits_scaling", "divide"),
+    ],
+)
+def test_a_head_rule_is_taken_from_the_config(model: Path, key: str, rule: str) -> None:
+    edit_config(model, **{key: 30.0})
+    facts = check_model_directory(model, "teacher")
+    assert (facts.head_rule, facts.head_rule_value) == (rule, 30.0)
+
+
+def test_an_unknown_head_rule_is_refused_by_name(model: Path) -> None:
+    edit_config(model, lm_head_multiplier=0.5)
+    with pytest.raises(ModelError, match=r"lm_head_multiplier=0\.5, a rule that is not supported"):
+        check_model_directory(model, "teacher")
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"teacher\.model: .*nowhere does not exist"):
+        check_model_directory(tmp_path / "nowhere", "teacher")
+
+
+def test_a_directory_without_weights_is_refused(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"student\.model: .* has no weights: no \*\.safetensors"):
+        check_model_directory(model, "student")
+
+
+def test_a_directory_with_pickles_only_is_refused(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pickles only \(pytorch_model\.bin\).*safetensors"):
+        check_model_directory(model, "student")
+
+
+def test_a_missing_shard_is_named(model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+    )
+    with pytest.raises(ModelError, match=r"lacks model-2\.safetensors, which"):
+        check_model_directory(model, "student")
+
+
+def test_weights_that_were_cut_off_are_noticed_from_the_header(model: Path) -> None:
+    weights = model / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    with pytest.raises(
+        ModelError, match=rf"cut off: its header describes {len(content)} bytes, the file has"
+    ):
+        check_model_directory(model, "student")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelError, match=r"not a safetensors file .*large-file storage"):
+        check_model_directory(model, "student")
+
+
+def test_own_code_needs_leave(model: Path) -> None:
+    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling.Own"})
+    with pytest.raises(ModelError, match=r"set teacher\.trust_remote_code=true"):
+        check_model_directory(model, "teacher")
+    check_model_directory(model, "teacher", trust_remote_code=True)
+
+
+def test_a_model_that_is_no_decoder_is_refused(model: Path) -> None:
+    edit_config(model, architectures=["BertForMaskedLM"])
+    with pytest.raises(ModelError, match=r"decoder-only language model.*BertForMaskedLM"):
+        check_model_directory(model, "teacher")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(model: Path) -> None:
+    write_tokenizer(model, [*WORDS, "a", "b", "c"])
+    with pytest.raises(ModelError, match=r"ids up to 8 \('c'\), but the model only 8 rows"):
+        check_model_directory(model, "student")
+
+
+def test_a_model_without_an_end_token_is_refused(model: Path) -> None:
+    edit_config(model, eos_token_id=None)
+    (model / "generation_config.json").write_text("{}")
+    (model / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="names no end token"):
+        check_model_directory(model, "student")
+
+
+def test_padded_tails_may_differ_and_the_real_size_is_reported(model: Path, tmp_path: Path) -> None:
+    student = Path(shutil.copytree(model, tmp_path / "student"))
+    edit_config(student, vocab_size=64)
+    pair = check_model_directory(model, "teacher"), check_model_directory(student, "student")
+    assert check_pair(*pair) == 6
+
+
+def test_the_first_id_with_two_meanings_is_named_with_both_tokens(
+    model: Path, tmp_path: Path
+) -> None:
+    student = Path(shutil.copytree(model, tmp_path / "student"))
+    write_tokenizer(student, ["<unk>", "<s>", "</s>", "red", "yellow", "green"])
+    pair = check_model_directory(model, "teacher"), check_model_directory(student, "student")
+    with pytest.raises(ModelError, match=r"id 4 is 'green' for the teacher .* and 'yellow' for"):
+        check_pair(*pair)
+
+
+def test_a_token_that_only_one_side_has_is_refused(model: Path, tmp_path: Path) -> None:
+    student = Path(shutil.copytree(model, tmp_path / "student"))
+    write_tokenizer(student, [*WORDS, "mauve"])
+    pair = check_model_directory(model, "teacher"), check_model_directory(student, "student")
+    with pytest.raises(ModelError, match=r"id 6 is no token for the teacher .* and 'mauve' for"):
+        check_pair(*pair)
+
+
+def tiny_config(**data: int) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"directory": "runs/a"},
+            "teacher": {"model": "t"},
+            "student": {"model": "s"},
+            "data": {"train": ["a.jsonl"], **data},
+            "learner": {"steps": 1, "batch_size": 1},
+        }
+    )
+
+
+def test_sequences_longer_than_the_context_are_refused_with_the_sum(model: Path) -> None:
+    facts = check_model_directory(model, "student")
+    check_lengths(tiny_config(max_prompt_tokens=16, max_response_tokens=16), facts, facts)
+    with pytest.raises(ConfigError, match=r"the student's context, got 16 \+ 17 = 33 > 32"):
+        check_lengths(tiny_config(max_prompt_tokens=16, max_response_tokens=17), None, facts)
+
+
+def test_top_k_beyond_the_vocabulary_is_refused() -> None:
+    check_targets(TargetsConfig(type="top_k", k=6), 6)
+    with pytest.raises(ConfigError, match=r"targets\.k must be at most .* got 7 > 6"):
+        check_targets(TargetsConfig(type="top_k", k=7), 6)

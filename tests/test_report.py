@@ -1,0 +1,261 @@
+"""Summaries, the table and the figures, from a log made up by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console, RenderableType
+
+from distillm_ray.errors import RunDirectoryError
+from distillm_ray.metrics import MetricsLog
+from distillm_ray.plots import draw_all, draw_overview, running_mean
+from distillm_ray.records import (
+    BufferSizes,
+    Counters,
+    DoneRecord,
+    DrawFacts,
+    PublishRecord,
+    StepRecord,
+    ValidationRecord,
+)
+from distillm_ray.report import git_commit, render_report, write_report, write_samples
+from distillm_ray.summary import (
+    ComparedSample,
+    Evaluation,
+    ModelScores,
+    Score,
+    read_run,
+    summarize,
+)
+from distillm_ray.types import Mix, TrainStep
+
+NUM_STEPS, BATCH = 200, 16
+
+
+class Clock:
+    """Two seconds a reading."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        self.now += 2.0
+        return self.now
+
+
+def write_run(directory: Path, *, num_steps: int = NUM_STEPS, start: float = 0.3) -> None:
+    """A log that looks like a run: losses fall, phi rises twice, the replay shelf fills up."""
+    random = np.random.default_rng(0)
+    log = MetricsLog(
+        directory,
+        commit="0123456ab",
+        command="distillm-ray train configs/quickstart.yaml",
+        tensorboard=False,
+        clock=Clock(),
+    )
+    phi, shelf = start, 0
+    log.add(ValidationRecord(step=0, loss=3.4, tokens=1000, phi=phi))
+    for step in range(1, num_steps + 1):
+        psi = phi * (1 - (step - 1) / num_steps)
+        slots = random.random(BATCH)
+        fresh = int((slots < psi).sum())
+        replay = int(((slots >= psi) & (slots < phi)).sum())
+        if shelf < BATCH:
+            fresh, replay = fresh + replay, 0
+        shelf = min(shelf + fresh, 1000)
+        train = TrainStep(
+            step=step,
+            loss=2.0 * math.exp(-step / 60) + 0.4 + 0.1 * float(random.standard_normal()),
+            learning_rate=1e-4,
+            gradient_norm=1.0,
+            tokens=4000,
+            positions=4100,
+            seconds=2.0,
+            wait_seconds=0.25 if fresh else 0.0,
+            skipped=step == 50,
+        )
+        draw = DrawFacts(
+            phi=phi,
+            psi=psi,
+            mix=Mix(fresh=fresh, replay=replay, dataset=BATCH - fresh - replay),
+            fresh_ages=tuple(random.integers(0, 2, fresh).tolist()),
+            replay_ages=tuple(random.integers(1, step + 1, replay).tolist()),
+        )
+        work = Counters(
+            generated_sequences=fresh,
+            generated_tokens=100 * fresh,
+            scored_tokens=150 * fresh + 100,
+            target_hits=replay,
+            target_misses=BATCH - replay,
+            generate_seconds=0.5,
+            score_seconds=0.125,
+        )
+        sizes = BufferSizes(replay=shelf, in_flight=2 * fresh, fresh=fresh // 2)
+        log.add(StepRecord.build(train, draw, buffer=sizes, work=work))
+        if step % 10 == 0 and psi > 0:
+            log.add(PublishRecord(step=step, nbytes=10**8, seconds=0.5))
+        if step % 25 == 0:
+            phi = phi if phi == 0 else min(phi + (0.1 if step in (100, 150) else 0.0), 1.0)
+            loss = 3.4 * math.exp(-step / 80) + 1.2
+            log.add(ValidationRecord(step=step, loss=loss, tokens=1000, phi=phi))
+    log.add(DoneRecord(step=num_steps, status="complete", seconds=400.0))
+    log.close()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "quickstart"
+    write_run(directory, num_steps=60)
+    scores = {
+        "student before": ModelScores(validation_loss=3.4, rouge_l=Score(mean=8.21, std=0.42)),
+        "student after": ModelScores(
+            validation_loss=1.25, rouge_l=Score(mean=28.0), bleu=Score(mean=4.4)
+        ),
+        "teacher": ModelScores(validation_loss=0.5, rouge_l=Score(mean=40.0)),
+    }
+    sample = ComparedSample(prompt="Why?", reference="So.", before="", after="Because\nof it.")
+    Evaluation(models=scores, samples=(sample,), num_prompts=50, seeds=(1, 2)).write(directory)
+    return directory
+
+
+def printed(renderable: RenderableType) -> str:
+    console = Console(width=120, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_the_summary_adds_up_the_log(finished: Path) -> None:
+    run = read_run(finished)
+    summary = summarize(run)
+    steps = [record for record in run.records if isinstance(record, StepRecord)]
+    drawn = np.array([[r.mix.fresh, r.mix.replay, r.mix.dataset] for r in steps]).sum(axis=0)
+    assert summary.status == "complete"
+    assert (summary.totals.fresh, summary.totals.replay, summary.totals.dataset) == tuple(drawn)
+    assert drawn.sum() == 60 * BATCH
+    assert summary.student_share == pytest.approx((drawn[0] + drawn[1]) / (60 * BATCH))
+    assert summary.totals.generated_tokens == 100 * drawn[0]
+    assert summary.target_hit_rate == pytest.approx(drawn[1] / (60 * BATCH))
+    assert summary.packing_efficiency == pytest.approx(40 / 41)
+    waited = 0.25 * sum(r.mix.fresh > 0 for r in steps)
+    assert summary.totals.wait_seconds == pytest.approx(waited)
+    assert summary.totals.learn_seconds == pytest.approx(120 - waited)
+    assert summary.totals.generate_seconds == pytest.approx(30)
+    assert summary.first_validation_loss == 3.4
+    assert summary.last_validation_loss == pytest.approx(3.4 * math.exp(-50 / 80) + 1.2)
+    assert summary.totals.skipped_steps == 1
+    assert summary.wall_seconds == 2.0 * (len(run.records) - 1)
+
+
+def test_the_mean_age_is_over_fresh_samples_not_over_steps(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tensorboard=False)
+    for step, ages in ((1, (0, 0, 0)), (2, (4,)), (3, ())):
+        draw = DrawFacts(phi=1.0, psi=1.0, mix=Mix(fresh=len(ages)), fresh_ages=ages)
+        train = TrainStep(step=step, loss=1.0)
+        log.add(StepRecord.build(train, draw, buffer=BufferSizes(), work=Counters()))
+    log.close()
+    summary = summarize(read_run(tmp_path))
+    assert (summary.fresh_age_mean, summary.fresh_age_max) == (1.0, 4)
+    assert summary.status == "running"
+
+
+def test_the_report_leaves_summary_samples_and_pictures(finished: Path) -> None:
+    text = printed(write_report(finished))
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["totals"]["steps"] == 60
+    assert summary["commit"] == "0123456ab"
+    names = {path.stem for path in (finished / "plots").glob("*.png")}
+    assert names == {"overview", "loss", "phi", "mix", "age", "buffer", "seconds", "work"}
+    samples = (finished / "samples.md").read_text()
+    assert "> Because\n> of it." in samples
+    assert "**Before**\n\n> (empty)" in samples
+    rows = [[cell.strip() for cell in row.split("│")] for row in text.splitlines()]
+    assert ["", "student before", "3.400", "8.2 ± 0.4", "-", ""] in rows
+    assert ["", "student after", "1.250", "28.0", "4.4", ""] in rows
+    assert ["", "teacher", "0.500", "40.0", "-", ""] in rows
+    for word in ("generating", "scoring", "learning", "waiting", "wall-clock"):
+        assert word in text
+    assert "1 steps were skipped" in text
+
+
+def test_another_run_becomes_a_row_of_the_table(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "sft"
+    other.mkdir()
+    after = ModelScores(validation_loss=1.5, rouge_l=Score(mean=21.0))
+    Evaluation(models={"student after": after}).write(other)
+    text = printed(write_report(finished, compare=[other]))
+    row = next(line for line in text.splitlines() if "student after (sft)" in line)
+    assert "1.500" in row and "21.0" in row
+
+
+def test_a_run_to_compare_with_needs_an_evaluation(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match=r"holds no evaluation\.json .* evaluate"):
+        write_report(finished, compare=[tmp_path])
+
+
+def test_a_directory_without_a_log_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match=r"holds no metrics\.jsonl"):
+        read_run(tmp_path)
+
+
+def test_a_damaged_evaluation_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, num_steps=2)
+    (tmp_path / "evaluation.json").write_text('{"models": 3}')
+    with pytest.raises(RunDirectoryError, match=r"is no evaluation .* again"):
+        read_run(tmp_path)
+
+
+def test_an_evaluation_is_read_back_as_it_was_written(finished: Path) -> None:
+    evaluation = read_run(finished).evaluation
+    assert evaluation is not None
+    assert evaluation.models["student before"].rouge_l == Score(mean=8.21, std=0.42)
+    assert evaluation.models["student before"].bleu is None
+    assert evaluation.seeds == (1, 2)
+
+
+def test_a_run_that_never_drew_an_sgo_says_so(tmp_path: Path) -> None:
+    write_run(tmp_path, num_steps=5, start=0.0)
+    run = read_run(tmp_path)
+    assert "never drew a student-generated output" in summarize(run).notes[0]
+    assert "schedule.start" in " ".join(printed(render_report(run, summarize(run))).split())
+
+
+def test_a_run_without_a_step_can_be_reported(tmp_path: Path) -> None:
+    MetricsLog(tmp_path, tensorboard=False).close()
+    assert "0 steps, running" in printed(write_report(tmp_path))
+
+
+def test_the_overview_is_1200_pixels_wide(finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "overview.png"
+    draw_overview(read_run(finished).records, path, title="command", subtitle="commit abc")
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(header[16:20], "big") == 1200
+
+
+def test_all_panels_are_drawn(finished: Path, tmp_path: Path) -> None:
+    paths = draw_all(read_run(finished).records, tmp_path)
+    assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_the_running_mean_leaves_out_what_was_not_measured() -> None:
+    values = [math.nan, 2.0, 4.0, math.nan, math.inf, 6.0]
+    means = running_mean(values, 2)
+    assert np.isnan(means[0]) and np.isnan(means[4])
+    assert means[[1, 2, 3, 5]].tolist() == [2.0, 3.0, 4.0, 6.0]
+
+
+def test_samples_cannot_break_out_of_their_quotes(tmp_path: Path) -> None:
+    text = "# Title\n\n```\nend"
+    sample = ComparedSample(prompt=text, reference="r", before="b", after="a")
+    write_samples(tmp_path / "samples.md", [sample])
+    written = (tmp_path / "samples.md").read_text()
+    assert "> # Title\n> \n> ```\n> end" in written
+
+
+def test_outside_of_git_there_is_no_commit(tmp_path: Path) -> None:
+    assert git_commit(tmp_path) == ""

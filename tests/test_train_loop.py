@@ -1,0 +1,367 @@
+"""The learner's loop against services and a learner that are plain objects."""
+
+import errno
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distillm_ray.checkpoint import CheckpointDirectory
+from distillm_ray.config import Config
+from distillm_ray.errors import ClusterError, RunDirectoryError, UserError
+from distillm_ray.learner import StepOutcome
+from distillm_ray.prefetch import Prefetcher, RankPlan
+from distillm_ray.records import DrawFacts, Record
+from distillm_ray.train_loop import train_loop
+from distillm_ray.types import (
+    FinishReason,
+    HiddenTargets,
+    LearnerBatch,
+    MicroBatchPlan,
+    Mix,
+    PlannedSequence,
+    Rollout,
+    Shelf,
+    Source,
+    TeacherTargets,
+    TrainStep,
+    Validation,
+    Weights,
+)
+from distillm_ray.weight_files import Bucket
+
+
+def make_config(directory: Path, **learner: Any) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"directory": directory},
+            "teacher": {"model": "teacher"},
+            "student": {"model": "student"},
+            "data": {"train": ["train.jsonl"]},
+            "learner": {"steps": 6, "batch_size": 1, "data_timeout_s": 30.0} | learner,
+            "rollout": {"sync_interval": 2, "lookahead": 2},
+            "validation": {"interval": 3},
+            "checkpoint": {"interval": 2, "keep": 2},
+        }
+    )
+
+
+def plan_of(step: int) -> RankPlan:
+    rollout = Rollout(
+        rollout_id=f"student-{step}",
+        prompt_id=f"prompt-{step}",
+        prompt_ids=np.array([1, 2], dtype=np.int32),
+        response_ids=np.array([step + 3], dtype=np.int32),
+        loss_mask=np.ones(1, dtype=np.bool_),
+        source=Source.STUDENT,
+        version=0,
+        finish_reason=FinishReason.LENGTH,
+        ordinal=step,
+    )
+    sequence = PlannedSequence(
+        rollout=rollout, shelf=Shelf.FRESH, age=0, token_weights=np.ones(1, dtype=np.float32)
+    )
+    return RankPlan(
+        facts=DrawFacts(phi=0.1 * step, psi=0.0, mix=Mix(fresh=1), fresh_ages=(0,)),
+        micro_batches=(MicroBatchPlan(sequences=(sequence,)),),
+    )
+
+
+class Services:
+    """A buffer whose draw of a step waits for the steps and validations before it."""
+
+    def __init__(self, config: Config) -> None:
+        self.lookahead = config.rollout.lookahead
+        self.interval = config.validation.interval
+        self.calls: list[tuple[str, int]] = []
+        self.records: list[Record] = []
+        self.published: list[Weights] = []
+        self.completed = -1
+        self.validated = -1
+        self.stop_at: int | None = None
+        self.wants = True
+        self.missing_step: int | None = None
+        self.fail_targets = False
+        self.drawn: list[int] = []
+
+    def draw(self, step: int, rank: int, timeout_s: float) -> RankPlan | None:
+        due = step // self.interval * self.interval
+        too_early = step >= self.completed + self.lookahead or self.validated < due
+        if too_early or step == self.missing_step:
+            time.sleep(0.01)
+            return None
+        self.drawn.append(step)
+        return plan_of(step)
+
+    def waiting_for(self, step: int) -> str:
+        return f"ordinal {step}"
+
+    def fetch_targets(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherTargets]:
+        if self.fail_targets:
+            raise ClusterError("no store answers")
+        values = np.zeros((1, 4), dtype=np.float32)
+        return {one.rollout_id: HiddenTargets(values_TD=values) for one in rollouts}
+
+    def restore_buffer(self, state: bytes | None, completed: int) -> None:
+        assert state == (None if completed == 0 else f"buffer {completed}".encode())
+        self.calls.append(("restore", completed))
+        self.completed = completed
+        self.validated = completed // self.interval * self.interval if completed else -1
+
+    def buffer_state(self, completed: int) -> bytes:
+        assert completed == self.completed, "the state of a step that is not the newest"
+        return f"buffer {completed}".encode()
+
+    def advance(self, completed: int) -> None:
+        self.calls.append(("advance", completed))
+        self.completed = completed
+
+    def wants_weights(self, completed: int) -> bool:
+        return self.wants
+
+    def put_bucket(self, bucket: Bucket) -> Any:
+        return bucket
+
+    def publish(self, weights: Weights) -> None:
+        self.calls.append(("publish", weights.version))
+        self.published.append(weights)
+
+    def report_validation(self, validation: Validation) -> float:
+        self.calls.append(("validation", validation.step))
+        self.validated = validation.step
+        return 0.5
+
+    def report_step(self, train: TrainStep, facts: DrawFacts, logprob_gap: float) -> None:
+        self.calls.append(("step", train.step))
+
+    def log(self, record: Record) -> None:
+        self.records.append(record)
+
+    def should_stop(self) -> bool:
+        return self.completed == self.stop_at
+
+
+class FakeLearner:
+    """Its weights are one number: how many steps it took."""
+
+    rank = 0
+    num_ranks = 1
+
+    def __init__(self) -> None:
+        self.steps_taken = 0
+        self.trained_on: list[str] = []
+        self.skip_from: int | None = None
+        self.full_at: int | None = None
+
+    def train_step(
+        self, batches: Sequence[LearnerBatch], step: int, *, wait_seconds: float
+    ) -> StepOutcome:
+        assert step == self.steps_taken
+        self.steps_taken += 1
+        self.trained_on += [name for batch in batches for name in batch.rollout_ids]
+        skipped = self.skip_from is not None and step >= self.skip_from
+        train = TrainStep(step=step + 1, loss=1.0, skipped=skipped, wait_seconds=wait_seconds)
+        return StepOutcome(train=train, logprob_gap=0.0)
+
+    def validation_loss(self, batches: Sequence[LearnerBatch]) -> tuple[float, int]:
+        return 30.0 - self.steps_taken, 10
+
+    def gather_weights(self, dtype: torch.dtype) -> Iterator[Bucket]:
+        values = np.array([self.steps_taken], dtype=np.uint8)
+        yield {"steps": ((1,), "uint8", values)}
+
+    def save(self, directory: Path) -> None:
+        if self.steps_taken == self.full_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        (directory / "steps").write_text(str(self.steps_taken))
+
+    def load(self, directory: Path) -> None:
+        self.steps_taken = int((directory / "steps").read_text())
+
+    def export(self, directory: Path) -> None:
+        directory.mkdir()
+
+    def agree(self, flag: bool) -> bool:
+        return flag
+
+    def collect(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        pass
+
+
+def run(services: Services, learner: FakeLearner, config: Config, *, resume: bool = False) -> int:
+    checkpoints = CheckpointDirectory(config.run.directory / "checkpoints", keep=2)
+    return train_loop(
+        services,
+        learner,
+        config,
+        validation_batches=(),
+        publish_dtype=torch.float32,
+        start=checkpoints.latest() if resume else None,
+    )
+
+
+def test_a_run_publishes_advances_and_validates_in_this_order(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    services, learner = Services(config), FakeLearner()
+    assert run(services, learner, config) == 6
+    assert services.calls == [
+        ("restore", 0),
+        ("publish", 0),
+        ("validation", 0),
+        *[("advance", 1), ("step", 1)],
+        *[("publish", 2), ("advance", 2), ("step", 2)],
+        *[("advance", 3), ("step", 3), ("validation", 3)],
+        *[("publish", 4), ("advance", 4), ("step", 4)],
+        *[("advance", 5), ("step", 5)],
+        *[("publish", 6), ("advance", 6), ("step", 6), ("validation", 6)],
+    ]
+    assert learner.trained_on == [f"student-{step}" for step in range(6)]
+    assert (tmp_path / "model").is_dir()
+
+
+def test_published_weights_are_those_of_their_version(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    services = Services(config)
+    run(services, FakeLearner(), config)
+    for weights in services.published:
+        [bucket] = weights.buckets
+        assert bucket["steps"][2].tolist() == [weights.version]
+        assert weights.nbytes == 1
+
+
+def test_nothing_is_published_that_nobody_wants(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    services = Services(config)
+    services.wants = False
+    run(services, FakeLearner(), config)
+    assert services.published == []
+
+
+def test_checkpoints_hold_step_phi_and_the_newest_validation(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    run(Services(config), FakeLearner(), config)
+    kept = CheckpointDirectory(tmp_path / "checkpoints", keep=2).complete()
+    assert [found.meta.step for found in kept] == [4, 6]
+    assert kept[0].meta.validation == Validation(step=3, loss=2.7, tokens=10)
+    assert kept[0].meta.phi == pytest.approx(0.3)  # drawn with it
+    assert kept[1].meta.phi == 0.5  # what the validation after step 6 set
+    assert Config.model_validate(kept[1].meta.config) == config
+
+
+def test_a_stopped_run_leaves_a_checkpoint_and_goes_on_from_it(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    services, learner = Services(config), FakeLearner()
+    services.stop_at = 3
+    assert run(services, learner, config) == 3
+    assert not (tmp_path / "model").exists()
+
+    services, learner = Services(config), FakeLearner()
+    assert run(services, learner, config, resume=True) == 6
+    assert services.calls[:3] == [("restore", 3), ("publish", 3), ("publish", 4)]
+    assert learner.trained_on == ["student-3", "student-4", "student-5"]
+    assert learner.steps_taken == 6
+
+
+def test_a_finished_run_that_is_resumed_trains_nothing(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    run(Services(config), FakeLearner(), config)
+    (tmp_path / "model").rmdir()
+    learner = FakeLearner()
+    assert run(Services(config), learner, config, resume=True) == 6
+    assert learner.trained_on == []
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_ids(tmp_path: Path) -> None:
+    config = make_config(tmp_path, max_skipped_steps=1)
+    services, learner = Services(config), FakeLearner()
+    learner.skip_from = 2
+    with pytest.raises(UserError) as caught:
+        run(services, learner, config)
+    path = tmp_path / "non_finite_step_00000004.json"
+    assert str(path) in str(caught.value)
+    assert "learner.max_skipped_steps = 1" in str(caught.value)
+    assert json.loads(path.read_text())["rollout_ids_by_rank"] == [[["student-3"]]]
+
+
+def test_samples_that_never_come_end_the_wait_and_say_what_was_missing(tmp_path: Path) -> None:
+    config = make_config(tmp_path, data_timeout_s=0.2)
+    services = Services(config)
+    services.missing_step = 1
+    with pytest.raises(ClusterError) as caught:
+        run(services, FakeLearner(), config)
+    assert "the samples of step 1" in str(caught.value)
+    assert "waiting for ordinal 1" in str(caught.value)
+
+
+def test_an_error_of_the_prefetching_thread_reaches_the_training_thread(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    services = Services(config)
+    services.fail_targets = True
+    with pytest.raises(ClusterError, match="no store answers"):
+        run(services, FakeLearner(), config)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    learner = FakeLearner()
+    learner.full_at = 4
+    with pytest.raises(RunDirectoryError, match="step-00000002 stays good"):
+        run(Services(config), learner, config)
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert names == ["step-00000002"]
+
+
+def prefetcher(services: Services, *, depth: int) -> Prefetcher:
+    return Prefetcher(
+        services,
+        rank=0,
+        first_step=0,
+        total_steps=6,
+        depth=depth,
+        timeout_s=5.0,
+        with_targets=True,
+    )
+
+
+def test_the_prefetcher_draws_depth_steps_ahead_and_no_more(tmp_path: Path) -> None:
+    services = Services(make_config(tmp_path))
+    services.completed, services.validated = 100, 100
+    with prefetcher(services, depth=2) as ahead:
+        ahead.get(0)
+        deadline = time.monotonic() + 5.0
+        while len(services.drawn) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert services.drawn == [0, 1, 2]
+        [ahead.get(step) for step in range(1, 6)]
+    assert services.drawn == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_wait_for_a_late_step_is_measured(tmp_path: Path) -> None:
+    services = Services(make_config(tmp_path))
+    services.completed, services.validated, services.missing_step = 100, 100, 0
+    timer = threading.Timer(0.3, lambda: setattr(services, "missing_step", None))
+    with prefetcher(services, depth=1) as ahead:
+        timer.start()
+        assert 0.2 < ahead.get(0).wait_seconds < 3.0
+        time.sleep(0.1)
+        assert ahead.get(1).wait_seconds < 0.1
+
+
+def test_leaving_the_prefetcher_ends_its_thread_though_a_draw_is_pending(tmp_path: Path) -> None:
+    services = Services(make_config(tmp_path))
+    services.completed, services.validated, services.missing_step = 100, 100, 1
+    started = time.monotonic()
+    with prefetcher(services, depth=1) as ahead:
+        ahead.get(0)
+    assert time.monotonic() - started < 3.0
+    assert not [one for one in threading.enumerate() if one.name.startswith("prefetch")]

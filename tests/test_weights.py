@@ -1,0 +1,128 @@
+"""Student weights into buckets and files, without ZeRO-3 (integration/test_learner.py has that)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from distillm_ray import weights
+from distillm_ray.config import LoraConfig
+from distillm_ray.export import write_weights
+from distillm_ray.student_model import add_adapters
+from distillm_ray.weight_files import read, receive, to_tensors
+
+
+def tiny_model(*, tied: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=37,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def gathered(
+    model: torch.nn.Module, dtype: torch.dtype, **arguments: int
+) -> dict[str, torch.Tensor]:
+    found = {}
+    for bucket in weights.gather(model, dtype, keep=True, **arguments):
+        found.update(to_tensors(bucket))
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_and_values_are_those_of_the_saved_checkpoint(tied: bool, tmp_path: Path) -> None:
+    model = tiny_model(tied=tied)
+    model.save_pretrained(tmp_path)
+    saved = dict(read(tmp_path))
+    found = gathered(model, torch.float32)
+    assert found.keys() == saved.keys()
+    assert ("lm_head.weight" in found) == (not tied)
+    for name, tensor in saved.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_bfloat16_survives_bit_for_bit() -> None:
+    model = tiny_model()
+    for name, tensor in gathered(model, torch.bfloat16).items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, model.get_parameter(name).detach().bfloat16())
+
+
+def test_buckets_stay_below_their_size_and_only_larger_tensors_stand_alone() -> None:
+    buckets = list(weights.gather(tiny_model(), torch.float32, keep=True, bucket_elements=500))
+    assert len(buckets) > 2
+    for bucket in buckets:
+        elements = sum(values.nbytes // 4 for _, _, values in bucket.values())
+        assert elements <= 500 or len(bucket) == 1
+
+
+def test_a_rank_that_keeps_nothing_passes_the_same_number_of_buckets() -> None:
+    model = tiny_model()
+    kept = list(weights.gather(model, torch.float32, keep=True, bucket_elements=500))
+    passed = list(weights.gather(model, torch.float32, keep=False, bucket_elements=500))
+    assert passed == [{}] * len(kept)
+
+
+def test_a_bucket_is_a_copy_and_not_a_view_of_the_model() -> None:
+    model = tiny_model()
+    [bucket] = weights.gather(model, torch.float32, keep=True)
+    before = dict(to_tensors(bucket))["model.norm.weight"].clone()
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    assert torch.equal(dict(to_tensors(bucket))["model.norm.weight"], before)
+
+
+def test_lora_is_merged_under_the_names_of_the_plain_model() -> None:
+    model = tiny_model(tied=False)
+    plain_names = set(gathered(model, torch.float32))
+    add_adapters(model, LoraConfig(rank=2, alpha=6.0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    token_ids = torch.arange(1, 9)[None]
+    model.eval()
+    expected = model(input_ids=token_ids).logits
+    found = gathered(model, torch.float32)
+    assert set(found) == plain_names
+    merged = tiny_model(tied=False).eval()
+    merged.load_state_dict(found)
+    assert torch.allclose(merged(input_ids=token_ids).logits, expected, atol=1e-5)
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (6.0 / 2)  # pyright: ignore
+    expected_weight = layer.base_layer.weight + product  # pyright: ignore
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.allclose(found[name], expected_weight, atol=1e-6)
+
+
+def test_received_files_hold_the_buckets_and_replace_the_older_ones(tmp_path: Path) -> None:
+    model = tiny_model()
+    directory = tmp_path / "weights"
+    many = weights.gather(model, torch.bfloat16, keep=True, bucket_elements=500)
+    receive(many, directory)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    receive(weights.gather(model, torch.bfloat16, keep=True), directory)
+    found = dict(read(directory))
+    assert len(list(directory.iterdir())) == 1
+    assert found.keys() == gathered(model, torch.bfloat16).keys()
+    assert torch.equal(found["model.norm.weight"], model.model.norm.weight.detach().bfloat16())
+
+
+@pytest.mark.parametrize("bucket_elements", [500, 10**9])
+def test_model_files_load_in_plain_transformers(bucket_elements: int, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    buckets = weights.gather(model, torch.float32, keep=True, bucket_elements=bucket_elements)
+    write_weights(buckets, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    token_ids = torch.arange(1, 9)[None]
+    assert torch.equal(loaded(input_ids=token_ids).logits, model.eval()(input_ids=token_ids).logits)
