@@ -96,7 +96,7 @@ def divergence(log_p_NV: Tensor, log_q_NV: Tensor, alpha: float) -> Tensor:
 def draw(sizes: dict[float, tuple[Tensor, Tensor]], rows: list[dict[str, Any]], path: Path) -> None:
     """The three panels."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    titles = ("skew KL: p / q~, teacher's samples", "skew reverse KL, student's samples")
+    titles = ("skew KL, teacher's samples", "skew reverse KL, student's samples")
     for panel, title in enumerate(titles):
         for color, alpha in zip(COLORS, ALPHAS, strict=True):
             values = sizes[alpha][panel].clamp_min(1e-3).sort().values
@@ -118,7 +118,7 @@ def draw(sizes: dict[float, tuple[Tensor, Tensor]], rows: list[dict[str, Any]], 
         xlabel="samples of each side",
         ylabel="root mean square error, nats",
     )
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

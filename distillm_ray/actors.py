@@ -15,6 +15,7 @@ import ray
 
 from distillm_ray.batching import plan_step
 from distillm_ray.config import Config, RolloutConfig, SamplingConfig, TargetsConfig, TeacherConfig
+from distillm_ray.errors import RunDirectoryError
 from distillm_ray.generator import Generator
 from distillm_ray.metrics import MetricsLog
 from distillm_ray.prefetch import RankPlan
@@ -111,23 +112,27 @@ class TargetStoreActor:
 
 
 class BufferActor:
-    """The replay buffer behind one condition: every change wakes whoever waits for it."""
+    """The replay buffer behind one condition: every change wakes whoever waits for it.
 
-    def __init__(self, config: Config, data: Sequence[ray.ObjectRef[Any]]) -> None:
-        """`data`: references to prompts and demonstrations, so that a restart finds them too."""
+    It is empty until the learners have loaded their state and `restore` it to the same step.
+    """
+
+    def __init__(self, config: Config) -> None:
         self._config = config
-        self._prompts: Sequence[Prompt]
-        self._demonstrations: Sequence[Rollout]
-        self._prompts, self._demonstrations = ray.get(list(data))
         self._changed = asyncio.Condition()
-        self._buffer = self._make()
+        self._restored: ReplayBuffer | None = None
         self._incarnation = 0  # grows with every restore
         self._plans: dict[int, StepPlan] = {}
-        self._begun = False  # nothing is generated before the learners have loaded their state
+        self._open = False  # nothing is trained on before the driver has evaluated the student
         self._over = False
         self._stop = False
         self._failure: str | None = None
         self._completed = 0
+
+    @property
+    def _buffer(self) -> ReplayBuffer:
+        assert self._restored is not None, "the learners have not restored the buffer yet"
+        return self._restored
 
     # ---- the rollout loop ------------------------------------------------------------------------
 
@@ -135,7 +140,7 @@ class BufferActor:
         """Wait for demand or data-set sequences to score; None when the run is over."""
         async with self._changed:
             while not self._over:
-                if self._begun:
+                if self._restored is not None and self._open:
                     demand = tuple(self._buffer.take_demand())
                     dataset = tuple(self._buffer.upcoming_dataset())
                     if demand or dataset:
@@ -157,16 +162,28 @@ class BufferActor:
 
     # ---- the learners ----------------------------------------------------------------------------
 
-    async def restore(self, state: bytes | None, completed: int) -> int:
-        """Go to a checkpoint's state, or to the beginning; returns the incarnation from here on."""
+    async def restore(
+        self,
+        state: bytes | None,
+        completed: int,
+        prompts: Sequence[Prompt],
+        demonstrations: Sequence[Rollout],
+    ) -> int:
+        """Go to a checkpoint's state, or to the beginning; returns the incarnation from here on.
+
+        Raises:
+            RunDirectoryError: the state is of other data, or of another version's format.
+        """
         async with self._changed:
-            self._buffer = self._make()
+            self._restored = self._make(prompts, demonstrations)
             if state is not None:
-                self._buffer.restore(state)
+                try:
+                    self._restored.restore(state)
+                except ValueError as error:
+                    raise RunDirectoryError(str(error)) from error
             self._plans.clear()
             self._incarnation += 1
             self._completed = completed
-            self._begun = True
             self._changed.notify_all()
             return self._incarnation
 
@@ -175,7 +192,7 @@ class BufferActor:
         async with self._changed:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._changed.wait_for(lambda: self._buffer.ready(step))
+                    await self._changed.wait_for(lambda: self._open and self._buffer.ready(step))
             except TimeoutError:
                 return None
             plan = self._plan(step)
@@ -214,6 +231,12 @@ class BufferActor:
         """See `ReplayBuffer.counters`."""
         return self._buffer.counters
 
+    async def open(self) -> None:
+        """From here on there is work, and draws are made."""
+        async with self._changed:
+            self._open = True
+            self._changed.notify_all()
+
     async def finish(self) -> None:
         """The run is over: the rollout loop ends."""
         async with self._changed:
@@ -242,15 +265,15 @@ class BufferActor:
 
     async def waiting(self) -> str:
         """What the next step waits for; empty if for nothing, or if there is none."""
-        if not self._begun or self._completed >= self._config.learner.steps:
+        if self._restored is None or self._completed >= self._config.learner.steps:
             return ""
         return self._buffer.waiting_for(self._completed)
 
-    def _make(self) -> ReplayBuffer:
+    def _make(self, prompts: Sequence[Prompt], demonstrations: Sequence[Rollout]) -> ReplayBuffer:
         config = self._config
         return ReplayBuffer(
-            prompts=self._prompts,
-            demonstrations=self._demonstrations,
+            prompts=prompts,
+            demonstrations=demonstrations,
             schedule=Schedule.from_config(config.schedule, total_steps=config.learner.steps),
             batch_size=config.learner.batch_size,
             capacity=config.replay.capacity,

@@ -30,6 +30,7 @@ from distillm_ray.actors import (
     ScorerActor,
     TargetStoreActor,
 )
+from distillm_ray.address import knock
 from distillm_ray.config import Config, RolloutConfig
 from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.loop_actor import RolloutLoopActor
@@ -37,7 +38,7 @@ from distillm_ray.models import ModelFacts
 from distillm_ray.pools import Actor
 from distillm_ray.resources import Available, Device, Node
 from distillm_ray.services import Wires
-from distillm_ray.types import Prompt, Rollout, Source
+from distillm_ray.types import Prompt, Source
 
 _remote: Any = ray.remote  # its annotations know only some of its options
 _LOOP_CONCURRENCY = 1000  # calls that an asynchronous actor of ours may have open
@@ -53,10 +54,11 @@ class LearnerJob:
     wires: Wires
     vocabulary_size: int
     validation: Any  # reference to the held-out demonstrations
+    probe_prompts: tuple[Prompt, ...]
 
 
 def connect(config: Config, *, namespace: str = "distillm-ray") -> None:
-    """Join the cluster that RAY_ADDRESS or the job names, or start one on this machine.
+    """Join the cluster that RAY_ADDRESS names (a Ray job sets it), or start one of our own here.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
@@ -69,17 +71,21 @@ def connect(config: Config, *, namespace: str = "distillm-ray") -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
+    environment = {name: os.environ.setdefault(name, value) for name, value in environment.items()}
+    # Ray refuses a variable that the job's runtime environment sets too, even to the same value.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     settings: dict[str, Any] = {}
-    if "RAY_ADDRESS" not in os.environ:
+    if not os.environ.get("RAY_ADDRESS"):
         # A cluster of our own: nobody else is meant to reach it, and it needs no web page.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         settings = {
+            # Without an address Ray joins whatever cluster was started here last.
+            "address": "local",
             "include_dashboard": False,
             "object_store_memory": _local_store_bytes(config),
         }
     try:
+        knock(os.environ.get("RAY_ADDRESS", ""))
         ray.init(
             namespace=namespace,
             runtime_env={"env_vars": environment},
@@ -122,25 +128,26 @@ class Cluster:
         """The run's log, on the driver's node: that is where the run directory is for sure."""
         return self._beside_driver(MetricsActor, self._config.run.directory, **settings)
 
-    def buffer(self, prompts: Sequence[Prompt], demonstrations: Sequence[Rollout]) -> Actor:
-        """The replay buffer. Restarted empty, it waits for the learners to restore it."""
-        self._data = (ray.put(prompts), ray.put(demonstrations))
-        return self._beside_driver(BufferActor, self._config, self._data, max_restarts=-1)
+    def buffer(self) -> Actor:
+        """The replay buffer. It starts empty, and again so after a restart."""
+        return self._beside_driver(BufferActor, self._config, max_restarts=-1)
 
     def loop(
         self,
         *,
         buffer: Actor | None,
+        data: tuple[Any, Any] | None,
         generators: Sequence[Actor],
         scorers: Sequence[Actor],
         stores: Sequence[Actor],
         metrics: Actor | None,
     ) -> Actor:
-        """The rollout loop over all of these."""
+        """The rollout loop over all of these; `data`: references to prompts and demonstrations."""
         return self._beside_driver(
             RolloutLoopActor,
             self._config,
             buffer=buffer,
+            data=data,
             generators=list(generators),
             scorers=list(scorers),
             stores=list(stores),
@@ -158,7 +165,7 @@ class Cluster:
             max_restarts=-1,
             max_task_retries=0,
             max_concurrency=_LOOP_CONCURRENCY,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            runtime_env={"env_vars": _thread_settings(threads)},
         )(GeneratorActor)
         return [
             actor.remote(
@@ -185,7 +192,7 @@ class Cluster:
             max_restarts=-1,
             max_task_retries=0,
             max_concurrency=_LOOP_CONCURRENCY,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            runtime_env={"env_vars": _thread_settings(threads)},
         )(ScorerActor)
         return [
             actor.remote(
@@ -233,7 +240,7 @@ class Cluster:
                 worker_runtime_env={
                     "env_vars": {
                         "DS_ACCELERATOR": self._device,
-                        "OMP_NUM_THREADS": str(config.num_threads or max(1, int(config.num_cpus))),
+                        **_thread_settings(config.num_threads or max(1, int(config.num_cpus))),
                     }
                 },
             ),
@@ -277,6 +284,15 @@ def _learner_worker(settings: dict[str, Any]) -> None:
     except UserError as error:
         ray.get(job.wires.buffer.fail.remote(str(error)), timeout=60)
         raise
+
+
+def _thread_settings(num_threads: int) -> dict[str, str]:
+    """Roles share cores on a CPU-only machine: a thread that waits must not spin on one."""
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+    }
 
 
 def _local_store_bytes(config: Config) -> int:

@@ -8,12 +8,27 @@ make no sense. Importing this costs milliseconds: no torch, no Ray, no vLLM.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+
+def _no_flag(value: Any) -> Any:
+    """pydantic would read true as 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got {str(value).lower()}")
+    return value
+
+
+Positive = Annotated[int, BeforeValidator(_no_flag), Field(ge=1)]
+NonNegative = Annotated[int, BeforeValidator(_no_flag), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Open01 = Annotated[float, Field(gt=0.0, lt=1.0)]
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float32"]
@@ -96,7 +111,7 @@ class LossConfig(Section):
 
     divergence: Divergence | None = SkewKL()
     divergence_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    cross_entropy_weight: Annotated[float, Field(ge=0.0)] = 0.0  # on the sampled or given tokens
+    cross_entropy_weight: Annotated[float, Field(ge=0.0)] = 0.0  # data-set tokens only
     temperature: Annotated[float, Field(gt=0.0)] = 1.0  # of both distributions in the divergence
     normalize: Literal["source", "tokens", "sequence"] = "source"
     implementation: Literal["fused", "plain"] = "fused"  # plain: the reference, for checking
@@ -427,6 +442,16 @@ class Config(Section):
                 raise ValueError(
                     f"{key} must hold the longest sequence, data.max_prompt_tokens + the longest"
                     f" response, got {limit} < {longest}"
+                )
+        for key, sampling in (
+            ("rollout.sampling", self.rollout.sampling),
+            ("evaluation.sampling", self.evaluation.sampling),
+        ):
+            if isinstance(self.rollout.engine, VllmEngine) and sampling.temperature > 2.0:
+                raise ValueError(
+                    f"{key}.temperature must be at most 2 with rollout.engine.type=vllm, got"
+                    f" {sampling.temperature:g}: vLLM refuses it; lower it or use"
+                    " rollout.engine.type=transformers"
                 )
         if self.learner.warmup_steps >= self.learner.steps:
             raise ValueError(

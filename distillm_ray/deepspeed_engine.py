@@ -50,6 +50,7 @@ def build_optimizer(
                 betas=config.adam_betas,
                 eps=config.adam_epsilon,
                 weight_decay=config.weight_decay,
+                fused=True,  # one pass over the states instead of ten
             )
         case "sgd":
             return torch.optim.SGD(

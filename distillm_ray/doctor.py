@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from distillm_ray.address import knock
+
 Status: TypeAlias = Literal["ok", "warn", "missing"]
 
 _GIB = 2**30
@@ -30,7 +31,6 @@ _SHARED_MEMORY = Path("/dev/shm")
 _STATUS_STYLES = {"ok": "green", "warn": "yellow", "missing": "bold red"}
 _MIN_MEMORY_GIB = 8  # the quickstart takes up to 10 GiB, tests much less
 _MIN_SHARED_MEMORY_GIB = 1
-_CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +238,7 @@ def probe_cluster(address: str) -> Finding:
     joined_here = not ray.is_initialized()
     try:
         if joined_here:
-            _knock(address)
+            knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         return Finding(
@@ -259,13 +259,6 @@ def probe_cluster(address: str) -> Finding:
             parts.append(f"{free.get(name, 0):g} of {total[name]:g} {name}s free")
     parts.append(f"object store {total.get('object_store_memory', 0) / _GIB:.1f} GiB")
     return Finding(name="Ray cluster", status="ok", detail=", ".join(parts))
-
-
-def _knock(address: str) -> None:
-    """Fail in seconds where nothing listens: `ray.init` would try for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
 
 
 def _version(name: str) -> str | None:

@@ -21,6 +21,7 @@ from distillm_ray.models import ModelFacts
 from distillm_ray.pools import Actor
 from distillm_ray.resources import Device
 from distillm_ray.summary import ModelScores, Score
+from distillm_ray.templates import decode
 from distillm_ray.types import Prompt, Rollout, Source
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def answering(
     generators = cluster.generators(
         model, source, sampling_tokens=max_tokens, config=config.rollout
     )
-    loop = cluster.loop(buffer=None, generators=generators, scorers=(), stores=(), metrics=None)
+    loop = cluster.loop(
+        buffer=None, data=None, generators=generators, scorers=(), stores=(), metrics=None
+    )
     try:
         ask(loop.start.remote(), timeout_s=2 * config.run.startup_timeout_s)
         yield loop
@@ -60,13 +63,7 @@ def answers(
 ) -> list[Rollout]:
     """One answer a prompt, in order, with its text."""
     rollouts = ask(loop.answer.remote(prompts, sampling, seed), timeout_s=timeout_s)
-    return [dataclasses.replace(rollout, text=_decode(tokenizer, rollout)) for rollout in rollouts]
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
-    text = tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text.strip()
+    return [dataclasses.replace(rollout, text=decode(tokenizer, rollout)) for rollout in rollouts]
 
 
 def score_answers(

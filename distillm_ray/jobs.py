@@ -15,6 +15,7 @@ from distillm_ray.cluster import Cluster, available, connect, resolve_device
 from distillm_ray.config import Config, LossConfig
 from distillm_ray.console import ConsoleView
 from distillm_ray.data import load_dataset, load_splits
+from distillm_ray.data_files import check_files
 from distillm_ray.errors import DataError
 from distillm_ray.models import ModelFacts, check_lengths, check_model_directory
 from distillm_ray.report import MODEL_FOLDER
@@ -32,7 +33,10 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
         UserError: the model or the data cannot be used.
     """
     directory = model or config.run.directory / MODEL_FOLDER
+    if output is not None and output.exists() and not output.is_dir():
+        raise DataError(f"--output {output} must be a directory, it is a file")
     facts = _check(config, directory)
+    check_files(config.data)
     cluster, device = _connect(config, view)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     view.start("reading data")
@@ -89,6 +93,9 @@ def generate(
     """
     if output.exists():
         raise DataError(f"--output {output} exists and is not overwritten; remove it first")
+    for path in prompt_files:
+        if not path.exists():
+            raise DataError(f"--prompts {path} does not exist")
     facts = _check(config, model)
     cluster, _ = _connect(config, view)
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -46,7 +46,7 @@ from distillm_ray.heads import FrozenHead
 from distillm_ray.step_statistics import StepStatistics
 from distillm_ray.student_model import PackedStudent, load_student
 from distillm_ray.teacher_tensors import teacher_tensors
-from distillm_ray.types import LearnerBatch, TrainStep
+from distillm_ray.types import LearnerBatch, Shelf, TrainStep
 from distillm_ray.weight_files import Bucket
 
 _ENGINE_TAG = "engine"
@@ -151,7 +151,7 @@ class Learner:
             # NaN times a non-finite loss: its gradient is NaN, by which every rank skips the step.
             poison = torch.where(answer.loss.detach().isfinite(), 1.0, math.nan)
             self._engine.backward(answer.loss * poison * self.num_ranks)
-            statistics.add(batch, answer, self._token_losses(answer))
+            statistics.add(batch, answer, self._token_losses(batch, answer))
         self._engine.step()
         norm = self._global_gradient_norm()
         totals = statistics.reduce(wait_seconds)
@@ -268,7 +268,7 @@ class Learner:
             teacher = teacher_tensors(batch.targets, self._teacher_head, self.device)
         cross_entropy_N = None
         if loss.cross_entropy_weight > 0.0:
-            cross_entropy_N = loss.cross_entropy_weight * token_weights_N
+            cross_entropy_N = self._cross_entropy_scale(batch) * token_weights_N
         return LossRequest(
             terms=terms,
             teacher=teacher,
@@ -277,14 +277,20 @@ class Learner:
             temperature=loss.temperature,
         )
 
-    def _token_losses(self, answer: HeadLoss) -> Tensor:
+    def _cross_entropy_scale(self, batch: LearnerBatch) -> Tensor:
+        """`[N]`: `cross_entropy_weight` on data-set tokens, 0 on what the student wrote itself."""
+        is_data_S = np.array([shelf is Shelf.DATASET for shelf in batch.shelves])
+        is_data_N = is_data_S[batch.sequence_index_N].astype(np.float32)
+        return self._loss.cross_entropy_weight * self._to_device(is_data_N, torch.float32)
+
+    def _token_losses(self, batch: LearnerBatch, answer: HeadLoss) -> Tensor:
         """`[N]`, each token's loss without its weight; infinite ones stay infinite."""
         assert answer.log_probs_N is not None
         losses_N = torch.zeros_like(answer.log_probs_N)
         for values_N in answer.divergences:
             losses_N = losses_N + self._loss.divergence_weight * values_N
         if self._loss.cross_entropy_weight > 0.0:
-            losses_N = losses_N - self._loss.cross_entropy_weight * answer.log_probs_N
+            losses_N = losses_N - self._cross_entropy_scale(batch) * answer.log_probs_N
         return losses_N
 
     def _to_device(self, array: NDArray[Any], dtype: torch.dtype) -> Tensor:

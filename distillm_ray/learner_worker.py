@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import ray
 import ray.train
 import torch
+from transformers import AutoTokenizer
 
 from distillm_ray.batching import pack, plan_validation
 from distillm_ray.checkpoint import CheckpointDirectory
+from distillm_ray.dtypes import resolve_dtype
 from distillm_ray.heads import FrozenHead, load_frozen_head
 from distillm_ray.learner import Learner
 from distillm_ray.services import ActorServices
-from distillm_ray.dtypes import resolve_dtype
 from distillm_ray.train_loop import CHECKPOINT_FOLDER, train_loop
 
 if TYPE_CHECKING:
@@ -49,7 +50,14 @@ def run(job: LearnerJob) -> None:
     # One rank looks, so that all go on from the same one.
     (start, *_) = learner.collect(checkpoints.latest() if learner.rank == 0 else None)
     train_loop(
-        ActorServices(job.wires, config),
+        ActorServices(
+            job.wires,
+            config,
+            tokenizer=AutoTokenizer.from_pretrained(
+                config.student.model, trust_remote_code=config.student.trust_remote_code
+            ),
+            probe_prompts=job.probe_prompts,
+        ),
         learner,
         config,
         validation_batches=[pack(plan, None) for plan in plans[learner.rank]],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from distillm_ray.actors import buffer_sizes
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.pools import Actor, Generators, Targets
-from distillm_ray.records import Counters, DrawFacts, EventRecord, Record, StepRecord
+from distillm_ray.records import Counters, DrawFacts, Record, StepRecord
 from distillm_ray.replay import BufferCounters
 from distillm_ray.rollout_loop import RolloutLoop, Work
 from distillm_ray.types import Prompt, Rollout, TrainStep, Weights
@@ -24,13 +25,14 @@ class RolloutLoopActor:
         config: Config,
         *,
         buffer: Actor | None,
+        data: tuple[Any, Any] | None,
         generators: Sequence[Actor],
         scorers: Sequence[Actor],
         stores: Sequence[Actor],
         metrics: Actor | None,
     ) -> None:
         self._config = config
-        self._buffer = _Buffer(buffer)
+        self._buffer = _Buffer(buffer, data)
         self._stores = list(stores)
         self._log = _Log(metrics)
         limits = {"startup_timeout_s": config.run.startup_timeout_s, "log": self._log}
@@ -62,7 +64,6 @@ class RolloutLoopActor:
         )
         self._begun = False
         self._reported = Counters()
-        self._warned = False
 
     async def start(self) -> None:
         """Start generators and scorers; returns when all are ready."""
@@ -114,24 +115,14 @@ class RolloutLoopActor:
         )
         self._reported = work
         await self._log.add(record)
-        limit = self._config.rollout.logprob_warning
-        if logprob_gap > limit and not self._warned:
-            self._warned = True
-            detail = (
-                f"mean |engine - learner| is {logprob_gap:.3f} nats under the same weights, above"
-                f" rollout.logprob_warning = {limit:g}: what is trained on as the student's output"
-                " is not quite its own; check rollout.dtype"
-            )
-            await self._log.add(
-                EventRecord(step=train.step, name="log-probabilities differ", detail=detail)
-            )
 
 
 class _Buffer:
     """`rollout_loop.BufferClient` over the actor."""
 
-    def __init__(self, handle: Actor | None) -> None:
+    def __init__(self, handle: Actor | None, data: tuple[Any, Any] | None) -> None:
         self._handle = handle
+        self._data = data  # references to prompts and demonstrations, for a buffer that is empty
 
     async def work(self) -> Work | None:
         return await self._actor.work.remote()
@@ -143,7 +134,8 @@ class _Buffer:
         await self._actor.lose.remote(ordinal)
 
     async def restore(self, state: bytes | None, completed: int) -> int:
-        return await self._actor.restore.remote(state, completed)
+        assert self._data is not None, "a replay buffer needs prompts and demonstrations"
+        return await self._actor.restore.remote(state, completed, *self._data)
 
     async def counters(self) -> BufferCounters:
         return await self._actor.counters.remote()

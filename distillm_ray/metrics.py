@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from distillm_ray.board import scalars, texts
 from distillm_ray.errors import RunDirectoryError
 from distillm_ray.records import (
@@ -187,6 +185,9 @@ class MetricsLog:
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._writer = None
         if self._tensorboard_path is not None:
+            # It imports torch: seconds that who reads a log shall not wait.
+            from tensorboardX import SummaryWriter  # noqa: PLC0415
+
             purge_step = max(resume_step, -1) + 1
             self._writer = SummaryWriter(
                 str(self._tensorboard_path),

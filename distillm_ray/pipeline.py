@@ -1,9 +1,9 @@
 """The job: wires the roles, runs them to the end and writes the report. Read this file first.
 
-    preflight ──► connect ──► data ──► start roles ──► evaluate the student as it is
-                                                              │
-        report ◄── evaluate student and teacher ◄── train: learners ─┴─ rollout loop
-                                                      (both until the last step)
+    preflight ──► connect ──► data ──┬─► generators, scorers ──► evaluate the student as it is ─┐
+                                     └─► learners ──► validate the student as it is ────────────┤
+                                                                                    open the buffer
+    report ◄── evaluate student and teacher ◄── learners and rollout loop, to the last step ◄───┘
 
 The driver moves no data: it starts actors, watches the log, and hands on a signal to stop. The
 learners pull samples from the buffer, the rollout loop pulls work from it; nothing calls upwards.
@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeAlias
 
 import ray
 from ray.exceptions import RayActorError
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import WorkerGroupError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distillm_ray import inference, resources
@@ -33,11 +33,11 @@ from distillm_ray.config_files import dump_config
 from distillm_ray.console import ConsoleView
 from distillm_ray.data import Splits, load_splits
 from distillm_ray.errors import UserError
-from distillm_ray.models import ModelFacts, check_model_directory
+from distillm_ray.metrics import FILE_NAME, read_records
 from distillm_ray.pools import Actor
 from distillm_ray.preflight import CONFIG_FILE, Preflight
 from distillm_ray.records import DoneRecord, StepRecord, ValidationRecord
-from distillm_ray.report import MODEL_FOLDER, git_commit
+from distillm_ray.report import git_commit
 from distillm_ray.resources import Device
 from distillm_ray.services import Wires
 from distillm_ray.summary import (
@@ -46,7 +46,6 @@ from distillm_ray.summary import (
     TEACHER,
     ComparedSample,
     Evaluation,
-    ModelScores,
     read_evaluation,
 )
 from distillm_ray.types import Prompt, Rollout, Source
@@ -116,7 +115,8 @@ class _Job:
         cluster = Cluster(config, device)
         roles = self._make_roles(cluster, splits)
         with self._stopping_on_signals():
-            with self._phase("starting generators and scorers"):
+            learners = self._start_learners(cluster, roles, splits, device)
+            with self._phase("starting generators, scorers and learners"):
                 ask(roles.loop.start.remote(), timeout_s=2 * config.run.startup_timeout_s)
             evaluation = read_evaluation(directory) if resume_from else None
             evaluator = _Evaluator(config, self._preflight, device, tokenizer, splits)
@@ -125,8 +125,9 @@ class _Job:
                     evaluation = evaluator.before(roles.loop)
                     evaluation.write(directory)
             with self._phase("training"):
-                completed = self._train(cluster, roles, splits, device)
+                completed = self._train(roles, learners)
             status: Status = "complete" if completed == config.learner.steps else "stopped"
+            assert status == "complete" or self._stop.is_set(), f"learners left at step {completed}"
             if status == "complete" and evaluation is not None:
                 self._evaluate(cluster, roles, evaluator, evaluation)
         self._finish(roles, status, completed)
@@ -142,7 +143,8 @@ class _Job:
             commit=git_commit(config.run.directory),
             command=self._command,
         )
-        buffer = cluster.buffer(splits.train.prompts, splits.train.demonstrations)
+        buffer = cluster.buffer()
+        data = (ray.put(splits.train.prompts), ray.put(splits.train.demonstrations))
         generators = scorers = stores = []
         if resources.wants_generators(config):
             generators = cluster.generators(
@@ -155,7 +157,12 @@ class _Job:
             scorers = cluster.scorers(preflight.vocabulary_size)
             stores = cluster.stores()
         loop = cluster.loop(
-            buffer=buffer, generators=generators, scorers=scorers, stores=stores, metrics=metrics
+            buffer=buffer,
+            data=data,
+            generators=generators,
+            scorers=scorers,
+            stores=stores,
+            metrics=metrics,
         )
         return _Roles(
             metrics=metrics,
@@ -166,18 +173,26 @@ class _Job:
             generators=generators,
         )
 
-    def _train(self, cluster: Cluster, roles: _Roles, splits: Splits, device: Device) -> int:
-        """Run learners and rollout loop side by side; returns the completed steps."""
+    def _start_learners(
+        self, cluster: Cluster, roles: _Roles, splits: Splits, device: Device
+    ) -> _Thread:
+        """They load, validate and then wait for the first draw, which waits for `open`."""
         job = LearnerJob(
             config=self._config,
             device=device,
             wires=roles.wires,
             vocabulary_size=self._preflight.vocabulary_size,
             validation=ray.put(self._limited(splits.validation.demonstrations)),
+            probe_prompts=splits.validation.prompts[: self._config.validation.probe_prompts],
         )
-        rollouts = roles.loop.run.remote()
         learners = _Thread(lambda: cluster.train(job))
         learners.start()
+        return learners
+
+    def _train(self, roles: _Roles, learners: _Thread) -> int:
+        """Run learners and rollout loop side by side; returns the completed steps."""
+        rollouts = roles.loop.run.remote()
+        ask(roles.buffer.open.remote(), timeout_s=_ASK_S)
         position = 0
         asked_to_stop = False
         while learners.is_alive():
@@ -299,7 +314,7 @@ class _Evaluator:
         )
         shown = self._config.evaluation.num_samples_shown
         return Evaluation(
-            models={STUDENT_BEFORE: self._with_loss(scores, self._preflight.student)},
+            models={STUDENT_BEFORE: scores},
             samples=tuple(
                 ComparedSample(
                     prompt=prompt.text,
@@ -314,14 +329,22 @@ class _Evaluator:
         )
 
     def after(self, loop: Actor, evaluation: Evaluation) -> Evaluation:
-        """The trained student, with the weights that were exported."""
+        """The trained student, with the weights that were exported; losses are the learners'."""
         scores, answers = inference.score_answers(
             loop, self.prompts, self._config, tokenizer=self._tokenizer
         )
-        exported = check_model_directory(self._config.run.directory / MODEL_FOLDER, "model")
+        losses = {
+            record.step: record.loss
+            for record in read_records(self._config.run.directory / FILE_NAME)
+            if isinstance(record, ValidationRecord)
+        }
+        before = dataclasses.replace(
+            evaluation.models[STUDENT_BEFORE], validation_loss=losses[min(losses)]
+        )
+        after = dataclasses.replace(scores, validation_loss=losses[max(losses)])
         return dataclasses.replace(
             evaluation,
-            models={**evaluation.models, STUDENT_AFTER: self._with_loss(scores, exported)},
+            models={STUDENT_BEFORE: before, STUDENT_AFTER: after},
             samples=tuple(
                 dataclasses.replace(sample, after=answer.text)
                 for sample, answer in zip(evaluation.samples, answers, strict=False)
@@ -341,21 +364,17 @@ class _Evaluator:
             scores, _ = inference.score_answers(
                 loop, self.prompts, self._config, tokenizer=self._tokenizer
             )
-        models = {**evaluation.models, TEACHER: self._with_loss(scores, facts)}
-        return dataclasses.replace(evaluation, models=models)
-
-    def _with_loss(self, scores: ModelScores, model: ModelFacts) -> ModelScores:
-        section = self._config.teacher if model.role == "teacher" else self._config.student
         loss = inference.validation_loss(
-            model.path,
+            facts.path,
             self._validation,
             self._config,
             self._device,
-            dtype=section.dtype,
+            dtype=self._config.teacher.dtype,
             vocabulary_size=self._preflight.vocabulary_size,
-            trust_remote_code=section.trust_remote_code,
+            trust_remote_code=self._config.teacher.trust_remote_code,
         )
-        return dataclasses.replace(scores, validation_loss=loss)
+        scores = dataclasses.replace(scores, validation_loss=loss)
+        return dataclasses.replace(evaluation, models={**evaluation.models, TEACHER: scores})
 
 
 class _Thread(threading.Thread):
@@ -364,16 +383,16 @@ class _Thread(threading.Thread):
     def __init__(self, work: Any) -> None:
         super().__init__(daemon=True, name="learners")
         self._work = work
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
 
     def run(self) -> None:
         try:
             self._work()
-        except TrainingFailedError as error:
-            self.failure = error
+        except BaseException as error:
+            self.failure = error  # the driver raises it
 
 
-def _raise_training_failure(failure: Exception | None) -> None:
+def _raise_training_failure(failure: BaseException | None) -> None:
     """A rank's user error as itself; anything else as Ray Train says it."""
     if failure is None:
         return

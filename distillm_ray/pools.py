@@ -4,7 +4,8 @@ A call goes to the member with the fewest calls in flight. What raises, hangs pa
 is killed; Ray restarts it, on another node if need be, and it comes back with the newest weights.
 Ray never retries a call by itself: a retried generation would sample other tokens under the old
 metadata. Instead the caller hears `ActorLost` and decides. `MAX_FAILURES` failures of a member
-without a success in between end the run, because something is wrong that a restart cannot mend.
+without a success in between end the run, because something is wrong that a restart cannot mend;
+so do as many crashes while it starts, and whatever its `start` raises.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from distillm_ray.config import SamplingConfig
 from distillm_ray.errors import ClusterError, UserError
@@ -26,6 +33,7 @@ from distillm_ray.types import Demand, Prompt, Rollout, ScoreReport, Weights
 
 MAX_FAILURES = 3
 STORE_TIMEOUT_S = 60.0
+_RESTART_POLL_S = 0.2
 
 Actor: TypeAlias = Any
 """A handle of a Ray actor: the methods that it has are known at run time only."""
@@ -41,6 +49,7 @@ class Member:
     handle: Actor
     in_flight: int = 0
     failures: int = 0  # without a success in between
+    life: int = 0  # how often it was replaced
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -67,7 +76,7 @@ class ActorPool:
         self._log = log
         self._freed = asyncio.Condition()
         self._recoveries: set[asyncio.Task[None]] = set()
-        self._fatal: ClusterError | None = None
+        self._fatal: UserError | None = None
 
     async def start(self) -> None:
         """Start every member. Raises ClusterError if one cannot start."""
@@ -82,10 +91,11 @@ class ActorPool:
             UserError: the call itself was wrong, whoever answers it.
         """
         member = await self._acquire()
+        life = member.life
         try:
             result = await asyncio.wait_for(invoke(member.handle), self._call_timeout_s)
         except (RayError, TimeoutError) as error:
-            await self._replace(member, error)
+            await self._replace(member, life, error)
             raise ActorLost(f"{member.name}: {_one_line(error)}") from error
         finally:
             await self._release(member)
@@ -94,22 +104,46 @@ class ActorPool:
 
     async def restart(self) -> None:
         """Replace every member by a new process, as it was at the start."""
+        recoveries = list(self._recoveries)
+        for recovery in recoveries:
+            recovery.cancel()
+        await asyncio.gather(*recoveries, return_exceptions=True)
         for member in self._members:
-            member.ready.clear()
-            ray.kill(member.handle, no_restart=False)
+            self._kill(member)
         await self.start()
 
     async def _start(self, member: Member) -> None:
+        """Returns when the member is ready for calls."""
+        latest = "its process did not come up; is there room for it in the cluster?"
+        crashes = 0
         try:
-            await asyncio.wait_for(member.handle.start.remote(), self._startup_timeout_s)
-            await self._prepare(member)
-        except (RayError, TimeoutError) as error:
-            cause = error.cause if isinstance(error, RayTaskError) else error
+            async with asyncio.timeout(self._startup_timeout_s):
+                while True:
+                    up = False
+                    try:
+                        await member.handle.__ray_ready__.remote()
+                        up = True
+                        latest = "its process is up, but its start has not returned"
+                        await member.handle.start.remote()
+                        latest = "it has not taken the newest weights"
+                        await self._prepare(member)
+                        break
+                    except RayActorError as error:
+                        # While Ray restarts it, every call fails at once.
+                        crashes += up or isinstance(error, ActorDiedError)
+                        latest = _one_line(error)
+                        if crashes == MAX_FAILURES:
+                            raise
+                        await asyncio.sleep(_RESTART_POLL_S)
+        except RayError as error:
+            cause = _cause(error)
             if isinstance(cause, UserError):
                 raise cause from error
+            raise ClusterError(f"{member.name} did not start: {_one_line(error)}") from error
+        except TimeoutError as error:
             raise ClusterError(
-                f"{member.name} did not start within run.startup_timeout_s ="
-                f" {self._startup_timeout_s:g} s: {_one_line(error)}"
+                f"{member.name} was not ready after run.startup_timeout_s ="
+                f" {self._startup_timeout_s:g} s: {latest}"
             ) from error
         member.ready.set()
         async with self._freed:
@@ -139,38 +173,47 @@ class ActorPool:
             member.in_flight -= 1
             self._freed.notify_all()
 
-    async def _replace(self, member: Member, error: BaseException) -> None:
-        """Kill a failed member and bring it back in the background, once for all its calls."""
-        cause = error.cause if isinstance(error, RayTaskError) else error
+    async def _replace(self, member: Member, life: int, error: BaseException) -> None:
+        """Kill a member that failed in this life, and bring it back in the background."""
+        cause = _cause(error)
         if isinstance(cause, UserError):
             raise cause from error
-        if not member.ready.is_set():
-            return
-        member.ready.clear()
+        if member.life != life:
+            return  # another of its calls has seen to it
         member.failures += 1
+        self._kill(member)
         await self._log.add(
             EventRecord(step=0, name=f"{member.name} failed", detail=_one_line(error))
         )
         if member.failures >= MAX_FAILURES:
-            self._fatal = ClusterError(
+            fatal = ClusterError(
                 f"{member.name} failed {member.failures} times in a row, the last time with:"
                 f" {_one_line(error)}; see the log of its node for the whole story"
             )
-            raise self._fatal from error
-        ray.kill(member.handle, no_restart=False)
+            await self._give_up(fatal)
+            raise fatal from error
         task = asyncio.create_task(self._recover(member))
         self._recoveries.add(task)
         task.add_done_callback(self._recoveries.discard)
 
+    def _kill(self, member: Member) -> None:
+        member.ready.clear()
+        member.life += 1
+        ray.kill(member.handle, no_restart=False)
+
     async def _recover(self, member: Member) -> None:
         try:
             await self._start(member)
-        except ClusterError as error:
-            self._fatal = error
-            async with self._freed:
-                self._freed.notify_all()
+        except UserError as error:
+            await self._give_up(error)
             return
         await self._log.add(EventRecord(step=0, name=f"{member.name} is back"))
+
+    async def _give_up(self, fatal: UserError) -> None:
+        """From here on every call raises this, those that wait for a member included."""
+        self._fatal = fatal
+        async with self._freed:
+            self._freed.notify_all()
 
 
 class Generators(ActorPool):
@@ -194,7 +237,10 @@ class Generators(ActorPool):
                 continue
 
     async def update(self, weights: Weights) -> float:
-        """Bring every ready member to these weights; a member that fails at it is replaced."""
+        """Bring every ready member to these weights; a member that fails at it is replaced.
+
+        Members that are just starting take them when they have started.
+        """
         self._newest = weights
         members = [member for member in self._members if member.ready.is_set()]
         return max(await asyncio.gather(*(self._update(member) for member in members)), default=0.0)
@@ -205,18 +251,30 @@ class Generators(ActorPool):
         await self.restart()
 
     async def _update(self, member: Member) -> float:
+        life = member.life
+        try:
+            return await self._bring(member)
+        except (RayError, TimeoutError) as error:
+            await self._replace(member, life, error)
+            return 0.0
+
+    async def _prepare(self, member: Member) -> None:
+        taken = None
+        while self._newest is not taken:  # newer ones may come meanwhile
+            taken = self._newest
+            await self._bring(member)
+
+    async def _bring(self, member: Member) -> float:
         assert self._newest is not None
         call = member.handle.update_weights.remote(self._newest, self._keep_in_flight)
         try:
             return await asyncio.wait_for(call, self._call_timeout_s)
-        except (RayError, TimeoutError) as error:
-            await self._replace(member, error)
+        except RayError as error:
+            if not isinstance(_cause(error), ObjectLostError):
+                raise
+            # They went with the learner that had published them. The one that takes its place
+            # publishes anew, and until then no demand asks for more than is here.
             return 0.0
-
-    async def _prepare(self, member: Member) -> None:
-        if self._newest is not None:
-            call = member.handle.update_weights.remote(self._newest, self._keep_in_flight)
-            await asyncio.wait_for(call, self._call_timeout_s)
 
 
 class Targets(ActorPool):
@@ -245,10 +303,16 @@ class Targets(ActorPool):
             done.set_result(None)
 
     async def _ensure(self, rollout: Rollout) -> int:
-        store = self._stores[store_index(rollout.rollout_id, len(self._stores))]
-        has = store.has.remote(rollout.rollout_id)
-        if await asyncio.wait_for(has, STORE_TIMEOUT_S):
-            return 0
+        index = store_index(rollout.rollout_id, len(self._stores))
+        has = self._stores[index].has.remote(rollout.rollout_id)
+        try:
+            if await asyncio.wait_for(has, STORE_TIMEOUT_S):
+                return 0
+        except (RayError, TimeoutError) as error:
+            raise ClusterError(
+                f"target store {index} did not answer within {STORE_TIMEOUT_S:g} s:"
+                f" {_one_line(error)}"
+            ) from error
         return await self.replace(rollout)
 
     async def replace(self, rollout: Rollout) -> int:
@@ -275,7 +339,12 @@ async def _score(handle: Actor, rollout: Rollout, store: Actor) -> ScoreReport:
     return report
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong in the actor, where Ray hands on what was raised there."""
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
 def _one_line(error: BaseException, limit: int = 300) -> str:
-    cause = error.cause if isinstance(error, RayTaskError) else error
+    cause = _cause(error)
     text = " ".join(f"{type(cause).__name__}: {cause}".split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -24,6 +24,7 @@ from distillm_ray.resume import check_resume
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
+_RAY_UPLOADS = "runtime_resources"  # Ray's folder for what comes with a job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,6 +70,13 @@ def _check_run_directory(config: Config) -> Checkpoint | None:
     directory = config.run.directory
     if directory.exists() and not directory.is_dir():
         raise RunDirectoryError(f"run.directory: {directory} must be a directory, it is a file")
+    if _RAY_UPLOADS in directory.parts:
+        raise RunDirectoryError(
+            f"run.directory must outlive the job, got {directory}, which lies in the copy of"
+            " --working-dir that Ray uploaded and deletes after the job, and the run with it; give"
+            " an absolute path, on a disk that all nodes with a learner share:"
+            " run.directory=/shared/runs/NAME"
+        )
     _check_writable(directory)
     saved = directory / CONFIG_FILE
     if not saved.is_file():
@@ -86,6 +94,8 @@ def _check_writable(directory: Path) -> None:
     existing = directory.resolve()
     while not existing.exists():
         existing = existing.parent
+    if not existing.is_dir():
+        raise RunDirectoryError(f"run.directory: {directory} cannot be made ({existing} is a file)")
     if not os.access(existing, os.W_OK):
         raise RunDirectoryError(
             f"run.directory: {directory} cannot be written ({existing} is read-only for this user)"

@@ -81,21 +81,25 @@ class DrawFacts:
     mix: Mix
     fresh_ages: tuple[int, ...] = ()
     replay_ages: tuple[int, ...] = ()
+    rollout_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by shelf, sorted
 
     @classmethod
     def of(cls, plan: StepPlan) -> DrawFacts:
         """The facts of a whole plan, over all ranks."""
         ages: dict[Shelf, list[int]] = {shelf: [] for shelf in Shelf}
+        ids: dict[Shelf, list[str]] = {shelf: [] for shelf in Shelf}
         for rank in plan.ranks:
             for micro_batch in rank:
                 for sequence in micro_batch.sequences:
                     ages[sequence.shelf].append(sequence.age)
+                    ids[sequence.shelf].append(sequence.rollout.rollout_id)
         return cls(
             phi=plan.phi,
             psi=plan.psi,
             mix=plan.mix,
             fresh_ages=tuple(ages[Shelf.FRESH]),
             replay_ages=tuple(ages[Shelf.REPLAY]),
+            rollout_ids={shelf.value: tuple(sorted(ids[shelf])) for shelf in Shelf},
         )
 
 
@@ -133,6 +137,7 @@ class StepRecord:
     phi: float = 0.0
     psi: float = 0.0  # rollout rate
     mix: Mix = field(default_factory=Mix)
+    rollout_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)  # drawn, by shelf
     fresh_age_mean: Measured = math.nan  # NaN without fresh samples
     fresh_age_max: int = 0
     replay_age_mean: Measured = math.nan
@@ -156,6 +161,7 @@ class StepRecord:
             phi=draw.phi,
             psi=draw.psi,
             mix=draw.mix,
+            rollout_ids=draw.rollout_ids,
             fresh_age_mean=_mean(draw.fresh_ages),
             fresh_age_max=max(draw.fresh_ages, default=0),
             replay_age_mean=_mean(draw.replay_ages),
@@ -222,6 +228,7 @@ class ProbeRecord:
     step: int
     time: float = 0.0
     samples: tuple[Sample, ...] = ()
+    logprob_gap: Measured = math.nan  # mean |engine - learner| over these answers, in nats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

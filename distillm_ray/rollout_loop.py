@@ -140,9 +140,10 @@ class RolloutLoop:
         self._update: asyncio.Task[None] | None = None
         self._published = 0
         self._incarnation = 0
+        self._restoring = asyncio.Lock()
 
     async def run(self) -> None:
-        """Work until the buffer says that the run is over.
+        """Work until the buffer says that the run is over, and the last weights have arrived.
 
         Raises whatever a task of it raised: a failure here ends the run, it is never swallowed.
         """
@@ -156,13 +157,17 @@ class RolloutLoop:
                     raise self._failure
                 todo = work.result()
                 if todo is None:
+                    if self._update is not None:
+                        await self._update
                     return
-                if todo.incarnation != self._incarnation:
-                    continue  # asked for before a restore
-                for demand in todo.demand:
-                    self._spawn(self._fulfil(demand))
-                for rollout in todo.dataset:
-                    self._spawn(self.ensure_targets((rollout,)))
+                # New work may be here before the reply of the restore that opened it.
+                async with self._restoring:
+                    if todo.incarnation != self._incarnation:
+                        continue  # asked for before a restore
+                    for demand in todo.demand:
+                        self._spawn(self._fulfil(demand))
+                    for rollout in todo.dataset:
+                        self._spawn(self.ensure_targets((rollout,)))
         finally:
             failed.cancel()
             await self._cancel_all()
@@ -172,11 +177,12 @@ class RolloutLoop:
 
         Generators that hold weights from after it, which no longer exist, start anew.
         """
-        await self._cancel_all()
-        if self._published > completed and self._generators is not None:
-            await self._generators.rewind()
-        self._published = 0
-        self._incarnation = await self._buffer.restore(state, completed)
+        async with self._restoring:
+            await self._cancel_all()
+            if self._published > completed and self._generators is not None:
+                await self._generators.rewind()
+            self._published = 0
+            self._incarnation = await self._buffer.restore(state, completed)
 
     async def publish(self, weights: Weights) -> None:
         """Start bringing the generators to these weights; returns before they are there."""

@@ -1,6 +1,7 @@
 """The learner's side of the wires: `train_loop.Services` over Ray actors.
 
-Every call has a limit. What a step reports to the log is not waited for: its result is looked at
+Every call has a limit, and a TimeoutError says who did not answer. A role's user error arrives as
+itself. What a step reports to the log is not waited for: its result is looked at
 one step later, so that a broken log is noticed without standing in the way.
 """
 
@@ -8,18 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from distillm_ray.config import Config
-from distillm_ray.errors import ClusterError
+from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.pools import Actor, store_index
 from distillm_ray.prefetch import RankPlan
-from distillm_ray.records import DrawFacts, Record
-from distillm_ray.types import Rollout, TeacherTargets, TrainStep, Validation, Weights
+from distillm_ray.records import DrawFacts, Record, Sample
+from distillm_ray.templates import decode
+from distillm_ray.types import Prompt, Rollout, TeacherTargets, TrainStep, Validation, Weights
 from distillm_ray.weight_files import Bucket
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CALL_TIMEOUT_S = 120.0
 MAX_SCORING_ROUNDS = 3
@@ -38,9 +43,20 @@ class Wires:
 class ActorServices:
     """See `train_loop.Services`; each rank has one, and rank 0 does most of the talking."""
 
-    def __init__(self, wires: Wires, config: Config) -> None:
+    def __init__(
+        self,
+        wires: Wires,
+        config: Config,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        probe_prompts: Sequence[Prompt] = (),
+    ) -> None:
+        """`probe_prompts` are held-out prompts; the tokenizer only decodes answers to them."""
         self._wires = wires
         self._config = config
+        self._tokenizer = tokenizer
+        self._probe_prompts = probe_prompts
+        self._probe: ray.ObjectRef[Any] | None = None
         self._has_generators = config.wants_rollouts
         self._last_report: ray.ObjectRef[Any] | None = None
 
@@ -49,11 +65,11 @@ class ActorServices:
     def draw(self, step: int, rank: int, timeout_s: float) -> RankPlan | None:
         """See `prefetch.SampleSource`."""
         call = self._wires.buffer.draw.remote(step, rank, timeout_s)
-        return ray.get(call, timeout=timeout_s + CALL_TIMEOUT_S)
+        return _ask(call, "the replay buffer's draw", timeout_s + CALL_TIMEOUT_S)
 
     def waiting_for(self, step: int) -> str:
         """See `prefetch.SampleSource`."""
-        return self._ask(self._wires.buffer.waiting_for.remote(step))
+        return _ask(self._wires.buffer.waiting_for.remote(step), "the replay buffer")
 
     def fetch_targets(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherTargets]:
         """See `prefetch.SampleSource`. What no store has any more is scored again.
@@ -68,9 +84,10 @@ class ActorServices:
             missing = [one for one in missing if one.rollout_id not in targets]
             if not missing:
                 return targets
-            self._ask(
+            _ask(
                 self._wires.loop.ensure_targets.remote(missing),
-                timeout_s=self._config.learner.data_timeout_s,
+                f"scoring {len(missing)} sequences (learner.data_timeout_s)",
+                self._config.learner.data_timeout_s,
             )
         raise ClusterError(
             f"{len(missing)} teacher targets were gone again after being scored"
@@ -82,19 +99,23 @@ class ActorServices:
 
     def restore_buffer(self, state: bytes | None, completed: int) -> None:
         """See `train_loop.Services`."""
-        self._ask(self._wires.loop.restore_buffer.remote(state, completed), timeout_s=None)
+        _ask(
+            self._wires.loop.restore_buffer.remote(state, completed),
+            "going back to the checkpoint (run.startup_timeout_s)",
+            self._config.run.startup_timeout_s,
+        )
 
     def buffer_state(self, completed: int) -> bytes:
         """See `train_loop.Services`."""
-        return self._ask(self._wires.buffer.state.remote(completed))
+        return _ask(self._wires.buffer.state.remote(completed), "the replay buffer's state")
 
     def advance(self, completed: int) -> None:
         """See `train_loop.Services`."""
-        self._ask(self._wires.buffer.advance.remote(completed))
+        _ask(self._wires.buffer.advance.remote(completed), "the replay buffer")
 
     def report_validation(self, validation: Validation) -> float:
         """See `train_loop.Services`."""
-        return self._ask(self._wires.buffer.report.remote(validation))
+        return _ask(self._wires.buffer.report.remote(validation), "the replay buffer")
 
     # ---- weights ---------------------------------------------------------------------------------
 
@@ -102,7 +123,9 @@ class ActorServices:
         """See `train_loop.Services`. The last weights of a run are what is evaluated."""
         if completed == self._config.learner.steps and self._config.evaluation.at_end:
             return True
-        return self._has_generators and self._ask(self._wires.buffer.wants_weights.remote())
+        return self._has_generators and _ask(
+            self._wires.buffer.wants_weights.remote(), "the replay buffer"
+        )
 
     def put_bucket(self, bucket: Bucket) -> Any:
         """See `train_loop.Services`: the object store's reference."""
@@ -110,30 +133,51 @@ class ActorServices:
 
     def publish(self, weights: Weights) -> None:
         """See `train_loop.Services`."""
-        timeout_s = self._config.rollout.timeout_s + CALL_TIMEOUT_S
-        self._ask(self._wires.loop.publish.remote(weights), timeout_s=timeout_s)
+        _ask(
+            self._wires.loop.publish.remote(weights),
+            "the generators taking the weights published before (rollout.timeout_s)",
+            self._config.rollout.timeout_s + CALL_TIMEOUT_S,
+        )
+
+    def start_probe(self) -> None:
+        """See `train_loop.Services`."""
+        self._probe = self._wires.loop.answer.remote(
+            self._probe_prompts, self._config.rollout.sampling, self._config.run.seed
+        )
+
+    def finish_probe(self) -> list[Rollout]:
+        """See `train_loop.Services`."""
+        limit = self._config.rollout.timeout_s + CALL_TIMEOUT_S
+        return _ask(self._probe, "the answers to validation.probe_prompts", limit)
+
+    def samples(self, rollouts: Sequence[Rollout]) -> tuple[Sample, ...]:
+        """See `train_loop.Services`."""
+        return tuple(
+            Sample(
+                prompt=prompt.text,
+                reference=prompt.references[0],
+                response=decode(self._tokenizer, rollout),
+            )
+            for prompt, rollout in zip(self._probe_prompts, rollouts, strict=True)
+        )
 
     # ---- log -------------------------------------------------------------------------------------
 
     def report_step(self, train: TrainStep, facts: DrawFacts, logprob_gap: float) -> None:
         """See `train_loop.Services`."""
         if self._last_report is not None:
-            self._ask(self._last_report)
+            _ask(self._last_report, "the log of the last step")
         self._last_report = self._wires.loop.report_step.remote(train, facts, logprob_gap)
 
     def log(self, record: Record) -> None:
         """See `train_loop.Services`."""
-        self._ask(self._wires.metrics.add.remote(record))
+        _ask(self._wires.metrics.add.remote(record), "the log")
 
     def should_stop(self) -> bool:
         """See `train_loop.Services`."""
-        return self._ask(self._wires.buffer.stop_requested.remote())
+        return _ask(self._wires.buffer.stop_requested.remote(), "the replay buffer")
 
     # ---- inside ----------------------------------------------------------------------------------
-
-    def _ask(self, call: Any, *, timeout_s: float | None = CALL_TIMEOUT_S) -> Any:
-        limit = timeout_s if timeout_s is not None else self._config.run.startup_timeout_s
-        return ray.get(call, timeout=limit)
 
     def _from_stores(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherTargets]:
         """What the stores have, each asked once. A payload that cannot be read is dropped there."""
@@ -145,7 +189,7 @@ class ActorServices:
         found: dict[str, tuple[int, ray.ObjectRef[Any]]] = {}
         calls = {index: stores[index].get.remote(ids) for index, ids in by_store.items()}
         for index, call in calls.items():
-            for rollout_id, reference in self._ask(call).items():
+            for rollout_id, reference in _ask(call, f"target store {index}").items():
                 found[rollout_id] = index, reference
         try:
             payloads = ray.get(
@@ -163,5 +207,16 @@ class ActorServices:
             try:
                 targets[rollout_id] = ray.get(reference, timeout=CALL_TIMEOUT_S)
             except RayError:
-                self._ask(self._wires.stores[index].drop.remote([rollout_id]))
+                _ask(self._wires.stores[index].drop.remote([rollout_id]), f"target store {index}")
         return targets
+
+
+def _ask(call: Any, what: str, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    try:
+        return ray.get(call, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise TimeoutError(f"no answer within {timeout_s:g} s: {what}") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from error
+        raise

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from distillm_ray.config import ChatTemplate, PlainTemplate
 from distillm_ray.errors import DataError
 from distillm_ray.rows import Example, RowError, Turn
+from distillm_ray.types import Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -272,3 +273,10 @@ def _single_turn(prompt_ids: list[int], reference_ids: list[list[int]]) -> Rende
 
 def _id_or_none(value: Any) -> int | None:
     return value if isinstance(value, int) else None
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
+    """The response as text, without end tokens and surrounding space."""
+    text = tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text.strip()

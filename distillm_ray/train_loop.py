@@ -22,8 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from distillm_ray.batching import pack, plan_validation
 from distillm_ray.checkpoint import (
     LEARNER_FOLDER,
     Checkpoint,
@@ -38,11 +41,13 @@ from distillm_ray.records import (
     CheckpointRecord,
     DrawFacts,
     EventRecord,
+    ProbeRecord,
     PublishRecord,
     Record,
+    Sample,
     ValidationRecord,
 )
-from distillm_ray.types import LearnerBatch, TrainStep, Validation, Weights
+from distillm_ray.types import LearnerBatch, Rollout, TrainStep, Validation, Weights
 from distillm_ray.weight_files import Bucket
 
 MODEL_FOLDER = "model"
@@ -80,6 +85,18 @@ class Services(SampleSource, Protocol):
         """Adapt the schedule; returns phi from here on."""
         ...
 
+    def start_probe(self) -> None:
+        """Have the generators answer a few held-out prompts with the weights just published."""
+        ...
+
+    def finish_probe(self) -> list[Rollout]:
+        """Wait for those answers."""
+        ...
+
+    def samples(self, rollouts: Sequence[Rollout]) -> tuple[Sample, ...]:
+        """The answers as text, for the log."""
+        ...
+
     def report_step(self, train: TrainStep, facts: DrawFacts, logprob_gap: float) -> None:
         """Log a step; the services add what the other roles did."""
         ...
@@ -107,6 +124,10 @@ class LearnerRank(Protocol):
 
     def validation_loss(self, batches: Sequence[LearnerBatch]) -> tuple[float, int]:
         """See `Learner.validation_loss`."""
+        ...
+
+    def token_logprobs(self, batch: LearnerBatch) -> NDArray[np.float32]:
+        """See `Learner.token_logprobs`."""
         ...
 
     def gather_weights(self, dtype: torch.dtype) -> Iterator[Bucket]:
@@ -182,6 +203,8 @@ class _TrainLoop:
         self._phi = 0.0
         self._validation: Validation | None = None
         self._skipped_in_a_row = 0
+        self._published = 0  # the generators have loaded the same model directory
+        self._warned = False
 
     def run(self, start: Checkpoint | None) -> int:
         completed = self._begin(start)
@@ -215,7 +238,6 @@ class _TrainLoop:
         if start is None:
             if self._speaks:
                 self._services.restore_buffer(None, 0)
-            self._publish(0)
             self._validate(0)
             return 0
         completed = start.meta.step
@@ -230,14 +252,25 @@ class _TrainLoop:
     def _after_step(self, prepared: PreparedStep, outcome: StepOutcome) -> None:
         completed = outcome.train.step
         self._phi = prepared.facts.phi
-        if completed % self._config.rollout.sync_interval == 0 or (
-            completed == self._config.learner.steps
-        ):
-            self._publish(completed)
+        self._publish_if_due(completed)
         if self._speaks:
             self._services.advance(completed)
             self._services.report_step(outcome.train, prepared.facts, outcome.logprob_gap)
+        self._watch_gap(completed, outcome.logprob_gap)
         self._watch_skips(prepared, outcome.train)
+
+    def _publish_if_due(self, completed: int) -> None:
+        """Every `sync_interval` steps and after the last; late where nobody wanted them then.
+
+        A demand starts with the newest multiple of `sync_interval` or later: where phi leaves 0,
+        the weights that it asks for were never published.
+        """
+        interval = self._config.rollout.sync_interval
+        newest = completed // interval * interval
+        if completed == self._config.learner.steps:
+            newest = completed
+        if self._published < newest:
+            self._publish(completed)
 
     def _publish(self, completed: int) -> None:
         """Hand the weights over bucket by bucket, if anyone needs them."""
@@ -255,11 +288,16 @@ class _TrainLoop:
             self._services.publish(
                 Weights(version=completed, buckets=tuple(references), nbytes=nbytes)
             )
+        self._published = completed
         seconds = time.monotonic() - started
         self._log(PublishRecord(step=completed, nbytes=nbytes, seconds=seconds))
 
     def _validate(self, completed: int) -> None:
         started = time.monotonic()
+        probing = self._published == completed and self._config.wants_rollouts
+        probing = probing and self._config.validation.probe_prompts > 0
+        if probing and self._speaks:
+            self._services.start_probe()
         loss_sum, num_tokens = self._learner.validation_loss(self._validation_batches)
         loss = loss_sum / num_tokens if num_tokens else math.nan
         self._validation = Validation(step=completed, loss=loss, tokens=num_tokens)
@@ -274,6 +312,42 @@ class _TrainLoop:
                 seconds=time.monotonic() - started,
             )
         )
+        self._publish_if_due(completed)  # phi may have left 0 just now
+        if probing:
+            self._finish_probe(completed)
+
+    def _finish_probe(self, completed: int) -> None:
+        """What the student says now, and how far engine and learner are apart on it."""
+        answers = self._services.finish_probe() if self._speaks else None
+        rollouts: list[Rollout] = self._learner.collect(answers)[0]
+        (plans,) = plan_validation(
+            rollouts,
+            num_ranks=1,
+            max_micro_batch_tokens=self._config.learner.max_micro_batch_tokens,
+        )
+        gaps = []
+        for plan in plans:
+            batch = pack(plan, None)
+            assert batch.behaviour_logprobs_N is not None
+            gaps.append(np.abs(self._learner.token_logprobs(batch) - batch.behaviour_logprobs_N))
+        gap = float(np.concatenate(gaps).mean())
+        if self._speaks:
+            samples = self._services.samples(rollouts)
+            self._log(ProbeRecord(step=completed, samples=samples, logprob_gap=gap))
+        self._watch_gap(completed, gap)
+
+    def _watch_gap(self, completed: int, gap: float) -> None:
+        """Warn once where the engine's log-probabilities are not the learner's."""
+        limit = self._config.rollout.logprob_warning
+        if self._warned or not gap > limit:
+            return
+        self._warned = True
+        detail = (
+            f"mean |engine - learner| is {gap:.3f} nats under the same weights, above"
+            f" rollout.logprob_warning = {limit:g}: what is trained on as the student's output is"
+            " not quite its own; check rollout.dtype"
+        )
+        self._log(EventRecord(step=completed, name="log-probabilities differ", detail=detail))
 
     def _save(self, completed: int) -> None:
         """Write the checkpoint of `completed`. Without space, the ones before it stay good."""

@@ -61,7 +61,7 @@ def test_overrides_are_applied_in_order_and_typed_like_yaml(file: Path) -> None:
     config = load_config(file, overrides + more)
     assert (config.learner.steps, config.learner.learning_rate) == (30, 1e-4)
     assert config.student.lora is not None and config.student.lora.rank == 4
-    assert config.data.validation == (Path("a.jsonl"), Path("b.jsonl"))
+    assert config.data.validation == (Path("a.jsonl").absolute(), Path("b.jsonl").absolute())
     assert config.loss.divergence == SkewKL(alpha=0.3)
 
 
@@ -171,6 +171,22 @@ def test_an_impossible_combination_is_refused_with_the_reason(
     message = refusal(**sections)
     for part in parts:
         assert part in message
+
+
+def test_a_flag_is_no_number() -> None:
+    assert refusal(learner={"steps": True}) == "learner.steps: must be a number, got true"
+    assert refusal(run={"seed": False}) == "run.seed: must be a number, got false"
+
+
+@pytest.mark.parametrize("section", ["rollout", "evaluation"])
+def test_a_temperature_that_vllm_refuses_is_refused_for_its_engine_only(section: str) -> None:
+    hot = {"sampling": {"temperature": 2.5}}
+    message = refusal(**{section: hot})
+    assert message.startswith(f"{section}.sampling.temperature must be at most 2 with rollout.eng")
+    assert "got 2.5: vLLM refuses it" in message
+    sections = {"rollout": {"engine": {"type": "transformers"}}}
+    sections[section] = sections.get(section, {}) | hot
+    assert parse_config(tree(**sections), name="x.yaml")
 
 
 def test_all_problems_are_told_at_once() -> None:

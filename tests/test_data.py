@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -249,21 +247,6 @@ def test_a_file_listed_twice_is_refused(tmp_path: Path) -> None:
 
 
 # ---- Ray Data -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    started = not ray.is_initialized()
-    if started:
-        ray.init(
-            num_cpus=16,
-            object_store_memory=150 * 2**20,
-            log_to_driver=False,
-            include_dashboard=False,
-        )
-    yield
-    if started:
-        ray.shutdown()
 
 
 def load(

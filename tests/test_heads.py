@@ -90,6 +90,13 @@ def hidden_states(model: PreTrainedModel, token_ids_L: torch.Tensor) -> torch.Te
         return model.base_model(input_ids=token_ids_L[None], use_cache=False).last_hidden_state[0]
 
 
+def output_weight(model: PreTrainedModel) -> torch.Tensor:
+    """Of the output head."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)
+    return head.weight
+
+
 # ---- rules ---------------------------------------------------------------------------------------
 
 
@@ -150,7 +157,7 @@ def test_a_tied_checkpoint_has_one_tensor_and_it_is_found(tmp_path: Path) -> Non
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     head = load_frozen_head(tmp_path, vocabulary_size=VOCABULARY, dtype=torch.bfloat16)
     assert head.weight_VD.dtype == torch.bfloat16
-    expected = model.get_input_embeddings().weight[:VOCABULARY].bfloat16()
+    expected = output_weight(model)[:VOCABULARY].bfloat16()
     assert torch.equal(head.weight_VD, expected)
 
 
@@ -159,14 +166,16 @@ def test_a_checkpoint_of_several_files_is_read_by_its_index(tmp_path: Path) -> N
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     head = load_frozen_head(tmp_path, vocabulary_size=VOCABULARY)
-    assert torch.equal(head.weight_VD, model.get_output_embeddings().weight[:VOCABULARY])
+    assert torch.equal(head.weight_VD, output_weight(model)[:VOCABULARY])
 
 
 def test_a_checkpoint_of_the_bare_backbone_is_read(tmp_path: Path) -> None:
     model = build("gpt2")
-    model.base_model.save_pretrained(tmp_path)
+    backbone = model.base_model
+    assert isinstance(backbone, PreTrainedModel)
+    backbone.save_pretrained(tmp_path)
     head = load_frozen_head(tmp_path, vocabulary_size=VOCABULARY)
-    assert torch.equal(head.weight_VD, model.get_output_embeddings().weight[:VOCABULARY])
+    assert torch.equal(head.weight_VD, output_weight(model)[:VOCABULARY])
 
 
 def test_a_directory_without_safetensors_is_refused(tmp_path: Path) -> None:
@@ -227,7 +236,7 @@ def test_a_model_with_an_installed_head_saves_the_same_files(name: str, tmp_path
 
 def test_the_installed_head_shares_the_parameter_and_keeps_the_tie() -> None:
     model = build("llama-tied")
-    weight = model.get_output_embeddings().weight
+    weight = output_weight(model)
     head = install_distillation_head(model, vocabulary_size=VOCABULARY)
     assert head.weight is weight
     assert model.get_input_embeddings().weight is weight
@@ -254,7 +263,7 @@ def test_the_plain_implementation_gives_the_same_loss() -> None:
         )
         assert isinstance(model.get_output_embeddings(), DistillationHead)
         token_ids_L = torch.tensor([5, 9, 2, 31, 40])
-        weight_VD = teacher.get_output_embeddings().weight.detach()[:VOCABULARY]
+        weight_VD = output_weight(teacher).detach()[:VOCABULARY]
         frozen = FrozenHead(weight_VD=weight_VD)
         request = LossRequest(
             terms=(DivergenceTerm(divergence=SkewKL(), weights_N=torch.ones(5)),),

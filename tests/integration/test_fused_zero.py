@@ -17,6 +17,7 @@ from typing import Literal
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from distillm_ray.config import LearnerConfig, SkewKL
@@ -195,7 +196,7 @@ def run_rank(rank: int, directory: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory with the parameters of each case after three steps on two ranks."""
     directory = tmp_path_factory.mktemp("fused-zero")
-    torch.multiprocessing.spawn(run_rank, args=(str(directory),), nprocs=NUM_RANKS)
+    spawn(run_rank, args=(str(directory),), nprocs=NUM_RANKS)
     return directory
 
 

@@ -261,7 +261,9 @@ def reference(directory: Path) -> tuple[list[float], list[float], dict[str, torc
             labels_T = torch.from_numpy(rollout.response_ids).long()
             entropy_T = torch.nn.functional.cross_entropy(student_TV, labels_T, reduction="none")
             token_weights_T = torch.from_numpy(sequence.token_weights)
-            loss = loss + (token_weights_T * (values_T + 0.3 * entropy_T)).sum()
+            # Cross-entropy is for the data set's words, never for the student's own.
+            weight = 0.3 if sequence.shelf is Shelf.DATASET else 0.0
+            loss = loss + (token_weights_T * (values_T + weight * entropy_T)).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
         rate = 0.5 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 9)))

@@ -1,0 +1,21 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for the whole session. Its CPUs are claims, not cores: actors of tests ask for 0."""
+    ray.init(
+        num_cpus=16,
+        object_store_memory=150 * 2**20,
+        log_to_driver=False,
+        include_dashboard=False,
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,238 @@
+"""`ray job submit` on a cluster of our own: log, exit code, stopping and going on.
+
+The cluster has its own ports and its own folder, and only what this file started is ended: another
+Ray on this machine is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from distillm_ray.checkpoint import CheckpointDirectory
+from distillm_ray.records import DoneRecord, StepRecord
+from tests.integration.tiny import (
+    LIMIT_S,
+    MARK,
+    checkpointed,
+    clean_environment,
+    kill_marked,
+    make_config,
+    marked_processes,
+    records,
+)
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(4 * LIMIT_S)]
+
+BIN = Path(sys.executable).parent
+STEPS = 60
+ROLES = ("GeneratorActor", "ScorerActor", "TargetStore", "BufferActor", "RolloutLoop", "RayTrain")
+CONNECT_SCRIPT = """
+import ray
+from distillm_ray.cluster import connect
+from distillm_ray.config_files import load_config
+connect(load_config({config!r}, ["targets.max_bytes=1000000"]))
+print(ray.get_runtime_context().gcs_address)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A running `ray start --head`."""
+
+    mark: str
+    folder: Path
+    gcs_address: str
+    dashboard: str
+    environment: dict[str, str]
+
+    def job(self, *arguments: str) -> subprocess.Popen[str]:
+        """`ray job ...`, which goes to this cluster."""
+        verb, *rest = arguments
+        return subprocess.Popen(
+            [str(BIN / "ray"), "job", verb, "--address", self.dashboard, *rest],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self.environment,
+        )
+
+    def submit(self, name: str, directory: Path, *entrypoint: str) -> subprocess.Popen[str]:
+        """As the README says: the stop waits for a checkpoint."""
+        return self.job(
+            "submit",
+            *("--submission-id", name, "--working-dir", str(directory)),
+            *("--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}'),
+            "--",
+            *entrypoint,
+        )
+
+    def roles(self) -> list[str]:
+        """Titles of the actors of ours that are alive."""
+        titles = [process.title for process in marked_processes(self.mark)]
+        return [title for title in titles if any(role in title for role in ROLES)]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    # Ray's sockets lie in here, and a socket's path is short.
+    folder = Path(tempfile.mkdtemp(prefix="dr"))
+    port, dashboard, agent, metrics, client = free_ports(5)
+    mark = uuid.uuid4().hex
+    environment = {
+        **clean_environment(),
+        MARK: mark,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_TMPDIR": str(folder),
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    with (folder / "head.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4"),
+                *(f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/ray"),
+                *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"),
+                *(f"--ray-client-server-port={client}", "--object-store-memory=150000000"),
+                *("--node-ip-address=127.0.0.1", "--disable-usage-stats"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+    try:
+        wait_until_listening(dashboard, process, folder / "head.log")
+        yield Head(
+            mark=mark,
+            folder=folder,
+            gcs_address=f"127.0.0.1:{port}",
+            dashboard=f"http://127.0.0.1:{dashboard}",
+            environment=environment,
+        )
+    finally:
+        process.kill()
+        kill_marked(mark)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_until_listening(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
+    raise AssertionError(f"the dashboard did not come up:\n{log.read_text()}")
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float) -> tuple[int, str]:
+    """Exit code and output of a command."""
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        raise AssertionError(f"no end after {timeout_s:g} s:\n{output}") from None
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_config(tmp_path_factory.mktemp("job"), steps=STEPS, batch_size=8)
+
+
+def test_a_stopped_job_leaves_a_checkpoint_and_no_actor_and_goes_on_when_submitted_again(
+    head: Head, config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = ("distillm-ray", "train", config.name, f"run.directory={run}")
+    job = head.submit("first", config.parent, *command)
+    deadline = time.monotonic() + LIMIT_S
+    while not checkpointed(run, 2):
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert head.roles()
+    code, output = finish(head.job("stop", "first"), LIMIT_S)
+    assert code == 0, output
+    code, output = finish(job, LIMIT_S)
+    assert "Stopped with a checkpoint" in output
+    deadline = time.monotonic() + 20
+    while head.roles() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert head.roles() == []
+    last_step = max(record.step for record in records(run, StepRecord))
+    assert 2 <= last_step < STEPS
+    checkpoint = CheckpointDirectory(run / "checkpoints", keep=2).latest()
+    assert checkpoint is not None
+    assert checkpoint.meta.step == last_step
+
+    code, output = finish(head.submit("second", config.parent, *command), LIMIT_S)
+    assert code == 0, output
+    assert f"resumed from step {last_step}" in output
+    assert f"step {STEPS}/{STEPS}" in output
+    assert "complete at step" in output
+    assert "\x1b[?" not in output, "no cursor movements in a log"
+    assert "\r" not in output.replace("\r\n", "\n"), "lines are not drawn over"
+    assert [record.step for record in records(run, StepRecord)] == list(range(1, STEPS + 1))
+    assert [record.status for record in records(run, DoneRecord)] == ["stopped", "complete"]
+    assert list((run / "model").glob("*.safetensors"))
+
+
+def test_a_job_with_a_bad_config_fails_with_the_message(head: Head, config: Path) -> None:
+    refused = head.submit("typo", config.parent, "distillm-ray", "train", config.name, "run.sed=1")
+    lost = head.submit(
+        *("lost", config.parent),
+        *("distillm-ray", "train", config.name, "run.directory=runs/one"),
+    )
+    code, output = finish(refused, LIMIT_S)
+    assert code != 0
+    assert "run.sed" in output
+    code, output = finish(lost, LIMIT_S)
+    assert code != 0
+    assert "deletes after the job" in output
+
+
+def test_without_an_address_we_start_our_own_cluster_beside_a_running_one(
+    head: Head, config: Path
+) -> None:
+    """Ray itself would join the cluster that was started here last."""
+    assert (head.folder / "ray" / "ray_current_cluster").read_text() == head.gcs_address
+    found = subprocess.run(
+        [sys.executable, "-c", CONNECT_SCRIPT.format(config=str(config))],
+        env=head.environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    address = found.stdout.split()[-1]
+    assert ":" in address
+    assert address.rpartition(":")[2] != head.gcs_address.rpartition(":")[2]

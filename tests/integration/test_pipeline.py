@@ -1,0 +1,254 @@
+"""Whole runs of tiny models by the command line: one undisturbed, one that everything happens to.
+
+The second has the same config. Its driver is killed, its next driver is told to stop, and the third
+loses a generator and a learner. What the two drew must be the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distillm_ray.checkpoint import CheckpointDirectory
+from distillm_ray.records import DoneRecord, EventRecord, PublishRecord, StepRecord
+from distillm_ray.replay_state import BufferState
+from tests.integration.tiny import (
+    LIMIT_S,
+    Driver,
+    Process,
+    checkpointed,
+    drawn,
+    fresh_ordinals,
+    make_config,
+    records,
+    wait_until_gone,
+)
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(4 * LIMIT_S)]
+
+STEPS, BATCH_SIZE = 40, 8
+VLLM = ("rollout.engine={type: vllm, max_num_seqs: 8}",)
+EVALUATED = ("evaluation.at_end=true", "evaluation.max_prompts=4")
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The undisturbed run."""
+
+    command: tuple[str, ...]
+    run: Path
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Disturbed:
+    """What was seen on the way of the other one."""
+
+    run: Path
+    left_by_the_killed: list[Process]
+    step_of_the_killed: int
+    code_of_the_stopped: int
+    steps_of_the_stopped: tuple[int, int]  # that it trained: first, last
+    checkpoint_of_the_stopped: int
+    code_of_the_last: int
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_config(tmp_path_factory.mktemp("tiny"), steps=STEPS, batch_size=BATCH_SIZE)
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path) -> Iterator[Whole]:
+    run = config.parent / "whole"
+    command = ("train", str(config), f"run.directory={run}", *EVALUATED)
+    with Driver(*command, log=config.parent / "whole.log") as driver:
+        assert driver.wait(LIMIT_S) == 0, driver.output()
+        yield Whole(command=command, run=run, output=driver.output())
+
+
+@pytest.fixture(scope="module")
+def disturbed(config: Path) -> Disturbed:
+    run = config.parent / "disturbed"
+    command = ("train", str(config), f"run.directory={run}")
+    with Driver(*command, *VLLM, log=config.parent / "killed.log") as driver:
+        driver.wait_for(lambda: checkpointed(run, 4), LIMIT_S)
+        driver.find("EngineCore")
+        driver.send(signal.SIGKILL)
+        driver.wait(10)
+        left = wait_until_gone(driver.mark, 20)
+    killed_at = newest_checkpoint(run)
+    with Driver(*command, log=config.parent / "stopped.log") as driver:
+        driver.wait_for(lambda: checkpointed(run, killed_at + 2), LIMIT_S)
+        driver.send(signal.SIGTERM)
+        stopped_code = driver.wait(LIMIT_S)
+    steps = [record.step for record in records(run, StepRecord)]
+    stopped_at = newest_checkpoint(run)
+    with Driver(*command, log=config.parent / "last.log") as driver:
+        driver.wait_for(lambda: checkpointed(run, stopped_at + 2), LIMIT_S)
+        os.kill(driver.find("ray::GeneratorActor").pid, signal.SIGKILL)
+        generator_lost_at = newest_checkpoint(run)
+        driver.wait_for(lambda: checkpointed(run, generator_lost_at + 4), LIMIT_S)
+        os.kill(driver.find("RayTrainWorker").pid, signal.SIGKILL)
+        last_code = driver.wait(LIMIT_S)
+        assert last_code == 0, driver.output()
+    return Disturbed(
+        run=run,
+        left_by_the_killed=left,
+        step_of_the_killed=killed_at,
+        code_of_the_stopped=stopped_code,
+        steps_of_the_stopped=(killed_at + 1, max(steps)),
+        checkpoint_of_the_stopped=stopped_at,
+        code_of_the_last=last_code,
+    )
+
+
+def newest_checkpoint(run: Path) -> int:
+    checkpoint = CheckpointDirectory(run / "checkpoints", keep=2).latest()
+    assert checkpoint is not None
+    return checkpoint.meta.step
+
+
+# ---- the undisturbed run -------------------------------------------------------------------------
+
+
+def test_every_step_is_logged_once_with_what_was_drawn(whole: Whole) -> None:
+    steps = records(whole.run, StepRecord)
+    assert [record.step for record in steps] == list(range(1, STEPS + 1))
+    for record in steps:
+        assert record.mix.total == BATCH_SIZE
+        assert record.mix.fresh == len(record.rollout_ids["fresh"])
+        assert record.mix.replay == len(record.rollout_ids["replay"])
+        assert record.mix.dataset == len(record.rollout_ids["dataset"])
+        assert record.phi == 0.6
+        assert 0 <= record.fresh_age_max <= 2
+        assert math.isfinite(record.loss)
+        assert record.gradient_norm > 0
+        assert record.learning_rate > 0
+        assert record.loss_tokens > 0
+        assert 0 <= record.wait_seconds < record.seconds
+        assert not record.skipped
+    # phi 0.6, half of it replayed, over 320 slots: four standard deviations
+    assert 0.6 * 320 - 35 < sum(r.mix.fresh + r.mix.replay for r in steps) < 0.6 * 320 + 35
+    assert sum(record.mix.replay for record in steps) > 50
+    early, late = (sum(record.loss for record in part) for part in (steps[:5], steps[-5:]))
+    assert late < early / 10, "the student comes close to the teacher"
+
+
+def test_fresh_ordinals_are_consumed_in_order_and_replays_were_fresh_before(whole: Whole) -> None:
+    ordinals = list(fresh_ordinals(whole.run))
+    assert sorted(ordinals) == list(range(len(ordinals)))
+    seen: set[str] = set()
+    for record in records(whole.run, StepRecord):
+        assert set(record.rollout_ids["replay"]) <= seen
+        seen.update(record.rollout_ids["fresh"])
+
+
+def test_every_visit_after_the_first_finds_its_targets(whole: Whole) -> None:
+    steps = records(whole.run, StepRecord)
+    visits = [name for record in steps for name in record.rollout_ids["dataset"]]
+    assert len(visits) > 2 * len(set(visits)), "the data set is visited more than twice"
+    scored = sum(record.work.scored_sequences for record in steps)
+    assert scored == len(set(visits)) + len(list(fresh_ordinals(whole.run)))
+    assert sum(record.work.target_hits for record in steps) == STEPS * BATCH_SIZE
+    assert sum(record.work.target_misses for record in steps) == 0
+
+
+def test_weights_go_out_every_sync_interval(whole: Whole) -> None:
+    published = [record.step for record in records(whole.run, PublishRecord)]
+    assert published == list(range(0, STEPS + 1, 2))
+
+
+def test_summary_and_evaluation_say_what_happened(whole: Whole) -> None:
+    summary = json.loads((whole.run / "summary.json").read_text())
+    assert summary["status"] == "complete"
+    assert summary["steps"] == STEPS
+    assert summary["superseded_steps"] == 0
+    assert summary["packing_efficiency"] >= 0.95
+    assert summary["target_hit_rate"] == 1.0
+    assert summary["totals"]["publishes"] == STEPS / 2 + 1
+    models = json.loads((whole.run / "evaluation.json").read_text())["models"]
+    assert set(models) == {"student before", "student after", "teacher"}
+    before, after = models["student before"], models["student after"]
+    assert before["validation_loss"] == pytest.approx(summary["first_validation_loss"], rel=1e-4)
+    assert after["validation_loss"] == pytest.approx(summary["last_validation_loss"], rel=1e-4)
+    for row in ("student before", "student after", "teacher"):
+        assert row in whole.output
+    assert list((whole.run / "plots").glob("*.png"))
+    assert (whole.run / "samples.md").is_file()
+
+
+def test_the_model_loads_in_plain_transformers_and_was_trained(whole: Whole, config: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(whole.run / "model")
+    untrained = AutoModelForCausalLM.from_pretrained(config.parent / "student")
+    tokenizer = AutoTokenizer.from_pretrained(whole.run / "model")
+    ids = tokenizer("what follows three and four", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits, before = model(ids).logits, untrained(ids).logits
+    assert torch.isfinite(logits).all()
+    assert (logits - before).abs().max() > 0.01
+
+
+def test_the_same_command_on_a_complete_run_says_so(whole: Whole, config: Path) -> None:
+    with Driver(*whole.command, log=config.parent / "again.log") as driver:
+        assert driver.wait(LIMIT_S) == 0, driver.output()
+        assert f"The run in {whole.run} is complete." in driver.output()
+    assert len(records(whole.run, DoneRecord)) == 1
+
+
+# ---- the disturbed run ---------------------------------------------------------------------------
+
+
+def test_nothing_is_left_of_a_run_whose_driver_is_killed(disturbed: Disturbed) -> None:
+    assert disturbed.left_by_the_killed == []
+
+
+def test_sigterm_leaves_a_checkpoint_of_the_last_step_and_exit_code_3(
+    disturbed: Disturbed,
+) -> None:
+    assert disturbed.code_of_the_stopped == 3
+    first, last = disturbed.steps_of_the_stopped
+    assert first <= last < STEPS
+    assert disturbed.checkpoint_of_the_stopped == last
+
+
+def test_a_run_that_lost_everything_once_ends_with_the_same_number_of_steps(
+    disturbed: Disturbed,
+) -> None:
+    assert disturbed.code_of_the_last == 0
+    steps = [record.step for record in records(disturbed.run, StepRecord)]
+    assert steps == list(range(1, STEPS + 1))
+    events = [record.name for record in records(disturbed.run, EventRecord)]
+    assert "generator 0 failed" in events
+    assert "generator 0 is back" in events
+    assert events.count("rewound") == 1, "the learners went back to their checkpoint"
+    ordinals = list(fresh_ordinals(disturbed.run))
+    assert sorted(ordinals) == list(range(len(ordinals))), "no prompt was skipped"
+
+
+def test_a_disturbed_run_draws_what_the_undisturbed_one_draws(
+    whole: Whole, disturbed: Disturbed
+) -> None:
+    expected, got = drawn(whole.run), drawn(disturbed.run)
+    for step, facts in expected.items():
+        assert got[step] == facts, f"step {step}"
+    prompts, got_prompts = prompts_at_the_end(whole.run), prompts_at_the_end(disturbed.run)
+    assert len(prompts) > 50
+    assert got_prompts == prompts
+
+
+def prompts_at_the_end(run: Path) -> list[tuple[str, str]]:
+    """Rollout and prompt ids of the replay shelf, which holds every fresh rollout of a run."""
+    checkpoint = CheckpointDirectory(run / "checkpoints", keep=2).latest()
+    assert checkpoint is not None
+    replay = BufferState.from_bytes(checkpoint.buffer_state()).replay
+    return [(rollout.rollout_id, rollout.prompt_id) for rollout in replay]

@@ -1,0 +1,491 @@
+"""Pools of real Ray actors that die, raise and hang on demand; real target stores; both sides."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import RayError
+
+from distillm_ray.actors import BufferActor, TargetStoreActor
+from distillm_ray.config import Config, SamplingConfig
+from distillm_ray.errors import ClusterError, ModelError, RunDirectoryError
+from distillm_ray.loop_actor import RolloutLoopActor
+from distillm_ray.pools import MAX_FAILURES, Actor, Generators, Targets, store_index
+from distillm_ray.records import EventRecord, Record
+from distillm_ray.rollout_loop import ActorLost
+from distillm_ray.services import ActorServices, Wires
+from distillm_ray.types import HiddenTargets, Prompt, TeacherTargets, Weights
+from tests.integration.fakes import (
+    HIDDEN_SIZE,
+    FakeGenerator,
+    FakeScorer,
+    Publisher,
+    demand,
+    prompt,
+    rollout,
+)
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
+
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+_ACTORS: list[Actor] = []
+
+
+def remote(role: type, *arguments: Any, settings: Any = None, **options: Any) -> Actor:
+    """An actor as `cluster.py` makes them, gone after the test."""
+    defaults = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0, "max_concurrency": 100}
+    make: Any = ray.remote  # its annotations know only some of its options
+    _ACTORS.append(make(**defaults | options)(role).remote(*arguments, **settings or {}))
+    return _ACTORS[-1]
+
+
+@pytest.fixture(autouse=True)
+def _no_actor_is_left() -> Iterator[None]:
+    yield
+    while _ACTORS:
+        ray.kill(_ACTORS.pop())
+
+
+class Events:
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.details: list[str] = []
+
+    async def add(self, record: Record) -> None:
+        assert isinstance(record, EventRecord)
+        self.names.append(record.name)
+        self.details.append(record.detail)
+
+
+def pool_of(*handles: Actor, log: Events | None = None, **changes: float) -> Generators:
+    settings: dict[str, Any] = {
+        "max_in_flight": 4,
+        "call_timeout_s": 60.0,
+        "startup_timeout_s": 120.0,
+    }
+    return Generators(handles, keep_in_flight=True, log=log or Events(), **settings | changes)
+
+
+def weights(version: int) -> Weights:
+    return Weights(version=version, buckets=(), nbytes=0)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+# ---- what fails is replaced ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [("die", "ActorUnavailableError"), ("raise", "RuntimeError: out of memory, says the engine")],
+)
+async def test_an_actor_that_fails_is_replaced_and_gets_the_newest_weights(
+    trouble: str, said: str
+) -> None:
+    log = Events()
+    pool = pool_of(remote(FakeGenerator), log=log)
+    await pool.start()
+    await pool.update(weights(3))
+    before = await pool.generate(demand())
+    assert before.version == 3
+    with pytest.raises(ActorLost, match=f"generator 0: {said}"):
+        await pool.generate(demand(trouble))
+    after = await pool.generate(demand())
+    assert (after.version, after.text != before.text) == (3, True)
+    await until(lambda: len(log.names) == 2)
+    assert log.names == ["generator 0 failed", "generator 0 is back"]
+    assert log.details[0].startswith(said)
+
+
+async def test_an_actor_that_hangs_is_killed_and_replaced() -> None:
+    pool = pool_of(remote(FakeGenerator), call_timeout_s=4.0)
+    await pool.start()
+    before = await pool.generate(demand())
+    with pytest.raises(ActorLost, match="generator 0: TimeoutError"):
+        await pool.generate(demand("hang"))
+    after = await pool.generate(demand())
+    assert after.text != before.text
+
+
+async def test_a_kill_from_outside_loses_all_its_calls_but_counts_once() -> None:
+    log = Events()
+    handle = remote(FakeGenerator)
+    pool = pool_of(handle, log=log)
+    await pool.start()
+    calls = [asyncio.create_task(pool.generate(demand("hang"))) for _ in range(4)]
+    await asyncio.sleep(0.3)
+    ray.kill(handle, no_restart=False)
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(result) for result in results] == [ActorLost] * 4
+    assert (await pool.generate(demand())).version == 0
+    await until(lambda: "generator 0 is back" in log.names)
+    assert log.names.count("generator 0 failed") == 1
+
+
+async def test_the_others_work_on_while_one_is_replaced() -> None:
+    log = Events()
+    pool = pool_of(remote(FakeGenerator, 3.0), remote(FakeGenerator, 3.0), log=log)
+    await pool.start()
+    with pytest.raises(ActorLost):
+        await pool.generate(demand("raise"))
+    answers = await asyncio.gather(*(pool.generate(demand()) for _ in range(4)))
+    assert log.names == ["generator 0 failed"], "it is not back yet"
+    assert len({answer.text for answer in answers}) == 1
+
+
+async def test_an_answer_is_tried_again_until_an_actor_gives_it(tmp_path: Path) -> None:
+    pool = pool_of(remote(FakeGenerator))
+    await pool.start()
+    name = str(tmp_path / "raised")
+    assert (await pool.answer(prompt(f"raise once {name}"), GREEDY, 0)).rollout_id == "student-0"
+    assert Path(name).exists()
+
+
+async def test_a_users_error_passes_as_itself_and_replaces_nothing() -> None:
+    log = Events()
+    pool = pool_of(remote(FakeGenerator), log=log)
+    await pool.start()
+    before = await pool.generate(demand())
+    with pytest.raises(ModelError, match=r"^teacher\.model: no good$"):
+        await pool.generate(demand("refuse"))
+    assert (await pool.generate(demand())).text == before.text
+    assert log.names == []
+
+
+async def test_too_many_failures_in_a_row_end_every_call_with_a_message() -> None:
+    pool = pool_of(remote(FakeGenerator), max_in_flight=1)
+    await pool.start()
+    for _ in range(MAX_FAILURES - 1):
+        with pytest.raises(ActorLost):
+            await pool.generate(demand("raise"))
+    await pool.generate(demand())  # a success in between: counted anew
+    for _ in range(MAX_FAILURES - 1):
+        with pytest.raises(ActorLost):
+            await pool.generate(demand("raise"))
+    last = asyncio.create_task(pool.generate(demand("raise")))
+    waiting = asyncio.create_task(pool.answer(prompt(), GREEDY, 0))
+    message = r"^generator 0 failed 3 times in a row, the last time with: RuntimeError: out of mem"
+    for call in (last, waiting):
+        with pytest.raises(ClusterError, match=message):
+            await asyncio.wait_for(call, 30)
+
+
+async def test_calls_go_to_the_least_busy_and_wait_where_all_are_full() -> None:
+    pool = pool_of(remote(FakeGenerator), remote(FakeGenerator), max_in_flight=2)
+    await pool.start()
+    hanging = [asyncio.create_task(pool.generate(demand("hang"))) for _ in range(4)]
+    await asyncio.sleep(0.3)
+    assert [member.in_flight for member in pool._members] == [2, 2]
+    waiting = asyncio.create_task(pool.generate(demand()))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    hanging[1].cancel()
+    await asyncio.wait_for(waiting, 10)
+    for call in hanging:
+        call.cancel()
+
+
+# ---- starting -----------------------------------------------------------------------------------
+
+
+async def test_an_actor_that_cannot_start_says_why() -> None:
+    pool = pool_of(remote(FakeGenerator, 0.0, "raise"))
+    with pytest.raises(
+        ClusterError, match=r"^generator 0 did not start: RuntimeError: out of memory"
+    ):
+        await pool.start()
+    with pytest.raises(ModelError, match=r"^teacher\.model: no good$"):
+        await pool_of(remote(FakeGenerator, 0.0, "refuse")).start()
+
+
+async def test_an_actor_that_hangs_at_the_start_names_the_limit() -> None:
+    pool = pool_of(remote(FakeGenerator, 0.0, "hang"), startup_timeout_s=10.0)
+    with pytest.raises(
+        ClusterError, match=r"not ready after run\.startup_timeout_s = 10 s: its process is up, but"
+    ):
+        await pool.start()
+
+
+async def test_an_actor_without_room_says_so_instead_of_waiting_for_ever() -> None:
+    handle = remote(FakeGenerator, num_gpus=1)
+    with pytest.raises(ClusterError, match="its process did not come up; is there room for it"):
+        await pool_of(handle, startup_timeout_s=1.0).start()
+
+
+async def test_an_actor_that_dies_once_while_starting_is_started_again(tmp_path: Path) -> None:
+    pool = pool_of(remote(FakeGenerator, 0.0, f"die once {tmp_path / 'died'}"))
+    await pool.start()
+    assert (await pool.generate(demand())).version == 0
+
+
+async def test_an_actor_that_always_dies_while_starting_ends_the_run() -> None:
+    with pytest.raises(ClusterError, match="generator 0 did not start: Actor"):
+        await pool_of(remote(FakeGenerator, 0.0, "die")).start()
+
+
+async def test_a_replacement_that_cannot_start_ends_waiting_calls_as_well() -> None:
+    handle = remote(FakeGenerator, 0.0, "refuse")
+    good = remote(FakeGenerator)
+    pool = pool_of(good, max_in_flight=1)
+    await pool.start()
+    pool._members[0].handle = handle  # what comes back in its place is no good
+    with pytest.raises(ActorLost):
+        await pool.generate(demand("die"))
+    with pytest.raises(ModelError, match=r"teacher\.model: no good"):
+        await asyncio.wait_for(pool.generate(demand()), 30)
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+async def test_weights_that_come_while_a_new_actor_takes_older_ones_reach_it() -> None:
+    handle = remote(FakeGenerator, 1.0)
+    pool = pool_of(handle)
+    await pool.start()
+    await pool.update(weights(1))
+    with pytest.raises(ActorLost):
+        await pool.generate(demand("raise"))
+    async with asyncio.timeout(60):
+        while not await takes_weights(handle):
+            await asyncio.sleep(0.02)
+    assert await pool.update(weights(2)) == 0.0, "nobody is ready"
+    assert (await pool.generate(demand())).version == 2
+
+
+async def takes_weights(handle: Actor) -> bool:
+    try:
+        return await handle.takes_weights.remote()
+    except RayError:  # its process is being replaced
+        return False
+
+
+async def test_an_update_brings_every_actor_and_tells_the_slowest_seconds() -> None:
+    pool = pool_of(remote(FakeGenerator), remote(FakeGenerator))
+    await pool.start()
+    assert await pool.update(weights(5)) == 0.25
+    answers = await asyncio.gather(*(pool.generate(demand()) for _ in range(8)))
+    assert {answer.version for answer in answers} == {5}
+    assert len({answer.text for answer in answers}) == 2
+
+
+async def test_a_generator_and_the_learner_that_published_may_die_together() -> None:
+    """The weights are gone with the learner; its successor publishes them again."""
+    learner, successor = remote(Publisher), remote(Publisher)
+    pool = pool_of(remote(FakeGenerator))
+    await pool.start()
+    await pool.update(await learner.publish.remote(4))
+    assert (await pool.generate(demand())).version == 4
+    ray.kill(learner)
+    with pytest.raises(ActorLost):
+        await pool.generate(demand("die"))
+    assert (await pool.generate(demand())).version == 0
+    await pool.update(await successor.publish.remote(4))
+    assert (await pool.generate(demand())).version == 4
+
+
+async def test_going_back_restarts_every_actor_even_one_that_is_being_replaced() -> None:
+    pool = pool_of(remote(FakeGenerator, 0.5), remote(FakeGenerator, 0.5))
+    await pool.start()
+    await pool.update(weights(7))
+    before = {(await pool.generate(demand())).text for _ in range(2)}
+    with pytest.raises(ActorLost):
+        await pool.generate(demand("raise"))
+    await asyncio.wait_for(pool.rewind(), 60)
+    answers = await asyncio.gather(*(pool.generate(demand()) for _ in range(8)))
+    assert {answer.version for answer in answers} == {0}
+    assert not before & {answer.text for answer in answers}
+
+
+# ---- targets ------------------------------------------------------------------------------------
+
+
+def make_stores(count: int, max_bytes: int = 20_000_000) -> list[Actor]:
+    options = {"max_task_retries": 5, "max_concurrency": 1}
+    return [remote(TargetStoreActor, max_bytes, **options) for _ in range(count)]
+
+
+def targets_of(scorers: list[Actor], stores: list[Actor], log: Events | None = None) -> Targets:
+    return Targets(
+        scorers,
+        stores,
+        max_in_flight=8,
+        call_timeout_s=60.0,
+        startup_timeout_s=120.0,
+        log=log or Events(),
+    )
+
+
+async def stored(store: Actor, rollout_id: str) -> np.ndarray:
+    references = await store.get.remote([rollout_id])
+    return (await references[rollout_id]).values_TD
+
+
+async def test_targets_survive_the_death_of_their_scorer() -> None:
+    scorers, stores = [remote(FakeScorer)], make_stores(2)
+    targets = targets_of(scorers, stores)
+    await targets.start()
+    assert await targets.ensure(rollout("a", 3)) == 5
+    ray.kill(scorers[0])
+    values_TD = await stored(stores[store_index("a", 2)], "a")
+    assert values_TD.shape == (3, HIDDEN_SIZE) and (values_TD == 5).all()
+    assert not values_TD.flags.writeable
+
+
+async def test_a_sequence_is_scored_once_however_many_ask_at_once() -> None:
+    scorer = remote(FakeScorer)
+    targets = targets_of([scorer], make_stores(1))
+    await targets.start()
+    assert sorted(await asyncio.gather(*(targets.ensure(rollout("a")) for _ in range(5)))) == [
+        0,
+        0,
+        0,
+        0,
+        3,
+    ]
+    assert await scorer.count.remote() == 1
+
+
+async def test_a_scorer_that_dies_in_the_middle_is_asked_again() -> None:
+    scorer = remote(FakeScorer)
+    log = Events()
+    targets = targets_of([scorer], make_stores(1), log)
+    await targets.start()
+    calls = [asyncio.create_task(targets.ensure(rollout(f"a{i}"))) for i in range(4)]
+    await asyncio.sleep(0.02)
+    ray.kill(scorer, no_restart=False)
+    assert await asyncio.wait_for(asyncio.gather(*calls), 60) == [3, 3, 3, 3]
+
+
+async def test_another_text_under_the_same_id_replaces_the_old_targets() -> None:
+    stores = make_stores(1)
+    targets = targets_of([remote(FakeScorer)], stores)
+    await targets.start()
+    await targets.ensure(rollout("student-0", 2))
+    assert await targets.replace(rollout("student-0", 4)) == 6
+    assert (await stored(stores[0], "student-0")).shape == (4, HIDDEN_SIZE)
+
+
+# ---- the learner's side -------------------------------------------------------------------------
+
+
+def make_config(directory: Path, **sections: dict[str, Any]) -> Config:
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"directory": directory / "run", "startup_timeout_s": 60},
+        "teacher": {"model": "teacher"},
+        "student": {"model": "student"},
+        "data": {"train": ["train.jsonl"]},
+        "learner": {"steps": 4, "batch_size": 2, "data_timeout_s": 60},
+        "rollout": {"timeout_s": 30},
+    }
+    for name, values in sections.items():
+        tree.setdefault(name, {}).update(values)
+    return Config.model_validate(tree)
+
+
+def make_services(
+    config: Config,
+    scorers: list[Actor],
+    stores: list[Actor],
+    *,
+    buffer: Actor | None = None,
+    data: tuple[Any, Any] | None = None,
+) -> ActorServices:
+    settings = {
+        "buffer": buffer,
+        "data": data,
+        "generators": (),
+        "scorers": scorers,
+        "stores": stores,
+        "metrics": None,
+    }
+    loop = remote(RolloutLoopActor, config, settings=settings)
+    ray.get(loop.start.remote(), timeout=60)
+    wires = Wires(buffer=buffer, loop=loop, stores=tuple(stores), metrics=None)
+    unused: Any = None  # the tokenizer, which decodes answers to probes
+    return ActorServices(wires, config, tokenizer=unused)
+
+
+def lengths(targets: dict[str, TeacherTargets]) -> dict[str, int]:
+    found = {}
+    for name, one in targets.items():
+        assert isinstance(one, HiddenTargets)
+        found[name] = len(one.values_TD)
+    return found
+
+
+def test_targets_that_went_with_their_store_are_scored_again(tmp_path: Path) -> None:
+    scorer, stores = remote(FakeScorer), make_stores(2)
+    services = make_services(make_config(tmp_path), [scorer], stores)
+    rollouts = [rollout(f"r{index}", 1 + index) for index in range(6)]
+    assert {store_index(one.rollout_id, 2) for one in rollouts} == {0, 1}
+    expected = {f"r{index}": 1 + index for index in range(6)}
+    assert lengths(services.fetch_targets(rollouts)) == expected
+    assert lengths(services.fetch_targets(rollouts)) == expected
+    assert ray.get(scorer.count.remote()) == 6, "the second time everything is there"
+    ray.kill(stores[1], no_restart=False)
+    assert lengths(services.fetch_targets(rollouts)) == expected
+    lost = sum(store_index(one.rollout_id, 2) == 1 for one in rollouts)
+    assert ray.get(scorer.count.remote()) == 6 + lost
+
+
+def test_stores_that_cannot_hold_a_step_are_named_with_their_key(tmp_path: Path) -> None:
+    stores = make_stores(1, max_bytes=1000)
+    services = make_services(make_config(tmp_path), [remote(FakeScorer)], stores)
+    with pytest.raises(
+        ClusterError, match=r"1 teacher targets were gone again .* targets\.max_bytes"
+    ):
+        services.fetch_targets([rollout("r0")])
+
+
+def test_a_roles_user_error_reaches_the_learner_as_itself(tmp_path: Path) -> None:
+    services = make_services(make_config(tmp_path), [remote(FakeScorer)], make_stores(1))
+    with pytest.raises(ModelError) as caught:
+        services.fetch_targets([rollout("r0", text="refuse")])
+    assert str(caught.value) == "teacher.model: no good"
+
+
+def test_a_role_that_does_not_answer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, learner={"data_timeout_s": 0.5})
+    services = make_services(config, [remote(FakeScorer)], make_stores(1))
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.5 s: scoring 1 sequences"):
+        services.fetch_targets([rollout("r0", text="hang")])
+
+
+def test_a_checkpoint_of_other_data_is_refused_with_a_message(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+
+    def services_over(names: list[str]) -> ActorServices:
+        prompts = [
+            Prompt(
+                prompt_id=name,
+                token_ids=np.array([1], dtype=np.int32),
+                reference_ids=(),
+                text="",
+                references=(),
+            )
+            for name in names
+        ]
+        data = ray.put(prompts), ray.put([rollout(f"dataset-{name}") for name in names])
+        return make_services(config, [], [], buffer=remote(BufferActor, config), data=data)
+
+    saved = services_over(["a", "b"])
+    saved.restore_buffer(None, 0)
+    state = saved.buffer_state(0)
+    other = services_over(["a", "b", "c"])
+    with pytest.raises(RunDirectoryError, match="must be that of the saved buffer"):
+        other.restore_buffer(state, 0)
+    other.restore_buffer(None, 0)

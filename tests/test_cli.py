@@ -1,0 +1,386 @@
+"""Bad input: what a user reads, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from distillm_ray.cli import EXIT_USER_ERROR, app
+from distillm_ray.config_files import dump_config, load_config
+from tests.integration.tiny import make_config
+
+HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "matplotlib")
+
+
+@pytest.fixture(scope="session")
+def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of a run that would work, with its models and data beside it."""
+    return make_config(tmp_path_factory.mktemp("tiny"), steps=10, batch_size=8)
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def refused(tiny_job: Path, run_directory: Path) -> Callable[..., str]:
+    """Train with these overrides; returns what the user reads of the refusal."""
+
+    def refuse(*overrides: str, config: Path = tiny_job) -> str:
+        existed = run_directory.exists()
+        before = sorted(run_directory.rglob("*"))
+        arguments = ["train", str(config), f"run.directory={run_directory}", *overrides]
+        message = refusal(*arguments)
+        assert run_directory.exists() == existed, "nothing may be written"
+        assert sorted(run_directory.rglob("*")) == before, "nothing may be written"
+        return message
+
+    return refuse
+
+
+def refusal(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == EXIT_USER_ERROR, result.output
+    assert result.stderr.startswith("error: "), result.stderr
+    assert "Traceback" not in result.output
+    return result.stderr.removeprefix("error: ").strip()
+
+
+# ---- within a second ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["generate", "--help"],
+        ["--version"],
+        ["train", "CONFIG", "learner.stepz=5"],
+        ["train", "nowhere.yaml"],
+        ["show", "CONFIG"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_config_errors_answer_within_a_second_without_heavy_modules(
+    arguments: list[str], tiny_job: Path
+) -> None:
+    program = (
+        "import sys, time\n"
+        "from distillm_ray.cli import app\n"
+        "try:\n    app(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        f"print([name for name in {HEAVY} if name in sys.modules], time.process_time())"
+    )
+    given = [str(tiny_job) if argument == "CONFIG" else argument for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *given],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    loaded, _, seconds = done.stdout.splitlines()[-1].rpartition(" ")
+    assert loaded == "[]"
+    assert float(seconds) < 1.0
+
+
+def test_a_wrong_command_line_ends_with_exit_code_2() -> None:
+    result = CliRunner().invoke(app, ["generate", "x.yaml"])
+    assert result.exit_code == 2
+    assert "--model" in result.stderr
+
+
+# ---- the config ---------------------------------------------------------------------------------
+
+
+def test_a_misspelt_key_is_named_with_the_nearest_one(refused: Callable[..., str]) -> None:
+    assert "learner.stepz: unknown key; did you mean learner.steps?" in refused("learner.stepz=5")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.steps=many", "learner.steps: Input should be a valid integer"),
+        ("learner.steps=true", "learner.steps: must be a number, got true"),
+        ("learner.steps=2.5", "learner.steps: Input should be a valid integer"),
+        ("data.train=a.jsonl", "data.train: must be a list, as in [a, b]"),
+        ("schedule.phi=1.5", "schedule.phi: Input should be less than or equal to 1"),
+        ("loss.divergence.type=kl", "loss.divergence.type: must be one of forward_kl"),
+        ("learner.steps", "override 'learner.steps' must have the form key=value"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_rule(
+    override: str, message: str, refused: Callable[..., str]
+) -> None:
+    assert message in refused(override)
+
+
+def test_all_problems_are_told_at_once(refused: Callable[..., str]) -> None:
+    message = refused("learner.stepz=5", "rollout.actors=0")
+    assert "learner.stepz" in message and "rollout.actors" in message
+
+
+def test_impossible_combinations_are_refused(refused: Callable[..., str]) -> None:
+    assert "a sample would be older than you allow" in refused("rollout.lookahead=9")
+    message = refused("rollout.engine={type: vllm}", "evaluation.sampling.temperature=2.5")
+    assert "evaluation.sampling.temperature must be at most 2" in message
+    message = refused("targets.type=top_k", "targets.k=999")
+    assert "targets.k must be at most the vocabulary's size, got 999 > 19" in message
+
+
+def test_a_config_file_that_is_missing_or_no_yaml_is_named(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    assert refused(config=path) == f"config file {path} does not exist"
+    path.write_text("run: [unclosed")
+    assert refused(config=path).startswith(f"config file {path} is not valid YAML")
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_data_file_is_named(refused: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.jsonl"
+    assert refused(f"data.train=[{path}]") == f"data.train: {path} does not exist"
+    assert refused(f"data.test=[{path}]") == f"data.test: {path} does not exist"
+
+
+def test_an_empty_data_file_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.touch()
+    assert refused(f"data.train=[{path}]") == f"data.train: {path} is empty"
+
+
+def test_malformed_json_is_named_with_its_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "one", "response": "two"}\n{"prompt": "one", \n')
+    assert refused(f"data.train=[{path}]").startswith(f"{path}:2: not valid JSON: ")
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
+    """The job finds itself in the session's Ray, of 16 CPUs, instead of starting one."""
+    from distillm_ray import pipeline
+
+    monkeypatch.setattr(pipeline, "connect", lambda config: None)
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("joined")
+class TestWithRay:
+    """What is known only after connecting to the cluster, or after reading all rows."""
+
+    def test_malformed_json_anywhere_is_named_with_its_line(
+        self, refused: Callable[..., str], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"prompt": "one", "response": "two"}\n' * 20 + "{bad\n")
+        message = refused(f"data.train=[{path}]")
+        assert message.startswith(f"{path}:21: not valid JSON: ")
+        assert "set data.bad_rows=skip" in message
+
+    def test_a_data_set_of_blank_lines_is_refused(
+        self, refused: Callable[..., str], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "blank.jsonl"
+        path.write_text("\n\n")
+        assert refused(f"data.train=[{path}]").startswith("data.train: no usable row in ")
+
+    def test_a_prompt_longer_than_the_limit_is_named_where_the_config_says_so(
+        self, refused: Callable[..., str], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "long.jsonl"
+        path.write_text(json.dumps({"prompt": "one " * 300, "response": "two"}) + "\n")
+        message = refused(f"data.train=[{path}]", "data.long_rows=fail")
+        assert message.startswith(f"{path}:1: the prompt has 30")
+        assert "data.max_prompt_tokens is 24" in message
+        assert "no usable row" in refused(f"data.train=[{path}]")
+
+    def test_too_few_cpus_say_what_was_asked_what_is_there_and_which_key_to_lower(
+        self, refused: Callable[..., str]
+    ) -> None:
+        message = refused("learner.workers=3", "learner.num_cpus=9")
+        assert "27.5 CPUs asked for (3 learner x 9, 1 generator x 0.25" in message
+        assert "16 in the cluster; lower learner.workers, learner.num_cpus" in message
+
+    def test_gpus_that_are_not_there_are_named_with_their_keys(
+        self, refused: Callable[..., str]
+    ) -> None:
+        message = refused("run.device=cuda", "rollout.tensor_parallel=4")
+        assert "6 GPUs asked for (1 learner x 1, 1 generator x 4, 1 scorer x 1)" in message
+        assert "0 in the cluster" in message and "rollout.tensor_parallel" in message
+
+    def test_an_object_store_too_small_for_the_targets_is_named(
+        self, refused: Callable[..., str]
+    ) -> None:
+        message = refused("targets.max_bytes=9_000_000_000")
+        assert "targets.max_bytes is 9,000,000,000, the object stores of the cluster" in message
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+
+def test_sequences_longer_than_the_context_are_refused(refused: Callable[..., str]) -> None:
+    message = refused("data.max_prompt_tokens=250", "learner.max_micro_batch_tokens=512")
+    assert "must fit the teacher's context, got 250 + 16 = 266 > 256" in message
+
+
+def test_two_vocabularies_are_refused_by_the_first_id_that_differs(
+    refused: Callable[..., str], tiny_job: Path, tmp_path: Path
+) -> None:
+    student = Path(shutil.copytree(tiny_job.parent / "student", tmp_path / "student"))
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["uno"] = vocabulary.pop("one")
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = refused(f"student.model={student}")
+    assert f"id {vocabulary['uno']} is 'one' for the teacher" in message
+    assert "and 'uno' for the student" in message
+
+
+def test_a_model_directory_without_safetensors_is_refused(
+    refused: Callable[..., str], tiny_job: Path, tmp_path: Path
+) -> None:
+    message = refused(f"teacher.model={tmp_path / 'nowhere'}")
+    assert message == f"teacher.model: {tmp_path / 'nowhere'} does not exist"
+    model = Path(shutil.copytree(tiny_job.parent / "student", tmp_path / "student"))
+    (model / "model.safetensors").unlink()
+    message = refused(f"student.model={model}")
+    assert message == f"student.model: {model} has no weights: no *.safetensors file in it"
+    (model / "pytorch_model.bin").touch()
+    message = refused(f"student.model={model}")
+    assert "holds its weights as pickles only (pytorch_model.bin)" in message
+
+
+# ---- the run directory --------------------------------------------------------------------------
+
+
+def test_a_directory_of_another_run_is_not_touched(
+    refused: Callable[..., str], tiny_job: Path, run_directory: Path
+) -> None:
+    run_directory.mkdir()
+    other = load_config(tiny_job, [f"run.directory={run_directory}", "run.seed=7"])
+    (run_directory / "config.yaml").write_text(dump_config(other))
+    message = refused()
+    assert "run.seed: 7 in the run, 0 now" in message
+    assert "set run.directory to a new directory to start another run" in message
+
+
+def test_a_directory_of_something_else_is_not_touched(
+    refused: Callable[..., str], run_directory: Path
+) -> None:
+    run_directory.mkdir()
+    (run_directory / "thesis.tex").write_text("years of work")
+    assert "it is no run of this program" in refused()
+
+
+def test_a_file_in_the_way_of_the_run_directory_is_named(tiny_job: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    train = ["train", str(tiny_job)]
+    assert "must be a directory, it is a file" in refusal(*train, f"run.directory={file}")
+    message = refusal(*train, f"run.directory={file / 'below' / 'it'}")
+    assert f"cannot be made ({file} is a file)" in message
+
+
+# ---- the cluster --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def same_environment() -> Iterator[None]:
+    """`connect` sets variables for Ray's workers."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.usefixtures("same_environment")
+def test_a_cluster_that_cannot_be_reached_is_named_in_seconds(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distillm_ray import pipeline  # noqa: F401  seconds, which are not the point
+
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        started = time.monotonic()
+        message = refused()
+    assert time.monotonic() - started < 10
+    assert f"could not be reached (RAY_ADDRESS = {address})" in message
+    assert "Connection refused" in message
+
+
+@pytest.mark.usefixtures("same_environment")
+def test_a_cluster_that_does_not_start_is_told_with_rays_reason(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def fail(**settings: object) -> None:
+        raise RuntimeError("the port 6379 is taken")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", fail)
+    message = refused()
+    assert message.startswith("Ray did not start or could not be reached")
+    assert message.endswith("the port 6379 is taken")
+
+
+# ---- the other commands -------------------------------------------------------------------------
+
+
+def test_evaluate_and_generate_check_what_they_are_given_first(
+    tiny_job: Path, tmp_path: Path
+) -> None:
+    job, model = str(tiny_job), str(tiny_job.parent / "student")
+    prompts, output = str(tiny_job.parent / "train.jsonl"), tmp_path / "out.jsonl"
+    output.write_text("mine")
+    generate = ["generate", job, "--model", model, "--output", str(output)]
+    assert "is not overwritten" in refusal(*generate, "--prompts", prompts)
+    assert output.read_text() == "mine"
+    output.unlink()
+    message = refusal(*generate, "--prompts", "nowhere.jsonl")
+    assert message == "--prompts nowhere.jsonl does not exist"
+    assert not output.exists()
+
+    nowhere = str(tmp_path / "nowhere")
+    assert f"{nowhere} does not exist" in refusal("evaluate", job, "--model", nowhere)
+    message = refusal("evaluate", job, "--model", model, "--output", prompts)
+    assert "must be a directory, it is a file" in message
+    message = refusal("evaluate", job, f"data.test=[{nowhere}.jsonl]", "--model", model)
+    assert message == f"data.test: {nowhere}.jsonl does not exist"
+
+
+def test_init_student_and_plot_say_what_is_wrong(tiny_job: Path, tmp_path: Path) -> None:
+    teacher, out = str(tiny_job.parent / "teacher"), tmp_path / "student"
+    init = ["init-student", teacher, str(out), "--layers"]
+    assert "--layers must be numbers with commas" in refusal(*init, "0,first")
+    assert "9" in refusal(*init, "0,9")
+    assert not out.exists()
+    assert str(tmp_path / "nowhere") in refusal("plot", str(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_show_prints_a_config_that_loads_and_what_it_asks_for(
+    tiny_job: Path, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(app, ["show", str(tiny_job), "learner.workers=2"])
+    assert result.exit_code == 0
+    tree, _, table = result.stdout.partition("asked of the cluster")
+    assert yaml.safe_load(tree)["learner"]["workers"] == 2
+    assert "learner.workers" in table

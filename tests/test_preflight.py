@@ -1,0 +1,47 @@
+"""What is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distillm_ray.config import Config
+from distillm_ray.errors import RunDirectoryError
+from distillm_ray.preflight import _check_run_directory
+
+
+def make_config(directory: Path) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"directory": directory},
+            "teacher": {"model": "t"},
+            "student": {"model": "s"},
+            "data": {"train": ["d.jsonl"]},
+            "learner": {"steps": 4, "batch_size": 2},
+        }
+    )
+
+
+def test_a_run_directory_inside_of_an_uploaded_working_directory_is_refused(
+    tmp_path: Path,
+) -> None:
+    """A relative `run.directory` in a Ray job is one."""
+    uploaded = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    uploaded.mkdir(parents=True)
+    with pytest.raises(RunDirectoryError, match="give an absolute path") as caught:
+        _check_run_directory(make_config(uploaded / "runs" / "one"))
+    assert "deletes after the job" in str(caught.value)
+
+
+def test_a_new_and_an_empty_directory_begin_a_run(tmp_path: Path) -> None:
+    assert _check_run_directory(make_config(tmp_path / "new")) is None
+    assert _check_run_directory(make_config(tmp_path)) is None
+
+
+def test_a_directory_with_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunDirectoryError, match="it is no run of this program"):
+        _check_run_directory(make_config(tmp_path))
+    with pytest.raises(RunDirectoryError, match="it is a file"):
+        _check_run_directory(make_config(tmp_path / "thesis.tex"))
