@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -98,7 +97,7 @@ class TransformersGenerator(Generator):
             use_safetensors=True,
             local_files_only=True,
         )
-        self._model = model.to(torch.device(self.device)).eval()
+        self._model = cast(Any, model).to(torch.device(self.device)).eval()
         self._queue = asyncio.Queue()
         self._between_batches = asyncio.Lock()
         self._task = asyncio.create_task(self._answer_batches())
@@ -173,7 +172,7 @@ class TransformersGenerator(Generator):
             mask_BP[row, longest - length :] = 1
         device = self._model.device
         processor = SamplingProcessor(requests, device)
-        cast(GenerationMixin, self._model).generate(
+        cast(Any, self._model).generate(
             inputs=token_ids_BP.to(device),
             attention_mask=mask_BP.to(device),
             generation_config=GenerationConfig(

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 
 from distillm_ray.config import Config, TargetsConfig
 from distillm_ray.errors import ConfigError, ModelError
+from distillm_ray.logit_rules import LogitRule, logit_rule
 from distillm_ray.safetensors_files import TensorInfo, read_tensors
 
 Role: TypeAlias = Literal["teacher", "student", "model"]
-HeadRule: TypeAlias = Literal["linear", "softcap", "multiply", "divide"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
@@ -32,19 +32,6 @@ _CONTEXT_KEYS = (
 )
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-_HEAD_RULES: dict[str, HeadRule] = {
-    "final_logit_softcapping": "softcap",  # Gemma 2: c * tanh(logits / c)
-    "logit_scale": "multiply",  # Cohere
-    "logits_scaling": "divide",  # Granite
-}
-_UNSUPPORTED_HEAD_KEYS = (
-    "lm_head_multiplier",
-    "dim_model_base",
-    "mup_width_multiplier",
-    "output_multiplier",
-    "logits_soft_cap",
-    "output_logits_soft_cap",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,8 +50,7 @@ class ModelFacts:
     vocabulary_size: int  # ids the tokenizer knows; head rows from here on are padding
     context_length: int | None  # None: the config names no limit
     tied: bool  # the output head is the input embedding
-    head_rule: HeadRule  # what happens to the head's matrix product
-    head_rule_value: float | None  # soft cap, factor or divisor
+    head_rule: LogitRule  # what happens to the head's matrix product
     end_token_ids: tuple[int, ...]  # ascending; generation stops at any of them
     has_chat_template: bool
     tokenizer_fingerprint: str  # equal for equal id-to-token tables
@@ -91,7 +77,10 @@ def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = F
             f" on every machine of the job; set {role}.trust_remote_code=true if you trust it"
         )
     tensors = _read_weights(path, role)
-    head_rule, head_rule_value = _head_rule(config, path, role)
+    try:
+        head_rule = logit_rule(config)
+    except ModelError as error:
+        raise ModelError(f"{role}.model: {path}: {error}") from error
     tokenizer = _read_tokenizer(path, role)
     tokens = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=True).items()}
     vocabulary_size = max(tokens) + 1
@@ -117,7 +106,6 @@ def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = F
         context_length=next((config[key] for key in _CONTEXT_KEYS if config.get(key)), None),
         tied=_is_tied(config, tensors),
         head_rule=head_rule,
-        head_rule_value=head_rule_value,
         end_token_ids=_end_token_ids(path, config, tokenizer, role),
         has_chat_template=_has_chat_template(path, role),
         tokenizer_fingerprint=_fingerprint(tokens),
@@ -220,24 +208,6 @@ def _number(
         if isinstance(config.get(key), int):
             return key, config[key]
     raise ModelError(f"{role}.model: {path / 'config.json'} lacks {' or '.join(keys)}")
-
-
-def _head_rule(config: Mapping[str, Any], path: Path, role: Role) -> tuple[HeadRule, float | None]:
-    unknown = [key for key in _UNSUPPORTED_HEAD_KEYS if config.get(key) not in (None, 1, 1.0)]
-    if unknown:
-        raise ModelError(
-            f"{role}.model: {path} changes its logits by {unknown[0]}={config[unknown[0]]}, a rule"
-            f" that is not supported; supported are {', '.join(_HEAD_RULES)}"
-        )
-    named = [key for key in _HEAD_RULES if config.get(key) is not None]
-    if len(named) > 1:
-        raise ModelError(
-            f"{role}.model: {path} names several logit rules, {' and '.join(named)}; at most one is"
-            " supported"
-        )
-    if not named:
-        return "linear", None
-    return _HEAD_RULES[named[0]], float(config[named[0]])
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:

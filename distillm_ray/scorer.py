@@ -134,7 +134,7 @@ class Scorer:
             local_files_only=True,
             attn_implementation="flash_attention_2" if flash and half else "sdpa",
         )
-        model = cast(PreTrainedModel, model.to(self.device).eval())
+        model = cast(PreTrainedModel, cast(Any, model).to(self.device).eval())
         head = load_frozen_head(
             self.config.model,
             vocabulary_size=self.vocabulary_size,

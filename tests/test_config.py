@@ -184,7 +184,7 @@ def test_a_temperature_that_vllm_refuses_is_refused_for_its_engine_only(section:
     message = refusal(**{section: hot})
     assert message.startswith(f"{section}.sampling.temperature must be at most 2 with rollout.eng")
     assert "got 2.5: vLLM refuses it" in message
-    sections = {"rollout": {"engine": {"type": "transformers"}}}
+    sections: dict[str, Any] = {"rollout": {"engine": {"type": "transformers"}}}
     sections[section] = sections.get(section, {}) | hot
     assert parse_config(tree(**sections), name="x.yaml")
 

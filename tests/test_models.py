@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 
 from distillm_ray.config import Config, TargetsConfig
 from distillm_ray.errors import ConfigError, ModelError
+from distillm_ray.logit_rules import LogitRule
 from distillm_ray.models import (
     check_lengths,
     check_model_directory,
@@ -79,7 +80,7 @@ def test_the_facts_of_a_directory_are_those_of_the_model_that_was_saved(model: P
     assert (facts.architecture, facts.num_layers) == ("LlamaForCausalLM", 2)
     assert (facts.hidden_size, facts.num_rows, facts.vocabulary_size) == (8, 8, 6)
     assert (facts.context_length, facts.tied, facts.end_token_ids) == (32, False, (2,))
-    assert (facts.head_rule, facts.head_rule_value) == ("linear", None)
+    assert facts.head_rule == LogitRule()
 
 
 def test_checking_a_model_imports_neither_torch_nor_ray_nor_transformers(model: Path) -> None:
@@ -100,22 +101,23 @@ def test_several_end_tokens_are_taken_from_the_generation_config(model: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("key", "rule"),
+    ("settings", "rule"),
     [
-        ("final_logit_softcapping", "softcap"),
-        ("logit_scale", "multiply"),
-        ("logits_scaling", "divide"),
+        ({"final_logit_softcapping": 30.0}, LogitRule(soft_cap=30.0)),
+        ({"model_type": "cohere", "logit_scale": 0.5}, LogitRule(scale=0.5)),
+        ({"model_type": "granite", "logits_scaling": 4.0}, LogitRule(scale=0.25)),
     ],
 )
-def test_a_head_rule_is_taken_from_the_config(model: Path, key: str, rule: str) -> None:
-    edit_config(model, **{key: 30.0})
-    facts = check_model_directory(model, "teacher")
-    assert (facts.head_rule, facts.head_rule_value) == (rule, 30.0)
+def test_a_head_rule_is_taken_from_the_config(
+    model: Path, settings: dict[str, Any], rule: LogitRule
+) -> None:
+    edit_config(model, **settings)
+    assert check_model_directory(model, "teacher").head_rule == rule
 
 
 def test_an_unknown_head_rule_is_refused_by_name(model: Path) -> None:
     edit_config(model, lm_head_multiplier=0.5)
-    with pytest.raises(ModelError, match=r"lm_head_multiplier=0\.5, a rule that is not supported"):
+    with pytest.raises(ModelError, match=r"teacher\.model: .*: lm_head_multiplier = 0\.5"):
         check_model_directory(model, "teacher")
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from distillm_ray.checkpoint import CheckpointDirectory
 from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError, RunDirectoryError, UserError
 from distillm_ray.learner import StepOutcome
 from distillm_ray.prefetch import Prefetcher, RankPlan
-from distillm_ray.records import DrawFacts, Record
+from distillm_ray.records import DrawFacts, EventRecord, ProbeRecord, Record, Sample
 from distillm_ray.train_loop import train_loop
 from distillm_ray.types import (
     FinishReason,
@@ -86,6 +87,7 @@ class Services:
         self.validated = -1
         self.stop_at: int | None = None
         self.wants = True
+        self.wants_from_validation: int | None = None
         self.missing_step: int | None = None
         self.fail_targets = False
         self.drawn: list[int] = []
@@ -135,7 +137,29 @@ class Services:
     def report_validation(self, validation: Validation) -> float:
         self.calls.append(("validation", validation.step))
         self.validated = validation.step
+        self.wants = self.wants or validation.step == self.wants_from_validation
         return 0.5
+
+    def start_probe(self) -> None:
+        self.calls.append(("probe", self.completed))
+
+    def finish_probe(self) -> list[Rollout]:
+        return [
+            Rollout(
+                rollout_id="student-probe",
+                prompt_id="probe",
+                prompt_ids=np.array([1], dtype=np.int32),
+                response_ids=np.array([2, 3], dtype=np.int32),
+                loss_mask=np.ones(2, dtype=np.bool_),
+                source=Source.STUDENT,
+                version=self.completed,
+                finish_reason=FinishReason.STOP,
+                logprobs=np.array([-1.0, -1.0], dtype=np.float32),
+            )
+        ]
+
+    def samples(self, rollouts: Sequence[Rollout]) -> tuple[Sample, ...]:
+        return (Sample(prompt="why", reference="so", response="as"),)
 
     def report_step(self, train: TrainStep, facts: DrawFacts, logprob_gap: float) -> None:
         self.calls.append(("step", train.step))
@@ -171,6 +195,9 @@ class FakeLearner:
 
     def validation_loss(self, batches: Sequence[LearnerBatch]) -> tuple[float, int]:
         return 30.0 - self.steps_taken, 10
+
+    def token_logprobs(self, batch: LearnerBatch) -> NDArray[np.float32]:
+        return np.array([-1.5, -1.25], dtype=np.float32)
 
     def gather_weights(self, dtype: torch.dtype) -> Iterator[Bucket]:
         values = np.array([self.steps_taken], dtype=np.uint8)
@@ -215,14 +242,13 @@ def test_a_run_publishes_advances_and_validates_in_this_order(tmp_path: Path) ->
     assert run(services, learner, config) == 6
     assert services.calls == [
         ("restore", 0),
-        ("publish", 0),
-        ("validation", 0),
+        *[("probe", 0), ("validation", 0)],
         *[("advance", 1), ("step", 1)],
         *[("publish", 2), ("advance", 2), ("step", 2)],
         *[("advance", 3), ("step", 3), ("validation", 3)],
         *[("publish", 4), ("advance", 4), ("step", 4)],
         *[("advance", 5), ("step", 5)],
-        *[("publish", 6), ("advance", 6), ("step", 6), ("validation", 6)],
+        *[("publish", 6), ("advance", 6), ("step", 6), ("probe", 6), ("validation", 6)],
     ]
     assert learner.trained_on == [f"student-{step}" for step in range(6)]
     assert (tmp_path / "model").is_dir()
@@ -244,6 +270,34 @@ def test_nothing_is_published_that_nobody_wants(tmp_path: Path) -> None:
     services.wants = False
     run(services, FakeLearner(), config)
     assert services.published == []
+
+
+def test_weights_go_out_late_where_a_validation_makes_phi_leave_zero(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    services = Services(config)
+    services.wants = False
+    services.wants_from_validation = 3
+    run(services, FakeLearner(), config)
+    late = services.calls.index(("publish", 3))  # the multiple of 2 before it was not wanted
+    assert services.calls[late - 1 : late + 2] == [
+        ("validation", 3),
+        ("publish", 3),
+        *[("publish", 4)],
+    ]
+
+
+def test_a_probe_measures_how_far_engine_and_learner_are_apart(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    services = Services(config)
+    run(services, FakeLearner(), config)
+    probes = [record for record in services.records if isinstance(record, ProbeRecord)]
+    assert [probe.step for probe in probes] == [0, 6]  # step 3 has no weights of its own
+    # The engine said -1 for each of the two tokens; the learner says -1.5 and -1.25.
+    assert probes[0].logprob_gap == pytest.approx(0.375)
+    assert probes[0].samples == (Sample(prompt="why", reference="so", response="as"),)
+    warnings = [record for record in services.records if isinstance(record, EventRecord)]
+    assert [warning.name for warning in warnings] == ["log-probabilities differ"]
+    assert "0.375 nats" in warnings[0].detail
 
 
 def test_checkpoints_hold_step_phi_and_the_newest_validation(tmp_path: Path) -> None:

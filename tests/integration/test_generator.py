@@ -9,7 +9,7 @@ import asyncio
 import itertools
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -134,7 +134,7 @@ async def answer(
 def greedy(model: LlamaForCausalLM, prompt: Prompt, max_tokens: int) -> list[int]:
     """transformers, one prompt at a time, in float32."""
     token_ids = torch.from_numpy(prompt.token_ids).long()[None]
-    output = model.generate(
+    output = cast(Any, model).generate(
         inputs=token_ids,
         attention_mask=torch.ones_like(token_ids),
         generation_config=GenerationConfig(

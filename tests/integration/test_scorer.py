@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -231,8 +231,8 @@ def test_a_teacher_whose_logits_are_not_head_times_hidden_is_refused(
     directory, _ = teacher
     forward = LlamaForCausalLM.forward
 
-    def doubled(self: LlamaForCausalLM, *args: object, **kwargs: object) -> object:
-        output = forward(self, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+    def doubled(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        output: Any = forward(self, *args, **kwargs)
         output.logits = output.logits * 2
         return output
 
