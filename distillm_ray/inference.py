@@ -66,6 +66,12 @@ def answers(
     return [dataclasses.replace(rollout, text=decode(tokenizer, rollout)) for rollout in rollouts]
 
 
+def evaluation_seeds(config: Config) -> tuple[int, ...]:
+    """One of them for greedy answers, which are the same for every seed."""
+    section = config.evaluation
+    return section.seeds[:1] if section.sampling.temperature == 0.0 else section.seeds
+
+
 def score_answers(
     loop: Actor,
     prompts: Sequence[Prompt],
@@ -74,10 +80,8 @@ def score_answers(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[ModelScores, list[Rollout]]:
     """ROUGE-L and BLEU over the seeds of `evaluation`, and the first seed's answers."""
-    section = config.evaluation
-    sampling = section.sampling
-    # Greedy answers are the same for every seed.
-    seeds = section.seeds[:1] if sampling.temperature == 0.0 else section.seeds
+    sampling = config.evaluation.sampling
+    seeds = evaluation_seeds(config)
     by_seed = {
         seed: answers(
             loop,

@@ -62,7 +62,7 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
     evaluation = Evaluation(
         models={str(directory): scores},
         num_prompts=len(prompts),
-        seeds=config.evaluation.seeds,
+        seeds=inference.evaluation_seeds(config),
     )
     assert scores.rouge_l is not None
     assert scores.bleu is not None

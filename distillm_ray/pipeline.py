@@ -102,8 +102,6 @@ class _Job:
             connect(config)
             device = resolve_device(config)
             resources.check(resources.request(config, device), available())
-        directory = config.run.directory
-        directory.mkdir(parents=True, exist_ok=True)
         tokenizer = AutoTokenizer.from_pretrained(
             config.student.model, trust_remote_code=config.student.trust_remote_code
         )
@@ -111,6 +109,8 @@ class _Job:
             splits = load_splits(config.data, tokenizer, config.run.seed)
             for line in _describe(splits):
                 self._view.note(line)
+        directory = config.run.directory
+        directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG_FILE).write_text(dump_config(config))
         cluster = Cluster(config, device)
         roles = self._make_roles(cluster, splits)
@@ -325,7 +325,7 @@ class _Evaluator:
                 for prompt, answer in list(zip(self.prompts, answers, strict=True))[:shown]
             ),
             num_prompts=len(self.prompts),
-            seeds=self._config.evaluation.seeds,
+            seeds=inference.evaluation_seeds(self._config),
         )
 
     def after(self, loop: Actor, evaluation: Evaluation) -> Evaluation:
