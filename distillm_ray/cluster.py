@@ -154,10 +154,9 @@ class Cluster:
             metrics=metrics,
         )
 
-    def generators(
-        self, model: ModelFacts, source: Source, *, sampling_tokens: int, config: RolloutConfig
-    ) -> list[Actor]:
-        """A pool that answers with `model`."""
+    def generators(self, model: ModelFacts, source: Source, *, end_token_id: int) -> list[Actor]:
+        """A pool that answers with `model`; `end_token_id` ends the answers of the data."""
+        config = self._rollouts()
         threads = config.num_threads or max(1, int(config.num_cpus))
         actor = _remote(
             num_cpus=config.num_cpus,
@@ -172,9 +171,9 @@ class Cluster:
                 source,
                 config,
                 model_dir=model.path,
-                end_token_ids=model.end_token_ids,
+                end_token_ids=tuple(dict.fromkeys((*model.end_token_ids, end_token_id))),
                 max_prompt_tokens=self._config.data.max_prompt_tokens,
-                max_response_tokens=sampling_tokens,
+                max_response_tokens=self._config.longest_response,
                 seed=self._config.run.seed,
                 device=self._device,
                 trust_remote_code=self._config.student.trust_remote_code,
@@ -246,6 +245,13 @@ class Cluster:
             ),
         )
         trainer.fit()
+
+    def _rollouts(self) -> RolloutConfig:
+        """The section with the length of a rollout written out."""
+        section = self._config.rollout
+        limit = {"max_tokens": self._config.max_response_tokens}
+        sampling = section.sampling.model_copy(update=limit)
+        return section.model_copy(update={"sampling": sampling})
 
     def _gpus(self, explicit: float | None, default: float) -> float:
         if self._device == "cpu":

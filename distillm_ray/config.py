@@ -413,6 +413,12 @@ class Config(Section):
         """Longest response that the student may generate."""
         return self.rollout.sampling.max_tokens or self.data.max_response_tokens
 
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest response that anything in the run reads or generates."""
+        evaluated = self.evaluation.sampling.max_tokens or 0
+        return max(self.data.max_response_tokens, self.max_response_tokens, evaluated)
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         batch, minimum, capacity = (
@@ -431,9 +437,7 @@ class Config(Section):
                 f"learner.workers must be at most learner.batch_size, got {self.learner.workers}"
                 f" > {batch}: a rank would have no sequence"
             )
-        longest = self.data.max_prompt_tokens + max(
-            self.data.max_response_tokens, self.max_response_tokens
-        )
+        longest = self.data.max_prompt_tokens + self.longest_response
         for key, limit in (
             ("learner.max_micro_batch_tokens", self.learner.max_micro_batch_tokens),
             ("teacher.max_batch_tokens", self.teacher.max_batch_tokens),

@@ -237,8 +237,8 @@ def probe_cluster(address: str) -> Finding:
 
     joined_here = not ray.is_initialized()
     try:
+        knock(address)
         if joined_here:
-            knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         return Finding(

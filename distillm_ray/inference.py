@@ -30,12 +30,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def answering(
-    cluster: Cluster, config: Config, model: ModelFacts, source: Source, *, max_tokens: int
+    cluster: Cluster, config: Config, model: ModelFacts, source: Source, *, end_token_id: int
 ) -> Iterator[Actor]:
     """A rollout loop without a buffer over a pool that answers with `model`; gone afterwards."""
-    generators = cluster.generators(
-        model, source, sampling_tokens=max_tokens, config=config.rollout
-    )
+    generators = cluster.generators(model, source, end_token_id=end_token_id)
     loop = cluster.loop(
         buffer=None, data=None, generators=generators, scorers=(), stores=(), metrics=None
     )
@@ -81,6 +79,8 @@ def score_answers(
 ) -> tuple[ModelScores, list[Rollout]]:
     """ROUGE-L and BLEU over the seeds of `evaluation`, and the first seed's answers."""
     sampling = config.evaluation.sampling
+    limit = sampling.max_tokens or config.data.max_response_tokens
+    sampling = sampling.model_copy(update={"max_tokens": limit})
     seeds = evaluation_seeds(config)
     by_seed = {
         seed: answers(

@@ -45,7 +45,7 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
     prompts = test.prompts[: config.evaluation.max_prompts]
     view.start(f"answering {len(prompts)} prompts")
     with inference.answering(
-        cluster, config, facts, Source.STUDENT, max_tokens=config.max_response_tokens
+        cluster, config, facts, Source.STUDENT, end_token_id=test.end_token_id
     ) as loop:
         scores, _ = inference.score_answers(loop, prompts, config, tokenizer=tokenizer)
     view.start("computing the validation loss")
@@ -105,12 +105,12 @@ def generate(
     )
     view.start(f"answering {len(dataset.prompts)} prompts")
     with inference.answering(
-        cluster, config, facts, Source.TEACHER, max_tokens=config.max_response_tokens
+        cluster, config, facts, Source.TEACHER, end_token_id=dataset.end_token_id
     ) as loop:
         answers = inference.answers(
             loop,
             dataset.prompts,
-            config.rollout.sampling,
+            config.rollout.sampling.model_copy(update={"max_tokens": config.max_response_tokens}),
             config.run.seed,
             tokenizer=tokenizer,
             timeout_s=config.rollout.timeout_s * max(1, len(dataset.prompts) // 8),

@@ -145,7 +145,7 @@ def check_lengths(config: Config, teacher: ModelFacts | None, student: ModelFact
     Raises:
         ConfigError: it does not; names the model and the keys to lower.
     """
-    longest_response = max(config.data.max_response_tokens, config.max_response_tokens)
+    longest_response = config.longest_response
     longest = config.data.max_prompt_tokens + longest_response
     for facts in (teacher, student):
         if facts is None or facts.context_length is None or longest <= facts.context_length:
@@ -154,7 +154,8 @@ def check_lengths(config: Config, teacher: ModelFacts | None, student: ModelFact
             f"data.max_prompt_tokens + the longest response must fit the {facts.role}'s context,"
             f" got {config.data.max_prompt_tokens} + {longest_response} = {longest} >"
             f" {facts.context_length} ({facts.path}): a longer sequence has no positions; lower"
-            " data.max_prompt_tokens, data.max_response_tokens or rollout.sampling.max_tokens"
+            " data.max_prompt_tokens, data.max_response_tokens, or sampling.max_tokens of rollout"
+            " or evaluation"
         )
 
 

@@ -150,8 +150,7 @@ class _Job:
             generators = cluster.generators(
                 preflight.student,
                 Source.STUDENT,
-                sampling_tokens=config.max_response_tokens,
-                config=config.rollout,
+                end_token_id=splits.train.end_token_id,
             )
         if config.loss.needs_teacher:
             scorers = cluster.scorers(preflight.vocabulary_size)
@@ -300,6 +299,7 @@ class _Evaluator:
         self._preflight = preflight
         self._device: Device = device
         self._tokenizer = tokenizer
+        self._end_token_id = splits.train.end_token_id
         limit = config.validation.max_prompts
         self._validation = splits.validation.demonstrations[:limit]
         test = splits.test or splits.validation
@@ -359,7 +359,7 @@ class _Evaluator:
             self._config,
             facts,
             Source.TEACHER,
-            max_tokens=self._config.max_response_tokens,
+            end_token_id=self._end_token_id,
         ) as loop:
             scores, _ = inference.score_answers(
                 loop, self.prompts, self._config, tokenizer=self._tokenizer

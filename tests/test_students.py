@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_models import WORDS, write_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -20,6 +19,7 @@ from transformers import (
 from distillm_ray.errors import ModelError
 from distillm_ray.models import check_model_directory
 from distillm_ray.students import init_student
+from tests.test_models import WORDS, write_tokenizer
 
 
 @pytest.fixture(scope="module")
