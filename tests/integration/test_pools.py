@@ -434,7 +434,7 @@ def test_targets_that_went_with_their_store_are_scored_again(tmp_path: Path) -> 
     assert lengths(services.fetch_targets(rollouts)) == expected
     assert lengths(services.fetch_targets(rollouts)) == expected
     assert ray.get(scorer.count.remote()) == 6, "the second time everything is there"
-    ray.kill(stores[1], no_restart=False)
+    kill(stores[1])
     assert lengths(services.fetch_targets(rollouts)) == expected
     lost = sum(store_index(one.rollout_id, 2) == 1 for one in rollouts)
     assert ray.get(scorer.count.remote()) == 6 + lost
