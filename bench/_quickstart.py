@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distillm_ray.heads import FrozenHead, load_frozen_head
+from distillm_ray.models.heads import FrozenHead, load_frozen_head
 
 TEACHER = Path("models/smollm2-135m-instruct")
 STUDENT = Path("models/smollm2-64m-init")

@@ -24,7 +24,7 @@ from _common import RESULTS, commit, write
 from _quickstart import STUDENT, TEACHER, load_positions
 from torch import Tensor
 
-from distillm_ray.divergences import forward_kl, skew_kl
+from distillm_ray.loss.divergences import forward_kl, skew_kl
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

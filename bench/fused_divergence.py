@@ -37,11 +37,11 @@ from distillm_ray.config import (
     SkewReverseKL,
     TotalVariation,
 )
-from distillm_ray.fused import fused_loss
-from distillm_ray.head_loss import DivergenceTerm, LossRequest, plain_loss
-from distillm_ray.heads import FrozenHead
-from distillm_ray.logit_rules import LogitRule
-from distillm_ray.teacher_tensors import TeacherHidden
+from distillm_ray.loss.fused import fused_loss
+from distillm_ray.loss.head_loss import DivergenceTerm, LossRequest, plain_loss
+from distillm_ray.loss.teacher_tensors import TeacherHidden
+from distillm_ray.models.heads import FrozenHead
+from distillm_ray.models.logit_rules import LogitRule
 
 CPU_SHAPES = ((1024, 49_152, 576, torch.float32), (1024, 49_152, 576, torch.bfloat16))
 GPU_SHAPES = ((8192, 128_256, 4096, torch.bfloat16), (8192, 151_936, 3584, torch.bfloat16))

@@ -23,16 +23,16 @@ from rich.table import Table
 from torch import Tensor
 
 from distillm_ray.config import Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
-from distillm_ray.fused import fused_loss
-from distillm_ray.head_loss import DivergenceTerm, LossRequest
-from distillm_ray.heads import FrozenHead
-from distillm_ray.logit_rules import LogitRule
-from distillm_ray.teacher_tensors import (
+from distillm_ray.loss.fused import fused_loss
+from distillm_ray.loss.head_loss import DivergenceTerm, LossRequest
+from distillm_ray.loss.teacher_tensors import (
     TeacherHidden,
     TeacherLogits,
     TeacherTensors,
     TeacherTopK,
 )
+from distillm_ray.models.heads import FrozenHead
+from distillm_ray.models.logit_rules import LogitRule
 
 DIVERGENCES: tuple[Divergence, ...] = (SkewKL(), ForwardKL(), SkewReverseKL(), ReverseKL())
 

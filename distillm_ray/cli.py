@@ -22,7 +22,7 @@ from distillm_ray.errors import UserError
 
 if TYPE_CHECKING:
     from distillm_ray.config import Config
-    from distillm_ray.console import ConsoleView
+    from distillm_ray.report.console import ConsoleView
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 3
@@ -60,7 +60,7 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         from distillm_ray import preflight
 
         checked = preflight.check(tree)
-        from distillm_ray.report import write_report
+        from distillm_ray.report.report import write_report
 
         if preflight.is_complete(tree):
             typer.echo(f"The run in {tree.run.directory} is complete.")
@@ -135,7 +135,7 @@ def init_student(
                 f"--layers must be numbers with commas between them, as in 0,1,2,9, got {layers!r}"
             ) from None
         _quiet()
-        from distillm_ray import students
+        from distillm_ray.models import students
 
         students.init_student(teacher, out, numbers)
         typer.echo(f"{out}: {len(numbers)} layers of {teacher}")
@@ -146,7 +146,7 @@ def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """The resolved config, and what it will ask of the cluster."""
     with _user_errors():
         tree = _load(config, overrides)
-        from distillm_ray.resources import render_show
+        from distillm_ray.cluster.resources import render_show
 
         device = "cpu" if tree.run.device == "cpu" else "cuda"
         typer.echo(render_show(tree, device))
@@ -167,7 +167,7 @@ def plot(
     """Figures, summary and table of a run."""
     with _user_errors():
         _quiet()
-        from distillm_ray.report import write_report
+        from distillm_ray.report.report import write_report
 
         _print(write_report(run, compare=compare or ()))
 
@@ -206,7 +206,7 @@ def _load(path: Path, overrides: list[str] | None) -> Config:
 
 @contextmanager
 def _view(config: Config) -> Iterator[ConsoleView]:
-    from distillm_ray.console import ConsoleView
+    from distillm_ray.report.console import ConsoleView
 
     view = ConsoleView(config.learner.steps)
     try:

@@ -21,7 +21,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from distillm_ray.address import knock
+from distillm_ray.cluster.address import knock
 
 Status: TypeAlias = Literal["ok", "warn", "missing"]
 

@@ -10,17 +10,18 @@ from pathlib import Path
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from distillm_ray import inference, resources
-from distillm_ray.cluster import Cluster, available, connect, resolve_device
+from distillm_ray.cluster import resources
+from distillm_ray.cluster.cluster import Cluster, available, connect, resolve_device
+from distillm_ray.cluster.resources import Device
 from distillm_ray.config import Config, LossConfig
-from distillm_ray.console import ConsoleView
-from distillm_ray.data import load_dataset, load_splits
-from distillm_ray.data_files import check_files
+from distillm_ray.data.files import check_files
+from distillm_ray.data.splits import load_dataset, load_splits
 from distillm_ray.errors import DataError
-from distillm_ray.models import ModelFacts, check_lengths, check_model_directory
-from distillm_ray.report import MODEL_FOLDER
-from distillm_ray.resources import Device
-from distillm_ray.summary import Evaluation
+from distillm_ray.evaluation import inference
+from distillm_ray.models.directory import ModelFacts, check_lengths, check_model_directory
+from distillm_ray.report.console import ConsoleView
+from distillm_ray.report.report import MODEL_FOLDER
+from distillm_ray.report.summary import Evaluation
 from distillm_ray.types import FinishReason, Source
 
 

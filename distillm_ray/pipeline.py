@@ -26,21 +26,29 @@ from ray.exceptions import RayActorError
 from ray.train.v2.api.exceptions import WorkerGroupError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from distillm_ray import inference, resources
-from distillm_ray.cluster import Cluster, LearnerJob, ask, available, connect, resolve_device
+from distillm_ray.cluster import resources
+from distillm_ray.cluster.cluster import (
+    Cluster,
+    LearnerJob,
+    ask,
+    available,
+    connect,
+    resolve_device,
+)
+from distillm_ray.cluster.pools import Actor
+from distillm_ray.cluster.resources import Device
+from distillm_ray.cluster.services import Wires
 from distillm_ray.config import Config
 from distillm_ray.config_files import dump_config
-from distillm_ray.console import ConsoleView
-from distillm_ray.data import Splits, load_splits
+from distillm_ray.data.splits import Splits, load_splits
 from distillm_ray.errors import UserError
-from distillm_ray.metrics import FILE_NAME, read_records
-from distillm_ray.pools import Actor
+from distillm_ray.evaluation import inference
 from distillm_ray.preflight import CONFIG_FILE, Preflight
-from distillm_ray.records import DoneRecord, StepRecord, ValidationRecord
-from distillm_ray.report import git_commit
-from distillm_ray.resources import Device
-from distillm_ray.services import Wires
-from distillm_ray.summary import (
+from distillm_ray.report.console import ConsoleView
+from distillm_ray.report.metrics import FILE_NAME, read_records
+from distillm_ray.report.records import DoneRecord, StepRecord, ValidationRecord
+from distillm_ray.report.report import git_commit
+from distillm_ray.report.summary import (
     STUDENT_AFTER,
     STUDENT_BEFORE,
     TEACHER,

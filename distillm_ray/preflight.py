@@ -6,21 +6,21 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from distillm_ray.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.config import Config
 from distillm_ray.config_files import load_config
-from distillm_ray.data_files import check_files
+from distillm_ray.data.files import check_files
 from distillm_ray.errors import RunDirectoryError
-from distillm_ray.metrics import FILE_NAME, read_records
-from distillm_ray.models import (
+from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
+from distillm_ray.learner.resume import check_resume
+from distillm_ray.models.directory import (
     ModelFacts,
     check_lengths,
     check_model_directory,
     check_pair,
     check_targets,
 )
-from distillm_ray.records import DoneRecord
-from distillm_ray.resume import check_resume
+from distillm_ray.report.metrics import FILE_NAME, read_records
+from distillm_ray.report.records import DoneRecord
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"

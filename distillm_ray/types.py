@@ -255,7 +255,8 @@ class LearnerBatch:
 class Weights:
     """Published student weights: buckets of named tensors in the object store.
 
-    Each reference resolves to a `dict[str, (shape, dtype name, uint8 array)]`; see weights.py.
+    Each reference resolves to a `dict[str, (shape, dtype name, uint8 array)]`, which
+    weights/files.py reads.
     """
 
     version: int

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from distillm_ray.errors import ModelError, UserError
-from distillm_ray.models import check_model_directory
-from distillm_ray.students import init_student
+from distillm_ray.models.directory import check_model_directory
+from distillm_ray.models.students import init_student
 
 TEACHER = Path("models/smollm2-135m-instruct")
 STUDENT = Path("models/smollm2-64m-init")
@@ -57,7 +57,7 @@ def _make_teacher() -> None:
     )
     start = time.monotonic()
     # torch and transformers are imported only when there is something to convert
-    importlib.import_module("distillm_ray.gguf").convert_gguf(file, TEACHER)
+    importlib.import_module("distillm_ray.models.gguf").convert_gguf(file, TEACHER)
     facts = check_model_directory(TEACHER, "teacher")
     print(
         f"teacher: {facts.num_parameters / 1e6:.0f}M parameters, {facts.num_layers} layers,"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distillm_ray.checkpoint import CheckpointDirectory, CheckpointMeta
 from distillm_ray.errors import RunDirectoryError
+from distillm_ray.learner.checkpoint import CheckpointDirectory, CheckpointMeta
 from distillm_ray.types import Validation
 
 

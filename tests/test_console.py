@@ -8,8 +8,8 @@ import math
 import pytest
 from rich.console import Console
 
-from distillm_ray.console import ConsoleView, View, duration, line, mix_bar, render
-from distillm_ray.records import (
+from distillm_ray.report.console import ConsoleView, View, duration, line, mix_bar, render
+from distillm_ray.report.records import (
     BufferSizes,
     CheckpointRecord,
     Counters,

@@ -15,11 +15,11 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from distillm_ray.config import ChatTemplate, DataConfig, PlainTemplate
-from distillm_ray.data import Dataset, hold_out, load_dataset, load_splits
-from distillm_ray.data_files import check_files
+from distillm_ray.data.files import check_files
+from distillm_ray.data.rows import Example, RowError, parse_row
+from distillm_ray.data.splits import Dataset, hold_out, load_dataset, load_splits
+from distillm_ray.data.templates import Renderer
 from distillm_ray.errors import DataError
-from distillm_ray.rows import Example, RowError, parse_row
-from distillm_ray.templates import Renderer
 
 SPECIAL = ["<unk>", "<user>", "<assistant>", "<system>", "<end>", "</s>"]
 WORDS = ["sky", "is", "blue", "why", "yes", "no", "so", "be", "brief", "and", "red"]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from distillm_ray.divergences import (
+from distillm_ray.loss.divergences import (
     adaptive_kl,
     forward_kl,
     jensen_shannon,

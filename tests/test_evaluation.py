@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from distillm_ray.evaluation import (
+from distillm_ray.evaluation.scores import (
     EvaluationResult,
     bleu,
     evaluate_responses,

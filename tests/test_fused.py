@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distillm_ray import token_losses, types
+from distillm_ray import types
 from distillm_ray.config import (
     AdaptiveKL,
     Divergence,
@@ -27,18 +27,19 @@ from distillm_ray.config import (
     SkewReverseKL,
     TotalVariation,
 )
-from distillm_ray.divergences import skew_kl
-from distillm_ray.fused import fused_loss
-from distillm_ray.head_loss import DivergenceTerm, HeadLoss, LossRequest, plain_loss
-from distillm_ray.heads import FrozenHead
-from distillm_ray.logit_rules import LogitRule
-from distillm_ray.teacher_tensors import (
+from distillm_ray.loss import token_losses
+from distillm_ray.loss.divergences import skew_kl
+from distillm_ray.loss.fused import fused_loss
+from distillm_ray.loss.head_loss import DivergenceTerm, HeadLoss, LossRequest, plain_loss
+from distillm_ray.loss.teacher_tensors import (
     TeacherHidden,
     TeacherLogits,
     TeacherTensors,
     TeacherTopK,
     teacher_tensors,
 )
+from distillm_ray.models.heads import FrozenHead
+from distillm_ray.models.logit_rules import LogitRule
 
 N, V, D = 23, 50, 8
 PADDED_V = 56

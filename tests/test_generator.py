@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distillm_ray.config import FilterConfig, RolloutConfig, SamplingConfig
-from distillm_ray.generator import (
+from distillm_ray.rollout.generator import (
     Generator,
     Request,
     Response,

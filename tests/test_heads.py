@@ -27,12 +27,12 @@ from transformers import (
 )
 
 from distillm_ray.config import SkewKL
-from distillm_ray.distillation_head import DistillationHead, install_distillation_head
 from distillm_ray.errors import ModelError
-from distillm_ray.head_loss import DivergenceTerm, HeadLoss, LossRequest
-from distillm_ray.heads import FrozenHead, load_frozen_head
-from distillm_ray.logit_rules import LogitRule, logit_rule
-from distillm_ray.teacher_tensors import TeacherHidden
+from distillm_ray.loss.distillation_head import DistillationHead, install_distillation_head
+from distillm_ray.loss.head_loss import DivergenceTerm, HeadLoss, LossRequest
+from distillm_ray.loss.teacher_tensors import TeacherHidden
+from distillm_ray.models.heads import FrozenHead, load_frozen_head
+from distillm_ray.models.logit_rules import LogitRule, logit_rule
 
 VOCABULARY = 60  # of the tokenizer; the models have 64 rows
 

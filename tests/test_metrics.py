@@ -12,14 +12,14 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from distillm_ray.errors import RunDirectoryError
-from distillm_ray.metrics import (
+from distillm_ray.report.metrics import (
     FILE_NAME,
     MetricsLog,
     count_superseded_steps,
     read_records,
     wall_seconds,
 )
-from distillm_ray.records import (
+from distillm_ray.report.records import (
     BufferSizes,
     Counters,
     DrawFacts,

@@ -15,13 +15,13 @@ from tokenizers.models import WordLevel
 
 from distillm_ray.config import Config, TargetsConfig
 from distillm_ray.errors import ConfigError, ModelError
-from distillm_ray.logit_rules import LogitRule
-from distillm_ray.models import (
+from distillm_ray.models.directory import (
     check_lengths,
     check_model_directory,
     check_pair,
     check_targets,
 )
+from distillm_ray.models.logit_rules import LogitRule
 
 WORDS = ["<unk>", "<s>", "</s>", "red", "green", "blue"]
 
@@ -85,7 +85,7 @@ def test_the_facts_of_a_directory_are_those_of_the_model_that_was_saved(model: P
 
 def test_checking_a_model_imports_neither_torch_nor_ray_nor_transformers(model: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from distillm_ray.models import *;"
+        "import sys; from pathlib import Path; from distillm_ray.models.directory import *;"
         f"check_model_directory(Path({str(model)!r}), 'teacher');"
         "print(*[m for m in ('torch', 'ray', 'transformers', 'vllm') if m in sys.modules])"
     )

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console, RenderableType
 
 from distillm_ray.errors import RunDirectoryError
-from distillm_ray.metrics import MetricsLog
-from distillm_ray.plots import draw_all, draw_overview, running_mean
-from distillm_ray.records import (
+from distillm_ray.report.metrics import MetricsLog
+from distillm_ray.report.plots import draw_all, draw_overview, running_mean
+from distillm_ray.report.records import (
     BufferSizes,
     Counters,
     DoneRecord,
@@ -22,8 +22,8 @@ from distillm_ray.records import (
     StepRecord,
     ValidationRecord,
 )
-from distillm_ray.report import git_commit, render_report, write_report, write_samples
-from distillm_ray.summary import (
+from distillm_ray.report.report import git_commit, render_report, write_report, write_samples
+from distillm_ray.report.summary import (
     ComparedSample,
     Evaluation,
     ModelScores,

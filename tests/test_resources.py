@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from distillm_ray.cluster.resources import Available, Node, check, render_show, request
 from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError
-from distillm_ray.resources import Available, Node, check, render_show, request
 
 GIB = 2**30
 

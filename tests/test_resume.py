@@ -7,7 +7,7 @@ import pytest
 
 from distillm_ray.config import Config
 from distillm_ray.errors import RunDirectoryError
-from distillm_ray.resume import MAY_CHANGE, check_resume
+from distillm_ray.learner.resume import MAY_CHANGE, check_resume
 
 
 def make_config(**changes: Any) -> Config:

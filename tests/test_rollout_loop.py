@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from distillm_ray.config import FilterConfig, SamplingConfig
-from distillm_ray.records import EventRecord, Record
-from distillm_ray.rollout_loop import MAX_REJECTED, ActorLost, BusyClock, RolloutLoop, Work
+from distillm_ray.report.records import EventRecord, Record
+from distillm_ray.rollout.loop import MAX_REJECTED, ActorLost, BusyClock, RolloutLoop, Work
 from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Source, Weights
 
 SOON = 5.0  # seconds; nothing here takes more than a few milliseconds

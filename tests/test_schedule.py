@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distillm_ray.config import AdaptiveSchedule, FixedSchedule
-from distillm_ray.schedule import ReferenceRule, Schedule
+from distillm_ray.replay.schedule import ReferenceRule, Schedule
 from distillm_ray.types import Validation
 
 

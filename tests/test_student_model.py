@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from distillm_ray.config import LoraConfig, StudentConfig
 from distillm_ray.errors import ConfigError, ModelError
-from distillm_ray.student_model import load_student
+from distillm_ray.learner.student_model import load_student
 
 CPU = torch.device("cpu")
 

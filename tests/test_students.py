@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from distillm_ray.errors import ModelError
-from distillm_ray.models import check_model_directory
-from distillm_ray.students import init_student
+from distillm_ray.models.directory import check_model_directory
+from distillm_ray.models.students import init_student
 from tests.test_models import WORDS, write_tokenizer
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from distillm_ray.checkpoint import CheckpointDirectory
 from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError, RunDirectoryError, UserError
-from distillm_ray.learner import StepOutcome
-from distillm_ray.prefetch import Prefetcher, RankPlan
-from distillm_ray.records import DrawFacts, EventRecord, ProbeRecord, Record, Sample
-from distillm_ray.train_loop import train_loop
+from distillm_ray.learner.checkpoint import CheckpointDirectory
+from distillm_ray.learner.learner import StepOutcome
+from distillm_ray.learner.prefetch import Prefetcher, RankPlan
+from distillm_ray.learner.train_loop import train_loop
+from distillm_ray.report.records import DrawFacts, EventRecord, ProbeRecord, Record, Sample
 from distillm_ray.types import (
     FinishReason,
     HiddenTargets,
@@ -35,7 +35,7 @@ from distillm_ray.types import (
     Validation,
     Weights,
 )
-from distillm_ray.weight_files import Bucket
+from distillm_ray.weights.files import Bucket
 
 
 def make_config(directory: Path, **learner: Any) -> Config:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from distillm_ray import weights
 from distillm_ray.config import LoraConfig
-from distillm_ray.export import write_weights
-from distillm_ray.student_model import add_adapters
-from distillm_ray.weight_files import read, receive, to_tensors
+from distillm_ray.learner.student_model import add_adapters
+from distillm_ray.weights.export import write_weights
+from distillm_ray.weights.files import read, receive, to_tensors
+from distillm_ray.weights.gather import gather
 
 
 def tiny_model(*, tied: bool = True) -> LlamaForCausalLM:
@@ -32,7 +32,7 @@ def gathered(
     model: torch.nn.Module, dtype: torch.dtype, **arguments: int
 ) -> dict[str, torch.Tensor]:
     found = {}
-    for bucket in weights.gather(model, dtype, keep=True, **arguments):
+    for bucket in gather(model, dtype, keep=True, **arguments):
         found.update(to_tensors(bucket))
     return found
 
@@ -57,7 +57,7 @@ def test_bfloat16_survives_bit_for_bit() -> None:
 
 
 def test_buckets_stay_below_their_size_and_only_larger_tensors_stand_alone() -> None:
-    buckets = list(weights.gather(tiny_model(), torch.float32, keep=True, bucket_elements=500))
+    buckets = list(gather(tiny_model(), torch.float32, keep=True, bucket_elements=500))
     assert len(buckets) > 2
     for bucket in buckets:
         elements = sum(values.nbytes // 4 for _, _, values in bucket.values())
@@ -66,14 +66,14 @@ def test_buckets_stay_below_their_size_and_only_larger_tensors_stand_alone() -> 
 
 def test_a_rank_that_keeps_nothing_passes_the_same_number_of_buckets() -> None:
     model = tiny_model()
-    kept = list(weights.gather(model, torch.float32, keep=True, bucket_elements=500))
-    passed = list(weights.gather(model, torch.float32, keep=False, bucket_elements=500))
+    kept = list(gather(model, torch.float32, keep=True, bucket_elements=500))
+    passed = list(gather(model, torch.float32, keep=False, bucket_elements=500))
     assert passed == [{}] * len(kept)
 
 
 def test_a_bucket_is_a_copy_and_not_a_view_of_the_model() -> None:
     model = tiny_model()
-    [bucket] = weights.gather(model, torch.float32, keep=True)
+    [bucket] = gather(model, torch.float32, keep=True)
     before = dict(to_tensors(bucket))["model.norm.weight"].clone()
     with torch.no_grad():
         model.model.norm.weight.add_(1.0)
@@ -106,11 +106,11 @@ def test_lora_is_merged_under_the_names_of_the_plain_model() -> None:
 def test_received_files_hold_the_buckets_and_replace_the_older_ones(tmp_path: Path) -> None:
     model = tiny_model()
     directory = tmp_path / "weights"
-    many = weights.gather(model, torch.bfloat16, keep=True, bucket_elements=500)
+    many = gather(model, torch.bfloat16, keep=True, bucket_elements=500)
     receive(many, directory)
     with torch.no_grad():
         model.model.norm.weight.add_(1.0)
-    receive(weights.gather(model, torch.bfloat16, keep=True), directory)
+    receive(gather(model, torch.bfloat16, keep=True), directory)
     found = dict(read(directory))
     assert len(list(directory.iterdir())) == 1
     assert found.keys() == gathered(model, torch.bfloat16).keys()
@@ -121,7 +121,7 @@ def test_received_files_hold_the_buckets_and_replace_the_older_ones(tmp_path: Pa
 def test_model_files_load_in_plain_transformers(bucket_elements: int, tmp_path: Path) -> None:
     model = tiny_model()
     model.config.save_pretrained(tmp_path)
-    buckets = weights.gather(model, torch.float32, keep=True, bucket_elements=bucket_elements)
+    buckets = gather(model, torch.float32, keep=True, bucket_elements=bucket_elements)
     write_weights(buckets, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     token_ids = torch.arange(1, 9)[None]

@@ -21,11 +21,11 @@ from distillm_ray.config import (
     SkewReverseKL,
     TotalVariation,
 )
-from distillm_ray.fused import fused_loss
-from distillm_ray.head_loss import DivergenceTerm, HeadLoss, LossRequest, plain_loss
-from distillm_ray.heads import FrozenHead
-from distillm_ray.logit_rules import LogitRule
-from distillm_ray.teacher_tensors import TeacherHidden, TeacherTopK
+from distillm_ray.loss.fused import fused_loss
+from distillm_ray.loss.head_loss import DivergenceTerm, HeadLoss, LossRequest, plain_loss
+from distillm_ray.loss.teacher_tensors import TeacherHidden, TeacherTopK
+from distillm_ray.models.heads import FrozenHead
+from distillm_ray.models.logit_rules import LogitRule
 
 pytestmark = [
     pytest.mark.gpu,

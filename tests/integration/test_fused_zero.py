@@ -21,11 +21,11 @@ from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from distillm_ray.config import LearnerConfig, SkewKL
-from distillm_ray.distillation_head import install_distillation_head
-from distillm_ray.head_loss import DivergenceTerm, LossRequest
-from distillm_ray.heads import FrozenHead
-from distillm_ray.student_model import PackedStudent
-from distillm_ray.teacher_tensors import TeacherHidden
+from distillm_ray.learner.student_model import PackedStudent
+from distillm_ray.loss.distillation_head import install_distillation_head
+from distillm_ray.loss.head_loss import DivergenceTerm, LossRequest
+from distillm_ray.loss.teacher_tensors import TeacherHidden
+from distillm_ray.models.heads import FrozenHead
 
 pytestmark = pytest.mark.integration
 
@@ -142,7 +142,7 @@ def run_rank(rank: int, directory: str) -> None:
     import deepspeed
     import torch.distributed as dist
 
-    from distillm_ray.deepspeed_engine import (
+    from distillm_ray.learner.deepspeed_engine import (
         build_optimizer,
         engine_config,
         join_group,

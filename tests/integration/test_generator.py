@@ -22,9 +22,9 @@ from distillm_ray.config import (
     TransformersEngine,
     VllmEngine,
 )
-from distillm_ray.generator import Generator
-from distillm_ray.generator_transformers import TransformersGenerator
-from distillm_ray.generator_vllm import VllmGenerator
+from distillm_ray.rollout.generator import Generator
+from distillm_ray.rollout.transformers_engine import TransformersGenerator
+from distillm_ray.rollout.vllm_engine import VllmGenerator
 from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Weights
 
 pytestmark = [

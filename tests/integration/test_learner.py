@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distillm_ray.batching import pack, plan_step, plan_validation
 from distillm_ray.config import LearnerConfig, LoraConfig, LossConfig, SkewKL, StudentConfig
-from distillm_ray.divergences import skew_kl
-from distillm_ray.heads import FrozenHead
-from distillm_ray.learner import Learner, learning_rate_at
+from distillm_ray.learner.learner import Learner, learning_rate_at
+from distillm_ray.loss.divergences import skew_kl
+from distillm_ray.models.heads import FrozenHead
 from distillm_ray.types import (
     Draw,
     DrawnSequence,
@@ -34,7 +34,7 @@ from distillm_ray.types import (
     Shelf,
     Source,
 )
-from distillm_ray.weight_files import to_tensors
+from distillm_ray.weights.files import to_tensors
 
 pytestmark = pytest.mark.integration
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distillm_ray.checkpoint import CheckpointDirectory
-from distillm_ray.records import DoneRecord, EventRecord, PublishRecord, StepRecord
-from distillm_ray.replay_state import BufferState
+from distillm_ray.learner.checkpoint import CheckpointDirectory
+from distillm_ray.replay.state import BufferState
+from distillm_ray.report.records import DoneRecord, EventRecord, PublishRecord, StepRecord
 from tests.integration.tiny import (
     LIMIT_S,
     Driver,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
-from distillm_ray.actors import BufferActor, TargetStoreActor
+from distillm_ray.cluster.actors import BufferActor, TargetStoreActor
+from distillm_ray.cluster.loop_actor import RolloutLoopActor
+from distillm_ray.cluster.pools import MAX_FAILURES, Actor, Generators, Targets, store_index
+from distillm_ray.cluster.services import ActorServices, Wires
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.errors import ClusterError, ModelError, RunDirectoryError
-from distillm_ray.loop_actor import RolloutLoopActor
-from distillm_ray.pools import MAX_FAILURES, Actor, Generators, Targets, store_index
-from distillm_ray.records import EventRecord, Record
-from distillm_ray.rollout_loop import ActorLost
-from distillm_ray.services import ActorServices, Wires
+from distillm_ray.report.records import EventRecord, Record
+from distillm_ray.rollout.loop import ActorLost
 from distillm_ray.types import HiddenTargets, Prompt, TeacherTargets, Weights
 from tests.integration.fakes import (
     HIDDEN_SIZE,
@@ -45,6 +47,21 @@ def remote(role: type, *arguments: Any, settings: Any = None, **options: Any) ->
     make: Any = ray.remote  # its annotations know only some of its options
     _ACTORS.append(make(**defaults | options)(role).remote(*arguments, **settings or {}))
     return _ACTORS[-1]
+
+
+def kill_and_await_restart(handle: Any) -> None:
+    """`ray.kill` returns before the actor is dead, and calls may still reach it."""
+
+    def process() -> int | None:
+        try:
+            return ray.get(handle.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
+        except RayActorError:
+            return None
+
+    before = process()
+    ray.kill(handle, no_restart=False)
+    while process() in (before, None):
+        time.sleep(0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -434,7 +451,7 @@ def test_targets_that_went_with_their_store_are_scored_again(tmp_path: Path) -> 
     assert lengths(services.fetch_targets(rollouts)) == expected
     assert lengths(services.fetch_targets(rollouts)) == expected
     assert ray.get(scorer.count.remote()) == 6, "the second time everything is there"
-    kill(stores[1])
+    kill_and_await_restart(stores[1])
     assert lengths(services.fetch_targets(rollouts)) == expected
     lost = sum(store_index(one.rollout_id, 2) == 1 for one in rollouts)
     assert ray.get(scorer.count.remote()) == 6 + lost

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from distillm_ray.config import TargetsConfig, TeacherConfig
 from distillm_ray.errors import ConfigError, ModelError
-from distillm_ray.scorer import Scorer, to_numpy
+from distillm_ray.teacher.scorer import Scorer, to_numpy
 from distillm_ray.types import (
     FinishReason,
     HiddenTargets,

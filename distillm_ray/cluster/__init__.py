@@ -1,0 +1,1 @@
+"""Roles as Ray actors: placement, pools with restarts, and the calls between them."""

@@ -1,0 +1,306 @@
+"""Where the roles run: the only file with `ray.remote`, placement and restarts.
+
+    driver ──► Cluster ──► GeneratorActor x rollout.actors     ─┐
+                     ├──► ScorerActor x teacher.actors          ├─ RolloutLoopActor drives them
+                     ├──► TargetStoreActor x targets.stores    ─┘
+                     ├──► BufferActor, MetricsActor                (no CPU asked, beside the driver)
+                     └──► Ray Train: learner_worker x learner.workers
+
+No actor is detached: when the driver goes, by whatever signal, everything goes with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from distillm_ray.cluster.actors import (
+    BufferActor,
+    GeneratorActor,
+    MetricsActor,
+    ScorerActor,
+    TargetStoreActor,
+)
+from distillm_ray.cluster.address import knock
+from distillm_ray.cluster.loop_actor import RolloutLoopActor
+from distillm_ray.cluster.pools import Actor
+from distillm_ray.cluster.resources import Available, Device, Node
+from distillm_ray.cluster.services import Wires
+from distillm_ray.config import Config, RolloutConfig
+from distillm_ray.errors import ClusterError, UserError
+from distillm_ray.models.directory import ModelFacts
+from distillm_ray.types import Prompt, Source
+
+_remote: Any = ray.remote  # its annotations know only some of its options
+_LOOP_CONCURRENCY = 1000  # calls that an asynchronous actor of ours may have open
+_STORE_RETRIES = 5  # what a store does can be done twice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LearnerJob:
+    """Everything a Ray Train worker is told."""
+
+    config: Config
+    device: Device
+    wires: Wires
+    vocabulary_size: int
+    validation: Any  # reference to the held-out demonstrations
+    probe_prompts: tuple[Prompt, ...]
+
+
+def connect(config: Config, *, namespace: str = "distillm-ray") -> None:
+    """Join the cluster that RAY_ADDRESS names (a Ray job sets it), or start one of our own here.
+
+    Raises:
+        ClusterError: the cluster cannot be reached or started.
+    """
+    environment = {
+        # Ray's own defaults wait minutes before a dead or hanging worker is noticed.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment = {name: os.environ.setdefault(name, value) for name, value in environment.items()}
+    # Ray refuses a variable that the job's runtime environment sets too, even to the same value.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    settings: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        # A cluster of our own: nobody else is meant to reach it, and it needs no web page.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        settings = {
+            # Without an address Ray joins whatever cluster was started here last.
+            "address": "local",
+            "include_dashboard": False,
+            "object_store_memory": _local_store_bytes(config),
+        }
+    try:
+        knock(os.environ.get("RAY_ADDRESS", ""))
+        ray.init(
+            namespace=namespace,
+            runtime_env={"env_vars": environment},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **settings,
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(
+            f"Ray did not start or could not be reached (RAY_ADDRESS ="
+            f" {os.environ.get('RAY_ADDRESS', 'not set')}): {error}"
+        ) from error
+
+
+def available() -> Available:
+    """What the connected cluster offers."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    store = sum(node.get("object_store_memory", 0) for node in nodes)
+    return Available(
+        nodes=tuple(Node(cpus=node.get("CPU", 0), gpus=node.get("GPU", 0)) for node in nodes),
+        object_store_bytes=int(store),
+    )
+
+
+def resolve_device(config: Config) -> Device:
+    """`auto` is CUDA where the cluster has a GPU."""
+    if config.run.device != "auto":
+        return config.run.device
+    return "cuda" if available().gpus > 0 else "cpu"
+
+
+class Cluster:
+    """Starts the roles of one run and holds their handles."""
+
+    def __init__(self, config: Config, device: Device) -> None:
+        self._config = config
+        self._device: Device = device
+
+    def metrics(self, **settings: Any) -> Actor:
+        """The run's log, on the driver's node: that is where the run directory is for sure."""
+        return self._beside_driver(MetricsActor, self._config.run.directory, **settings)
+
+    def buffer(self) -> Actor:
+        """The replay buffer. It starts empty, and again so after a restart."""
+        return self._beside_driver(BufferActor, self._config, max_restarts=-1)
+
+    def loop(
+        self,
+        *,
+        buffer: Actor | None,
+        data: tuple[Any, Any] | None,
+        generators: Sequence[Actor],
+        scorers: Sequence[Actor],
+        stores: Sequence[Actor],
+        metrics: Actor | None,
+    ) -> Actor:
+        """The rollout loop over all of these; `data`: references to prompts and demonstrations."""
+        return self._beside_driver(
+            RolloutLoopActor,
+            self._config,
+            buffer=buffer,
+            data=data,
+            generators=list(generators),
+            scorers=list(scorers),
+            stores=list(stores),
+            metrics=metrics,
+        )
+
+    def generators(self, model: ModelFacts, source: Source, *, end_token_id: int) -> list[Actor]:
+        """A pool that answers with `model`; `end_token_id` ends the answers of the data."""
+        config = self._rollouts()
+        threads = config.num_threads or max(1, int(config.num_cpus))
+        actor = _remote(
+            num_cpus=config.num_cpus,
+            num_gpus=self._gpus(config.num_gpus, config.tensor_parallel),
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=_LOOP_CONCURRENCY,
+            runtime_env={"env_vars": _thread_settings(threads)},
+        )(GeneratorActor)
+        return [
+            actor.remote(
+                source,
+                config,
+                model_dir=model.path,
+                end_token_ids=tuple(dict.fromkeys((*model.end_token_ids, end_token_id))),
+                max_prompt_tokens=self._config.data.max_prompt_tokens,
+                max_response_tokens=self._config.longest_response,
+                seed=self._config.run.seed,
+                device=self._device,
+                trust_remote_code=self._config.student.trust_remote_code,
+            )
+            for _ in range(config.actors)
+        ]
+
+    def scorers(self, vocabulary_size: int) -> list[Actor]:
+        """The teacher's pool."""
+        config = self._config.teacher
+        threads = config.num_threads or max(1, int(config.num_cpus))
+        actor = _remote(
+            num_cpus=config.num_cpus,
+            num_gpus=self._gpus(config.num_gpus, config.tensor_parallel),
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=_LOOP_CONCURRENCY,
+            runtime_env={"env_vars": _thread_settings(threads)},
+        )(ScorerActor)
+        return [
+            actor.remote(
+                config,
+                self._config.targets,
+                device=self._device,
+                vocabulary_size=vocabulary_size,
+            )
+            for _ in range(config.actors)
+        ]
+
+    def stores(self) -> list[Actor]:
+        """The target stores, spread over the nodes."""
+        config = self._config.targets
+        actor = _remote(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=_STORE_RETRIES,
+            scheduling_strategy="SPREAD",
+        )(TargetStoreActor)
+        return [actor.remote(config.max_bytes // config.stores) for _ in range(config.stores)]
+
+    def train(self, job: LearnerJob) -> None:
+        """Run the learners to their end; returns when all ranks have.
+
+        Raises:
+            UserError: what a rank raised for the user's eyes.
+        """
+        config = self._config.learner
+        cpus = {"CPU": config.num_cpus} if config.num_cpus > 0 else {}
+        gpus = self._gpus(config.num_gpus, 1)
+        trainer = TorchTrainer(
+            _learner_worker,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(
+                num_workers=config.workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={**cpus, **({"GPU": gpus} if gpus else {})} or {"CPU": 0.01},
+            ),
+            torch_config=TorchConfig(backend="nccl" if self._device == "cuda" else "gloo"),
+            run_config=RunConfig(
+                name="learners",
+                storage_path=str((self._config.run.directory / "ray_train").resolve()),
+                failure_config=FailureConfig(max_failures=config.max_restarts),
+                worker_runtime_env={
+                    "env_vars": {
+                        "DS_ACCELERATOR": self._device,
+                        **_thread_settings(config.num_threads or max(1, int(config.num_cpus))),
+                    }
+                },
+            ),
+        )
+        trainer.fit()
+
+    def _rollouts(self) -> RolloutConfig:
+        """The section with the length of a rollout written out."""
+        section = self._config.rollout
+        limit = {"max_tokens": self._config.max_response_tokens}
+        sampling = section.sampling.model_copy(update=limit)
+        return section.model_copy(update={"sampling": sampling})
+
+    def _gpus(self, explicit: float | None, default: float) -> float:
+        if self._device == "cpu":
+            return 0
+        return default if explicit is None else explicit
+
+    def _beside_driver(
+        self, role: type, *arguments: Any, max_restarts: int = 0, **settings: Any
+    ) -> Actor:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        actor = _remote(
+            num_cpus=0,
+            max_restarts=max_restarts,
+            max_concurrency=_LOOP_CONCURRENCY if role is not MetricsActor else 1,
+            scheduling_strategy=here,
+        )(role)
+        return actor.remote(*arguments, **settings)
+
+
+def ask(call: Any, *, timeout_s: float) -> Any:
+    """`ray.get` with a limit that hands on a user's error as itself."""
+    try:
+        return ray.get(call, timeout=timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from error
+        raise
+
+
+def _learner_worker(settings: dict[str, Any]) -> None:
+    from distillm_ray.learner.worker import run  # noqa: PLC0415  the driver loads no DeepSpeed
+
+    job: LearnerJob = settings["job"]
+    try:
+        run(job)
+    except UserError as error:
+        ray.get(job.wires.buffer.fail.remote(str(error)), timeout=60)
+        raise
+
+
+def _thread_settings(num_threads: int) -> dict[str, str]:
+    """Roles share cores on a CPU-only machine: a thread that waits must not spin on one."""
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+    }
+
+
+def _local_store_bytes(config: Config) -> int:
+    """Room for all targets, two versions of the weights and the batches under way."""
+    return config.targets.max_bytes + 2 * 2**30

@@ -1,0 +1,3 @@
+"""Files of prompts and responses into tokenized splits: files → rows → templates → tokenizing →
+splits.
+"""

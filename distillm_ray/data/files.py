@@ -1,0 +1,194 @@
+"""Where rows come from: files, their formats, and each row's place in them.
+
+No Ray here: the quick check before a run reads the first rows with the same code as Ray Data's
+tasks do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distillm_ray.config import DataConfig
+from distillm_ray.data.rows import RowError, parse_row
+from distillm_ray.errors import DataError
+
+Split: TypeAlias = Literal["train", "validation", "test"]
+Format: TypeAlias = Literal["jsonl", "parquet", "arrow"]
+
+_FORMATS: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_NUM_ROWS_CHECKED = 3  # per file, before anything is started
+_PARQUET_BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFile:
+    """One file of rows, named as the user named it."""
+
+    path: Path  # absolute
+    name: str
+    format: Format
+
+    def position(self, row: int) -> str:
+        """`FILE:LINE` for messages; rows of binary formats count from 1 too."""
+        return f"{self.name}:{row}"
+
+
+def find_files(paths: Sequence[Path], split: Split) -> tuple[DataFile, ...]:
+    """The files behind `paths`, in order; a directory stands for its files of `split`.
+
+    Raises:
+        DataError: a path does not exist, has an unknown extension, is empty, appears twice, or is
+            a directory without rows for the split.
+    """
+    files: list[DataFile] = []
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"data.{split}: {path} does not exist")
+        if path.is_dir():
+            files += _files_of_directory(path, split)
+        else:
+            files.append(_data_file(path, split))
+    seen: set[Path] = set()
+    for file in files:
+        if file.path in seen:
+            raise DataError(f"data.{split}: {file.name} is listed twice: its rows would be too")
+        seen.add(file.path)
+        if file.path.stat().st_size == 0:
+            raise DataError(f"data.{split}: {file.name} is empty")
+    return tuple(files)
+
+
+def check_files(config: DataConfig) -> None:
+    """Existence, format and the first rows of every file, within milliseconds and without Ray.
+
+    Raises:
+        DataError: the first problem found; with `bad_rows: skip`, rows are not looked at.
+    """
+    splits: tuple[tuple[Split, tuple[Path, ...]], ...] = (
+        ("train", config.train),
+        ("validation", config.validation),
+        ("test", config.test),
+    )
+    for split, paths in splits:
+        for file in find_files(paths, split):
+            if config.bad_rows == "fail":
+                _check_first_rows(file)
+
+
+def read_rows(stream: BinaryIO, file: DataFile) -> Iterator[tuple[int, bytes]]:
+    """Row number, counted from 1, and the row as one line of JSON; blank lines are passed over.
+
+    Raises:
+        DataError: a binary file that is damaged or not what its extension says.
+    """
+    if file.format == "jsonl":
+        for line_number, line in enumerate(stream, start=1):
+            stripped = line.removeprefix(b"\xef\xbb\xbf") if line_number == 1 else line
+            if stripped.strip():
+                yield line_number, stripped
+        return
+    row_number = 0
+    try:
+        for batch in _record_batches(stream, file):
+            for row in batch.to_pylist():
+                row_number += 1
+                yield row_number, json.dumps(row, default=str).encode()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file.name} is not a readable {file.format} file: {error}") from error
+
+
+def decode_row(payload: bytes) -> Any:
+    """The row behind one line of JSON.
+
+    Raises:
+        RowError: not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(payload.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError("malformed", f"not valid UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise RowError(
+            "malformed", f"not valid JSON: {error.msg} at column {error.colno}"
+        ) from error
+
+
+def _record_batches(stream: BinaryIO, file: DataFile) -> Iterator[pa.RecordBatch]:
+    if file.format == "parquet":
+        yield from pq.ParquetFile(stream).iter_batches(batch_size=_PARQUET_BATCH_ROWS)
+    else:
+        with pa.ipc.open_stream(stream) as reader:
+            yield from reader
+
+
+def _check_first_rows(file: DataFile) -> None:
+    with file.path.open("rb") as stream:
+        rows = read_rows(stream, file)
+        for _ in range(_NUM_ROWS_CHECKED):
+            item = next(rows, None)
+            if item is None:
+                break
+            number, payload = item
+            if number == 1 and file.format == "jsonl" and payload.lstrip()[:1] == b"[":
+                raise DataError(
+                    f"{file.position(number)}: the file is one JSON array; write one object a line"
+                    " (JSONL)"
+                )
+            try:
+                parse_row(decode_row(payload), require_responses=True)
+            except RowError as error:
+                raise DataError(f"{file.position(number)}: {error.reason}") from error
+
+
+def _data_file(path: Path, split: Split) -> DataFile:
+    if path.suffix not in _FORMATS:
+        known = ", ".join(_FORMATS)
+        raise DataError(
+            f"data.{split}: {path} must be one of {known} or a Hugging Face dataset directory, got"
+            f" {path.suffix or 'no extension'}"
+        )
+    return DataFile(path=path.resolve(), name=str(path), format=_FORMATS[path.suffix])
+
+
+def _files_of_directory(directory: Path, split: Split) -> list[DataFile]:
+    """`save_to_disk` directories (one split or several), else files whose names name the split."""
+    if (directory / "dataset_dict.json").is_file():
+        splits = json.loads((directory / "dataset_dict.json").read_text())["splits"]
+        if split not in splits:
+            raise DataError(
+                f"data.{split}: {directory} has no split {split!r}, only {', '.join(splits)};"
+                " name the split's own directory instead"
+            )
+        return _files_of_directory(directory / split, split)
+    if (directory / "state.json").is_file():
+        state = json.loads((directory / "state.json").read_text())
+        shards = [directory / item["filename"] for item in state["_data_files"]]
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing:
+            raise DataError(f"data.{split}: {directory} lacks {', '.join(missing)}")
+        return [_data_file(shard, split) for shard in shards]
+    found = sorted(
+        path
+        for folder in (directory, directory / "data")
+        if folder.is_dir()
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix in _FORMATS and path.name.startswith(split)
+    )
+    if not found:
+        raise DataError(
+            f"data.{split}: {directory} is no Hugging Face dataset directory: it has neither"
+            f" state.json nor dataset_dict.json nor files named {split}*.jsonl or {split}*.parquet"
+        )
+    return [_data_file(path, split) for path in found]

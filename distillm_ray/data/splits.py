@@ -1,0 +1,289 @@
+"""Files → prompts and demonstrations: read and tokenized with Ray Data, in the files' order.
+
+One Ray Data pipeline per split. Rows carry their file and line through it, so that every message
+can name them and the result does not depend on how the work was divided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from distillm_ray.config import DataConfig
+from distillm_ray.data.files import DataFile, Split, find_files
+from distillm_ray.data.rows import RowProblemKind
+from distillm_ray.data.templates import Renderer
+from distillm_ray.data.tokenizing import tokenize_files
+from distillm_ray.errors import DataError
+from distillm_ray.types import FinishReason, Int32Array, Prompt, Rollout, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS_PER_CHUNK = 4096
+_NUM_PROBLEMS_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowProblem:
+    """One row that is not trained on, and why."""
+
+    position: str  # FILE:LINE
+    kind: RowProblemKind
+    reason: str
+
+    def __str__(self) -> str:
+        """`FILE:LINE: reason`."""
+        return f"{self.position}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """What was read for one split."""
+
+    split: str
+    num_rows: int
+    num_kept: int
+    num_problems: dict[RowProblemKind, int]
+    problems: tuple[RowProblem, ...]  # the first few
+    num_prompt_tokens: int
+    num_response_tokens: int
+
+    def __str__(self) -> str:
+        """One line, and one more for each problem that is shown."""
+        skipped = ", ".join(f"{count} {kind}" for kind, count in self.num_problems.items())
+        head = (
+            f"{self.split}: {self.num_kept} of {self.num_rows} rows,"
+            f" {self.num_prompt_tokens} prompt and {self.num_response_tokens} response tokens"
+            + (f"; skipped: {skipped}" if skipped else "")
+        )
+        return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Dataset:
+    """One split: `demonstrations[i]` answers `prompts[i]`."""
+
+    prompts: tuple[Prompt, ...]
+    demonstrations: tuple[Rollout, ...]  # empty where responses are not required
+    split_keys: tuple[bytes, ...]  # equal for equal prompts, whatever their ids
+    end_token_id: int  # ends every response; generators must stop at it
+    report: DataReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Splits:
+    """The data of a run."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None
+    num_validation_twins: int  # validation prompts that are also training prompts, word for word
+
+
+def load_splits(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Splits:
+    """Read all splits; without validation files, hold out a part of the training prompts.
+
+    Which prompts are held out depends on their words and the seed only; equal prompts stay
+    together. Uses the Ray that is running; call it while CPUs are free.
+
+    Raises:
+        DataError: see `load_dataset`; or too few prompts to hold any out.
+    """
+    train = load_dataset(config.train, config, tokenizer, split="train")
+    if config.validation:
+        validation = load_dataset(config.validation, config, tokenizer, split="validation")
+    else:
+        train, validation = hold_out(train, fraction=config.validation_fraction, seed=seed)
+    test = load_dataset(config.test, config, tokenizer, split="test") if config.test else None
+    known = set(train.split_keys)
+    return Splits(
+        train=train,
+        validation=validation,
+        test=test,
+        num_validation_twins=sum(key in known for key in validation.split_keys),
+    )
+
+
+def load_dataset(
+    paths: Sequence[Path],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: Split,
+    require_responses: bool = True,
+) -> Dataset:
+    """Read and tokenize the files of one split, in the order of files and rows.
+
+    Rows that are empty, malformed or duplicates by id are refused or skipped as `config.bad_rows`
+    says, rows beyond the token limits as `config.long_rows` says.
+
+    Raises:
+        DataError: missing or unreadable files, refused rows (by file and line), or no row left.
+    """
+    files = find_files(paths, split)
+    renderer = Renderer(tokenizer, config.template)
+    table = tokenize_files(files, renderer, config, require_responses=require_responses)
+    return _collect(table, files, renderer, config, split, require_responses=require_responses)
+
+
+def hold_out(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split into the rest and the held-out part, at least one distinct prompt in each.
+
+    Raises:
+        DataError: fewer than two distinct prompts.
+    """
+    distinct = sorted(
+        set(dataset.split_keys),
+        key=lambda key: hashlib.blake2b(key, salt=seed.to_bytes(16, "little")).digest(),
+    )
+    if len(distinct) < 2:
+        raise DataError(
+            f"data.validation_fraction needs at least 2 distinct training prompts, got"
+            f" {len(distinct)}: none could be held out; name files in data.validation"
+        )
+    num_held_out = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
+    held_out = set(distinct[:num_held_out])
+    return (
+        _part(dataset, "train", [key not in held_out for key in dataset.split_keys]),
+        _part(dataset, "validation", [key in held_out for key in dataset.split_keys]),
+    )
+
+
+# ---- rows into messages -------------------------------------------------------------------------
+
+
+def _collect(
+    table: pa.Table,
+    files: Sequence[DataFile],
+    renderer: Renderer,
+    config: DataConfig,
+    split: Split,
+    *,
+    require_responses: bool,
+) -> Dataset:
+    stems = Counter(file.path.stem for file in files)
+    first_with_id: dict[str, str] = {}
+    problems: list[RowProblem] = []
+    prompts: list[Prompt] = []
+    demonstrations: list[Rollout] = []
+    split_keys: list[bytes] = []
+    for row in _iterate(table):
+        file: DataFile = files[row["file"]]
+        position = file.position(row["row"])
+        stem = file.path.stem
+        unique_stem = stem if stems[stem] == 1 else f"{stem}.{row['file']}"
+        prompt_id = row["id"] or f"{unique_stem}-{row['row']}"
+        if row["kind"] is not None:
+            problems.append(RowProblem(position=position, kind=row["kind"], reason=row["reason"]))
+            continue
+        if prompt_id in first_with_id:
+            reason = f"id {prompt_id!r} was used before, at {first_with_id[prompt_id]}"
+            problems.append(RowProblem(position=position, kind="duplicate", reason=reason))
+            continue
+        first_with_id[prompt_id] = position
+        prompts.append(_prompt(prompt_id, row))
+        split_keys.append(row["split_key"])
+        if require_responses:
+            demonstrations.append(_demonstration(prompt_id, row))
+    _refuse(problems, config, split)
+    if not prompts:
+        raise DataError(
+            f"data.{split}: no usable row in {', '.join(file.name for file in files)}"
+            f" ({table.num_rows} rows, {len(problems)} of them skipped"
+            + (f"; the first: {problems[0]})" if problems else ")")
+        )
+    return Dataset(
+        prompts=tuple(prompts),
+        demonstrations=tuple(demonstrations),
+        split_keys=tuple(split_keys),
+        end_token_id=renderer.end_token_id,
+        report=DataReport(
+            split=split,
+            num_rows=table.num_rows,
+            num_kept=len(prompts),
+            num_problems=dict(Counter(problem.kind for problem in problems)),
+            problems=tuple(problems[:_NUM_PROBLEMS_SHOWN]),
+            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+            num_response_tokens=sum(len(rollout.response_ids) for rollout in demonstrations),
+        ),
+    )
+
+
+def _refuse(problems: Sequence[RowProblem], config: DataConfig, split: Split) -> None:
+    refused = [
+        problem
+        for problem in problems
+        if (config.long_rows if problem.kind == "long" else config.bad_rows) == "fail"
+    ]
+    if not refused:
+        return
+    lines = [str(problem) for problem in refused[:_NUM_PROBLEMS_SHOWN]]
+    if len(refused) > len(lines):
+        lines.append(f"and {len(refused) - len(lines)} more")
+    keys = sorted({"long_rows" if p.kind == "long" else "bad_rows" for p in refused})
+    remedy = " and ".join(f"data.{key}=skip" for key in keys)
+    raise DataError("\n".join([*lines, f"data.{split}: correct these rows, or set {remedy}"]))
+
+
+def _iterate(table: pa.Table) -> Iterator[dict[str, Any]]:
+    for batch in table.to_batches(max_chunksize=_ROWS_PER_CHUNK):
+        yield from batch.to_pylist()
+
+
+def _prompt(prompt_id: str, row: dict[str, Any]) -> Prompt:
+    return Prompt(
+        prompt_id=prompt_id,
+        token_ids=_int32(row["prompt_ids"]),
+        reference_ids=tuple(_int32(ids) for ids in row["reference_ids"]),
+        text=row["text"],
+        references=tuple(row["references"]),
+    )
+
+
+def _demonstration(prompt_id: str, row: dict[str, Any]) -> Rollout:
+    return Rollout(
+        rollout_id=f"dataset-{prompt_id}",
+        prompt_id=prompt_id,
+        prompt_ids=_int32(row["demonstration_prompt_ids"]),
+        response_ids=_int32(row["demonstration_response_ids"]),
+        loss_mask=np.array(row["demonstration_loss_mask"], dtype=np.bool_),
+        source=Source.DATASET,
+        version=0,
+        finish_reason=FinishReason.STOP,
+        text=row["references"][0],
+    )
+
+
+def _int32(ids: Sequence[int]) -> Int32Array:
+    return np.array(ids, dtype=np.int32)
+
+
+def _part(dataset: Dataset, split: Split, keep: Sequence[bool]) -> Dataset:
+    """The kept rows; the rows that were skipped stay in the training report."""
+    prompts = [p for p, kept in zip(dataset.prompts, keep, strict=True) if kept]
+    demonstrations = [d for d, kept in zip(dataset.demonstrations, keep, strict=True) if kept]
+    report = dataset.report
+    num_skipped = report.num_rows - report.num_kept if split == "train" else 0
+    return Dataset(
+        prompts=tuple(prompts),
+        demonstrations=tuple(demonstrations),
+        split_keys=tuple(k for k, kept in zip(dataset.split_keys, keep, strict=True) if kept),
+        end_token_id=dataset.end_token_id,
+        report=DataReport(
+            split=split,
+            num_rows=len(prompts) + num_skipped,
+            num_kept=len(prompts),
+            num_problems=report.num_problems if split == "train" else {},
+            problems=report.problems if split == "train" else (),
+            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+            num_response_tokens=sum(len(rollout.response_ids) for rollout in demonstrations),
+        ),
+    )

@@ -1,0 +1,136 @@
+"""Answers and scores of a model: for the end of a run, `evaluate` and `generate`.
+
+A pool of generators answers; ROUGE-L and BLEU are computed from the decoded text, the held-out
+loss in a task of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from distillm_ray.cluster.cluster import Cluster, ask
+from distillm_ray.cluster.pools import Actor
+from distillm_ray.cluster.resources import Device
+from distillm_ray.config import Config, Dtype, SamplingConfig
+from distillm_ray.data.templates import decode
+from distillm_ray.evaluation.scores import evaluate_responses, summarize
+from distillm_ray.models.directory import ModelFacts
+from distillm_ray.report.summary import ModelScores, Score
+from distillm_ray.types import Prompt, Rollout, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@contextmanager
+def answering(
+    cluster: Cluster, config: Config, model: ModelFacts, source: Source, *, end_token_id: int
+) -> Iterator[Actor]:
+    """A rollout loop without a buffer over a pool that answers with `model`; gone afterwards."""
+    generators = cluster.generators(model, source, end_token_id=end_token_id)
+    loop = cluster.loop(
+        buffer=None, data=None, generators=generators, scorers=(), stores=(), metrics=None
+    )
+    try:
+        ask(loop.start.remote(), timeout_s=2 * config.run.startup_timeout_s)
+        yield loop
+    finally:
+        release([loop, *generators])
+
+
+def release(actors: Sequence[Actor]) -> None:
+    """End actors for good and give their CPUs and GPUs back."""
+    for actor in actors:
+        ray.kill(actor)
+
+
+def answers(
+    loop: Actor,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    seed: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    timeout_s: float,
+) -> list[Rollout]:
+    """One answer a prompt, in order, with its text."""
+    rollouts = ask(loop.answer.remote(prompts, sampling, seed), timeout_s=timeout_s)
+    return [dataclasses.replace(rollout, text=decode(tokenizer, rollout)) for rollout in rollouts]
+
+
+def evaluation_seeds(config: Config) -> tuple[int, ...]:
+    """One of them for greedy answers, which are the same for every seed."""
+    section = config.evaluation
+    return section.seeds[:1] if section.sampling.temperature == 0.0 else section.seeds
+
+
+def score_answers(
+    loop: Actor,
+    prompts: Sequence[Prompt],
+    config: Config,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[ModelScores, list[Rollout]]:
+    """ROUGE-L and BLEU over the seeds of `evaluation`, and the first seed's answers."""
+    sampling = config.evaluation.sampling
+    limit = sampling.max_tokens or config.data.max_response_tokens
+    sampling = sampling.model_copy(update={"max_tokens": limit})
+    seeds = evaluation_seeds(config)
+    by_seed = {
+        seed: answers(
+            loop,
+            prompts,
+            sampling,
+            seed,
+            tokenizer=tokenizer,
+            timeout_s=config.rollout.timeout_s * max(1, len(prompts) // 8),
+        )
+        for seed in seeds
+    }
+    result = summarize({seed: evaluate_responses(prompts, got) for seed, got in by_seed.items()})
+    scores = ModelScores(
+        rouge_l=Score(mean=result.rouge_l.mean, std=result.rouge_l.std),
+        bleu=Score(mean=result.bleu.mean, std=result.bleu.std),
+    )
+    return scores, by_seed[seeds[0]]
+
+
+def validation_loss(
+    model: Path,
+    demonstrations: Sequence[Rollout],
+    config: Config,
+    device: Device,
+    *,
+    dtype: Dtype,
+    vocabulary_size: int,
+    trust_remote_code: bool,
+) -> float:
+    """The held-out loss of a model directory, computed in a task with a learner's resources."""
+    section = config.learner
+    gpus = (1 if section.num_gpus is None else section.num_gpus) if device == "cuda" else 0
+    task: Any = ray.remote(num_cpus=section.num_cpus, num_gpus=gpus, max_retries=0)(
+        _validation_task
+    )
+    call = task.remote(
+        model,
+        demonstrations,
+        dtype=dtype,
+        vocabulary_size=vocabulary_size,
+        max_batch_tokens=section.max_micro_batch_tokens,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        num_threads=section.num_threads or max(1, int(section.num_cpus)),
+    )
+    return ask(call, timeout_s=config.learner.data_timeout_s)
+
+
+def _validation_task(model: Path, demonstrations: Sequence[Rollout], **settings: Any) -> float:
+    from distillm_ray.learner.validation import held_out_loss  # noqa: PLC0415  not in the driver
+
+    return held_out_loss(model, demonstrations, **settings)

@@ -1,0 +1,1 @@
+"""Steps of the optimizer: the DeepSpeed engine, the loop around it, checkpoints and validation."""

@@ -1,0 +1,301 @@
+"""What a model directory holds, and whether a teacher and a student fit together.
+
+Quick by construction, because the command line asks before anything is started: JSON, safetensors
+headers and `tokenizer.json`; no torch, and no transformers unless a model brings its own code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from tokenizers import Tokenizer
+
+from distillm_ray.config import Config, TargetsConfig
+from distillm_ray.errors import ConfigError, ModelError
+from distillm_ray.models.logit_rules import LogitRule, logit_rule
+from distillm_ray.models.safetensors_files import TensorInfo, read_tensors
+
+Role: TypeAlias = Literal["teacher", "student", "model"]
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
+_CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_sequence_length",
+)
+_HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model")
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelFacts:
+    """What the run needs to know of a model before loading it."""
+
+    path: Path
+    role: Role
+    config: Mapping[str, Any] = field(repr=False)  # config.json
+    architecture: str
+    num_parameters: int  # as stored; tied weights count once
+    num_layers: int
+    layers_key: str  # what the config calls num_layers
+    hidden_size: int
+    num_rows: int  # of the output head: the config's vocab_size, padding included
+    vocabulary_size: int  # ids the tokenizer knows; head rows from here on are padding
+    context_length: int | None  # None: the config names no limit
+    tied: bool  # the output head is the input embedding
+    head_rule: LogitRule  # what happens to the head's matrix product
+    end_token_ids: tuple[int, ...]  # ascending; generation stops at any of them
+    has_chat_template: bool
+    tokenizer_fingerprint: str  # equal for equal id-to-token tables
+    tokens: Mapping[int, str] = field(repr=False)  # the table itself
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+
+
+def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = False) -> ModelFacts:
+    """Read a Hugging Face directory's facts.
+
+    Raises:
+        ModelError: not a directory, no or damaged config, weights or tokenizer, pickles only, its
+            own code without leave, no causal language model, or a head rule that is unknown.
+    """
+    if not path.exists():
+        raise ModelError(f"{role}.model: {path} does not exist")
+    if not path.is_dir():
+        raise ModelError(f"{role}.model: {path} must be a Hugging Face directory, got a file")
+    config = _read_json(path / "config.json", role)
+    architecture = _check_architecture(config, path, role)
+    if "auto_map" in config and not trust_remote_code:
+        raise ModelError(
+            f"{role}.model: {path} brings its own code (auto_map in config.json), which would run"
+            f" on every machine of the job; set {role}.trust_remote_code=true if you trust it"
+        )
+    tensors = _read_weights(path, role)
+    try:
+        head_rule = logit_rule(config)
+    except ModelError as error:
+        raise ModelError(f"{role}.model: {path}: {error}") from error
+    tokenizer = _read_tokenizer(path, role)
+    tokens = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=True).items()}
+    vocabulary_size = max(tokens) + 1
+    _, num_rows = _number(config, ("vocab_size",), path, role)
+    if vocabulary_size > num_rows:
+        raise ModelError(
+            f"{role}.model: the tokenizer of {path} has ids up to {vocabulary_size - 1}"
+            f" ({tokens[vocabulary_size - 1]!r}), but the model only {num_rows} rows: such a token"
+            " would have no embedding"
+        )
+    layers_key, num_layers = _number(config, _LAYER_KEYS, path, role)
+    return ModelFacts(
+        path=path,
+        role=role,
+        config=config,
+        architecture=architecture,
+        num_parameters=sum(tensor.num_elements for tensor in tensors.values()),
+        num_layers=num_layers,
+        layers_key=layers_key,
+        hidden_size=_number(config, _HIDDEN_KEYS, path, role)[1],
+        num_rows=num_rows,
+        vocabulary_size=vocabulary_size,
+        context_length=next((config[key] for key in _CONTEXT_KEYS if config.get(key)), None),
+        tied=_is_tied(config, tensors),
+        head_rule=head_rule,
+        end_token_ids=_end_token_ids(path, config, tokenizer, role),
+        has_chat_template=_has_chat_template(path, role),
+        tokenizer_fingerprint=_fingerprint(tokens),
+        tokens=tokens,
+        tensors=tensors,
+    )
+
+
+def check_pair(teacher: ModelFacts, student: ModelFacts) -> int:
+    """The size of the vocabulary that both share; head rows from there on are padding.
+
+    Raises:
+        ModelError: an id means different tokens, or is a token for one of the two only.
+    """
+    if teacher.tokenizer_fingerprint == student.tokenizer_fingerprint:
+        return teacher.vocabulary_size
+    for index in sorted(teacher.tokens.keys() | student.tokens.keys()):
+        ours, theirs = student.tokens.get(index), teacher.tokens.get(index)
+        if ours == theirs:
+            continue
+        texts = [
+            f"{token!r} for the {facts.role} ({facts.path})"
+            if token is not None
+            else f"no token for the {facts.role} ({facts.path})"
+            for token, facts in ((theirs, teacher), (ours, student))
+        ]
+        raise ModelError(
+            f"teacher and student must share a vocabulary: id {index} is {' and '.join(texts)};"
+            " their distributions cannot be compared id by id"
+        )
+    raise AssertionError("fingerprints differ but no id does")
+
+
+def check_lengths(config: Config, teacher: ModelFacts | None, student: ModelFacts) -> None:
+    """The longest sequence of the run must fit every model's context.
+
+    Raises:
+        ConfigError: it does not; names the model and the keys to lower.
+    """
+    longest_response = config.longest_response
+    longest = config.data.max_prompt_tokens + longest_response
+    for facts in (teacher, student):
+        if facts is None or facts.context_length is None or longest <= facts.context_length:
+            continue
+        raise ConfigError(
+            f"data.max_prompt_tokens + the longest response must fit the {facts.role}'s context,"
+            f" got {config.data.max_prompt_tokens} + {longest_response} = {longest} >"
+            f" {facts.context_length} ({facts.path}): a longer sequence has no positions; lower"
+            " data.max_prompt_tokens, data.max_response_tokens, or sampling.max_tokens of rollout"
+            " or evaluation"
+        )
+
+
+def check_targets(targets: TargetsConfig, vocabulary_size: int) -> None:
+    """Top-k targets cannot name more ids than there are.
+
+    Raises:
+        ConfigError: `targets.k` is above the vocabulary's size.
+    """
+    if targets.type == "top_k" and targets.k > vocabulary_size:
+        raise ConfigError(
+            f"targets.k must be at most the vocabulary's size, got {targets.k} >"
+            f" {vocabulary_size}; lower it or use targets.type=logits"
+        )
+
+
+# ---- config -------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path, role: Role) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(
+            f"{role}.model: {path.parent} has no {path.name}: it is not a Hugging Face directory"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{role}.model: {path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{role}.model: {path} must hold an object")
+    return content
+
+
+def _check_architecture(config: Mapping[str, Any], path: Path, role: Role) -> str:
+    architectures = config.get("architectures") or []
+    causal = [
+        name for name in architectures if name.endswith("ForCausalLM") or name == "GPT2LMHeadModel"
+    ]
+    if config.get("is_encoder_decoder") or not causal:
+        raise ModelError(
+            f"{role}.model: {path} must be a decoder-only language model, got architectures"
+            f" {architectures}"
+        )
+    return causal[0]
+
+
+def _number(
+    config: Mapping[str, Any], keys: tuple[str, ...], path: Path, role: Role
+) -> tuple[str, int]:
+    for key in keys:
+        if isinstance(config.get(key), int):
+            return key, config[key]
+    raise ModelError(f"{role}.model: {path / 'config.json'} lacks {' or '.join(keys)}")
+
+
+def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:
+    # Configs leave the key out where it equals their class's default, so the weights decide then.
+    tied = config.get("tie_word_embeddings")
+    return tied if isinstance(tied, bool) else not any(n.endswith(_HEAD_NAMES) for n in tensors)
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+def _read_weights(path: Path, role: Role) -> dict[str, TensorInfo]:
+    index_path = path / "model.safetensors.index.json"
+    if index_path.is_file():
+        weight_map = _read_json(index_path, role).get("weight_map", {})
+        shards = sorted({path / name for name in weight_map.values()})
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing:
+            raise ModelError(
+                f"{role}.model: {path} lacks {', '.join(missing)}, which {index_path.name} names"
+            )
+    else:
+        shards = sorted(path.glob("*.safetensors"))
+    if not shards:
+        pickles = sorted(item.name for pattern in _PICKLES for item in path.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{role}.model: {path} holds its weights as pickles only ({', '.join(pickles)}),"
+                " which can run any code when they are loaded; save them as safetensors"
+            )
+        raise ModelError(f"{role}.model: {path} has no weights: no *.safetensors file in it")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        tensors.update(read_tensors(shard))
+    return tensors
+
+
+# ---- tokenizer ----------------------------------------------------------------------------------
+
+
+def _read_tokenizer(path: Path, role: Role) -> Tokenizer:
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise ModelError(
+            f"{role}.model: {path} has no tokenizer.json; load its tokenizer with transformers'"
+            " AutoTokenizer and save it there with save_pretrained"
+        )
+    content = file.read_text(encoding="utf-8")
+    try:
+        json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{role}.model: {file} is not valid JSON: {error}") from error
+    return Tokenizer.from_str(content)
+
+
+def _fingerprint(tokens: Mapping[int, str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for index in sorted(tokens):
+        digest.update(f"{index}\0{tokens[index]}\0".encode())
+    return digest.hexdigest()
+
+
+def _end_token_ids(
+    path: Path, config: Mapping[str, Any], tokenizer: Tokenizer, role: Role
+) -> tuple[int, ...]:
+    generation = path / "generation_config.json"
+    named = _read_json(generation, role).get("eos_token_id") if generation.is_file() else None
+    if named is None:
+        named = config.get("eos_token_id")
+    ids = set(named if isinstance(named, list) else [] if named is None else [named])
+    settings = path / "tokenizer_config.json"
+    if settings.is_file():
+        token = _read_json(settings, role).get("eos_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        index = tokenizer.token_to_id(text) if isinstance(text, str) else None
+        if index is not None:
+            ids.add(index)
+    if not ids:
+        raise ModelError(
+            f"{role}.model: {path} names no end token (eos_token_id in generation_config.json or"
+            " config.json): no response would ever end"
+        )
+    return tuple(sorted(ids))
+
+
+def _has_chat_template(path: Path, role: Role) -> bool:
+    if (path / "chat_template.jinja").is_file():
+        return True
+    settings = path / "tokenizer_config.json"
+    return settings.is_file() and bool(_read_json(settings, role).get("chat_template"))

@@ -1,0 +1,361 @@
+"""The replay buffer: three shelves of sequences, and what each step takes from them.
+
+    advance(completed) ──► demand opens ──► take_demand() ──► (generate, score) ──► add(rollout)
+    report(validation) ──► phi rises ──────────┘  ▲                                     │
+                                                  └───────── lose(ordinal) ◄────────────┤
+    draw(step) ◄── fresh ordinals finished, validation reported ◄───────────────────────┘
+
+Pure logic: one caller at a time, nothing waits. What a draw takes is a function of seed, step and
+slot, so the fresh rollouts of every coming step are known, and demanded, before it is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distillm_ray.replay.draw import promise_fresh, slot_uniforms
+from distillm_ray.replay.schedule import Schedule
+from distillm_ray.replay.shelves import Position, Shelves, Taken
+from distillm_ray.replay.state import BufferState
+from distillm_ray.types import Demand, Draw, Mix, Prompt, Rollout, Validation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferCounters:
+    """Sizes now, and totals since the run began."""
+
+    fresh: int  # finished, waiting for their step
+    replay: int  # on the replay shelf
+    outstanding: int  # demanded, not finished
+    dataset_position: int  # data-set slots drawn
+    demanded: int
+    finished: int
+    lost: int
+    duplicates: int  # answers that nobody waited for: ignored
+    late: int  # fresh samples older than lookahead + sync_interval - 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Made:
+    """A draw that was made."""
+
+    draw: Draw
+    taken: Taken
+    late_before: int
+
+
+class ReplayBuffer:
+    """Decides each step's samples for all ranks at once (DESIGN.md section 3)."""
+
+    def __init__(
+        self,
+        *,
+        prompts: Sequence[Prompt],
+        demonstrations: Sequence[Rollout],
+        schedule: Schedule,
+        batch_size: int,
+        capacity: int,
+        min_size: int,
+        lookahead: int,
+        sync_interval: int,
+        validation_interval: int,
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        """The demand of the first `lookahead` steps is open at once."""
+        if not batch_size <= min_size <= capacity:
+            raise ValueError(
+                "batch_size <= min_size <= capacity must hold, got"
+                f" {batch_size} <= {min_size} <= {capacity}: a step could not replay its whole"
+                " batch without replacement, or the shelf would never begin to replay"
+            )
+        if not prompts or not demonstrations:
+            raise ValueError(
+                "a replay buffer needs prompts and data-set responses, got"
+                f" {len(prompts)} and {len(demonstrations)}: a slot could never be filled"
+            )
+        assert schedule.total_steps == total_steps
+        self._schedule = schedule
+        self._batch_size = batch_size
+        self._capacity = capacity
+        self._min_size = min_size
+        self._lookahead = lookahead
+        self._sync_interval = sync_interval
+        self._validation_interval = validation_interval
+        self._total_steps = total_steps
+        self._seed = seed
+        self._identity = {
+            "seed": seed,
+            "learner.batch_size": batch_size,
+            "prompts": len(prompts),
+            "data-set responses": len(demonstrations),
+        }
+
+        self._shelves = Shelves(
+            prompts, demonstrations, batch_size=batch_size, capacity=capacity, seed=seed
+        )
+        self._ordinals = self._shelves.ordinals
+        self._completed = 0
+        self._next_step = 0
+        self._last_validation = -1
+        self._late = 0
+        self._fresh_counts: dict[int, int] = {}  # of every open step that is not completed
+        self._made: dict[int, _Made] = {}
+        self._open_demand()
+
+    # ---- what the rollout loop asks and tells ---------------------------------------------------
+
+    def take_demand(self) -> list[Demand]:
+        """Ordinals of the window that were not given out yet, or were lost since."""
+        return self._ordinals.take()
+
+    def add(self, rollout: Rollout) -> None:
+        """A finished ordinal whose targets are stored. A second answer is ignored and counted."""
+        self._ordinals.finish(rollout)
+
+    def lose(self, ordinal: int) -> None:
+        """An ordinal in flight failed: the next `take_demand` gives it out again."""
+        self._ordinals.lose(ordinal)
+
+    def upcoming_dataset(self) -> list[Rollout]:
+        """Data-set sequences that the open steps will draw, each visit returned once."""
+        return self._shelves.announce(
+            sum(self._batch_size - self._num_student(step) for step in self._undrawn_steps())
+        )
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether newly published weights can still start a generation, as phi stands."""
+        return self._schedule.phi > 0.0 and (
+            self._ordinals.num_open > 0 or self._completed + self._lookahead < self._total_steps
+        )
+
+    # ---- what the learners ask and tell ---------------------------------------------------------
+
+    def ready(self, step: int) -> bool:
+        """Whether `draw(step)` would answer now."""
+        return not self.waiting_for(step)
+
+    def waiting_for(self, step: int) -> str:
+        """What `draw(step)` waits for, for a log; empty if for nothing.
+
+        Raises ValueError for a step that is over or that the run does not have.
+        """
+        if step in self._made:
+            return ""
+        if not self._next_step <= step < self._total_steps:
+            raise ValueError(
+                f"a step to draw must lie in [{self._completed}, {self._total_steps}), got {step}:"
+                " earlier steps are completed, and the run ends there"
+            )
+        if step > self._next_step:
+            return f"step {step} waits for the draw of step {self._next_step}"
+        if step not in self._fresh_counts:
+            return (
+                f"step {step} waits for step {step - self._lookahead} to be completed"
+                f" (rollout.lookahead {self._lookahead})"
+            )
+        validation = step // self._validation_interval * self._validation_interval
+        if self._last_validation < validation:
+            return f"step {step} waits for the validation after {validation} completed steps"
+        missing = self._ordinals.missing(self._fresh_counts[step])
+        if missing:
+            named = ", ".join(str(ordinal) for ordinal in missing[:8])
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            return (
+                f"step {step} waits for {len(missing)} of its {self._fresh_counts[step]} fresh"
+                f" rollouts: ordinals {named}{more}"
+            )
+        return ""
+
+    def draw(self, step: int) -> Draw:
+        """The global batch of a step: made once, kept until `advance` passes it.
+
+        Raises ValueError if the step is not ready.
+        """
+        if step not in self._made:
+            reason = self.waiting_for(step)
+            if reason:
+                raise ValueError(f"draw({step}) must wait until it is ready: {reason}")
+            self._made[step] = self._make(step)
+            self._next_step = step + 1
+        return self._made[step].draw
+
+    def report(self, validation: Validation) -> Schedule:
+        """Adapt phi; holds from draw `validation.step` on. A validation told twice counts once.
+
+        It also says that `validation.step` steps are completed, as `advance` does: the window has
+        moved before phi rises, so that the order of the two calls changes nothing.
+        The demand that a rise opens starts with the newest multiple of sync_interval or later, and
+        these weights may never have been published, because nobody wanted them until now: where
+        `wants_weights` holds after a report, publish before drawing.
+        """
+        if validation.step <= self._last_validation:
+            return self._schedule
+        assert self._next_step == validation.step, (
+            f"validation {validation.step} came before draw {self._next_step}"
+        )
+        self.advance(validation.step)
+        self._last_validation = validation.step
+        self._schedule = self._schedule.after(validation)
+        self._open_demand()
+        return self._schedule
+
+    def advance(self, completed: int) -> None:
+        """So many optimizer steps are completed: the window moves, their draws are dropped."""
+        if completed <= self._completed:
+            return
+        assert completed <= self._next_step, f"step {completed - 1} was completed but never drawn"
+        for step in range(self._completed, completed):
+            del self._made[step], self._fresh_counts[step]
+        self._completed = completed
+        self._open_demand()
+
+    @property
+    def schedule(self) -> Schedule:
+        """phi as it stands."""
+        return self._schedule
+
+    @property
+    def last_validation(self) -> int:
+        """Completed steps at the last reported validation; -1 before the first."""
+        return self._last_validation
+
+    @property
+    def counters(self) -> BufferCounters:
+        """Sizes and totals, for the log."""
+        return BufferCounters(
+            fresh=self._ordinals.num_finished,
+            replay=self._shelves.num_replay,
+            outstanding=self._ordinals.num_open,
+            dataset_position=self._shelves.dataset_position,
+            demanded=self._ordinals.end,
+            finished=self._ordinals.first + self._ordinals.num_finished,
+            lost=self._ordinals.lost,
+            duplicates=self._ordinals.duplicates,
+            late=self._late,
+        )
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def state(self, completed: int) -> bytes:
+        """The buffer as of draw `completed`; draws made ahead are undone in it.
+
+        Raises ValueError if that draw lies behind, or further ahead than the next one.
+        """
+        if not self._completed <= completed <= self._next_step:
+            raise ValueError(
+                f"a saved step must lie in [{self._completed}, {self._next_step}], got"
+                f" {completed}: the buffer knows no other step's state"
+            )
+        assert self._last_validation <= completed
+        ahead = [self._made[step] for step in range(completed, self._next_step)]
+        drawn = tuple(rollout for made in ahead for rollout in made.taken.fresh)
+        position = ahead[0].taken.before if ahead else self._shelves.position
+        return BufferState(
+            step=completed,
+            identity=self._identity,
+            schedule=self._schedule.to_dict(),
+            last_validation=self._last_validation,
+            first_ordinal=position.first_ordinal,
+            dataset_position=position.dataset_position,
+            fresh_counts={s: n for s, n in self._fresh_counts.items() if s >= completed},
+            outstanding=tuple(
+                (demand.ordinal, demand.prompt.prompt_id, demand.min_version, demand.attempt)
+                for demand in self._ordinals.outstanding()
+            ),
+            finished=(*drawn, *self._ordinals.finished()),
+            replay=position.replay,
+            lost=self._ordinals.lost,
+            duplicates=self._ordinals.duplicates,
+            late=ahead[0].late_before if ahead else self._late,
+        ).to_bytes()
+
+    def restore(self, data: bytes) -> None:
+        """Go to a saved state. Settings stay those of this buffer; nothing is in flight.
+
+        Raises ValueError where seed, batch size or data are not those of the saved buffer.
+        """
+        state = BufferState.from_bytes(data)
+        for name, value in self._identity.items():
+            if state.identity[name] != value:
+                raise ValueError(
+                    f"{name} must be that of the saved buffer, got {value} instead of"
+                    f" {state.identity[name]}: the resumed run would draw other samples"
+                )
+        self._schedule = self._schedule.resumed_from(Schedule.from_dict(state.schedule))
+        self._last_validation = state.last_validation
+        self._completed = self._next_step = state.step
+        self._made.clear()
+        # A run made shorter on resume takes fewer ordinals than were promised.
+        self._fresh_counts = {
+            step: count for step, count in state.fresh_counts.items() if step < self._total_steps
+        }
+        self._shelves.restore(
+            Position(
+                first_ordinal=state.first_ordinal,
+                dataset_position=state.dataset_position,
+                replay=state.replay,
+            ),
+            end=state.first_ordinal + sum(self._fresh_counts.values()),
+            finished=state.finished,
+            outstanding=state.outstanding,
+        )
+        self._ordinals.lost, self._ordinals.duplicates = state.lost, state.duplicates
+        self._late = state.late
+        self._open_demand()
+
+    # ---- inside ---------------------------------------------------------------------------------
+
+    def _undrawn_steps(self) -> range:
+        """The open steps that are not drawn yet."""
+        stop = min(self._completed + self._lookahead, self._total_steps)
+        return range(self._next_step, max(stop, max(self._fresh_counts, default=-1) + 1))
+
+    def _num_student(self, step: int) -> int:
+        """Slots that take a student output, fresh or replayed, as phi stands."""
+        uniforms_B = slot_uniforms(self._seed, step, self._batch_size)
+        return int(np.count_nonzero(uniforms_B < self._schedule.phi))
+
+    def _open_demand(self) -> None:
+        """Promise every open step its fresh rollouts, and demand what is not demanded yet.
+
+        Ordinals go to steps in order: what phi adds moves later ordinals to earlier steps.
+        """
+        promised = promise_fresh(
+            self._undrawn_steps(),
+            self._fresh_counts,
+            self._schedule,
+            seed=self._seed,
+            batch_size=self._batch_size,
+            num_replay=self._shelves.num_replay,
+            min_size=self._min_size,
+            capacity=self._capacity,
+        )
+        self._fresh_counts.update(promised)
+        self._ordinals.open_until(
+            self._ordinals.first + sum(promised.values()),
+            min_version=self._completed // self._sync_interval * self._sync_interval,
+        )
+
+    def _make(self, step: int) -> _Made:
+        num_fresh, num_student = self._fresh_counts[step], self._num_student(step)
+        taken = self._shelves.take(step, num_fresh=num_fresh, num_student=num_student)
+        draw = Draw(
+            step=step,
+            phi=self._schedule.phi,
+            psi=self._schedule.rollout_rate(step),
+            mix=Mix(
+                fresh=num_fresh,
+                replay=num_student - num_fresh,
+                dataset=self._batch_size - num_student,
+            ),
+            sequences=taken.sequences,
+        )
+        made = _Made(draw=draw, taken=taken, late_before=self._late)
+        oldest = self._lookahead + self._sync_interval - 2
+        self._late += sum(step - rollout.version > oldest for rollout in taken.fresh)
+        return made

@@ -1,0 +1,130 @@
+"""The three shelves of sequences: what the data set has, what is fresh, what is replayed.
+
+Which slot takes from which shelf is decided in draw.py; here the sequences are taken.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from distillm_ray.replay.demand import Ordinals
+from distillm_ray.replay.draw import EpochOrder, Stream, assign_shelves, generator, slot_uniforms
+from distillm_ray.types import DrawnSequence, Prompt, Rollout, Shelf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Position:
+    """Where the shelves stand: sequences are shared, so keeping one is cheap."""
+
+    first_ordinal: int
+    dataset_position: int
+    replay: tuple[Rollout, ...]  # oldest first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Taken:
+    """What a step took, in slot order, and where the shelves stood before it."""
+
+    sequences: tuple[DrawnSequence, ...]
+    fresh: tuple[Rollout, ...]
+    before: Position
+
+
+class Shelves:
+    """Fresh rollouts by ordinal, a replay shelf, and an endless walk over the data set."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        demonstrations: Sequence[Rollout],
+        *,
+        batch_size: int,
+        capacity: int,
+        seed: int,
+    ) -> None:
+        """`capacity`: of the replay shelf, first in, first out."""
+        self.ordinals = Ordinals(prompts, seed=seed)
+        self._demonstrations = demonstrations
+        self._order = EpochOrder(seed=seed, stream=Stream.DEMONSTRATIONS, size=len(demonstrations))
+        self._replay: deque[Rollout] = deque(maxlen=capacity)
+        self._dataset_position = 0
+        self._announced = 0
+        self._batch_size = batch_size
+        self._seed = seed
+
+    @property
+    def num_replay(self) -> int:
+        """Sequences on the replay shelf."""
+        return len(self._replay)
+
+    @property
+    def dataset_position(self) -> int:
+        """Data-set slots filled so far."""
+        return self._dataset_position
+
+    @property
+    def position(self) -> Position:
+        """Where the shelves stand now."""
+        return Position(
+            first_ordinal=self.ordinals.first,
+            dataset_position=self._dataset_position,
+            replay=tuple(self._replay),
+        )
+
+    def announce(self, num_slots: int) -> list[Rollout]:
+        """Those of the next `num_slots` data-set sequences that were not announced before."""
+        start = max(self._announced, self._dataset_position)
+        self._announced = max(start, self._dataset_position + num_slots)
+        return self._dataset(start, self._announced)
+
+    def take(self, step: int, *, num_fresh: int, num_student: int) -> Taken:
+        """Fill the slots of a step. Fresh rollouts go to the replay shelf after this one use."""
+        before = self.position
+        num_replay = num_student - num_fresh
+        num_dataset = self._batch_size - num_student
+        rng = generator(self._seed, Stream.REPLAY, step)
+        chosen = rng.choice(len(before.replay), size=num_replay, replace=False).tolist()
+        fresh = self.ordinals.draw(num_fresh)
+        start = self._dataset_position
+        supply = {
+            Shelf.FRESH: iter(fresh),
+            Shelf.REPLAY: iter([before.replay[index] for index in chosen]),
+            Shelf.DATASET: iter(self._dataset(start, start + num_dataset)),
+        }
+        self._replay.extend(fresh)
+        self._dataset_position += num_dataset
+        slots = assign_shelves(
+            slot_uniforms(self._seed, step, self._batch_size),
+            num_fresh=num_fresh,
+            num_student=num_student,
+        )
+        return Taken(
+            sequences=tuple(_drawn(next(supply[shelf]), shelf, step) for shelf in slots),
+            fresh=fresh,
+            before=before,
+        )
+
+    def restore(
+        self,
+        position: Position,
+        *,
+        end: int,
+        finished: Iterable[Rollout],
+        outstanding: Iterable[tuple[int, str, int, int]],
+    ) -> None:
+        """Go to a saved position; see `Ordinals.restore` for the rest."""
+        self.ordinals.restore(
+            first=position.first_ordinal, end=end, finished=finished, outstanding=outstanding
+        )
+        self._replay = deque(position.replay, maxlen=self._replay.maxlen)
+        self._dataset_position = self._announced = position.dataset_position
+
+    def _dataset(self, start: int, stop: int) -> list[Rollout]:
+        return [self._demonstrations[index] for index in self._order.indices(start, stop)]
+
+
+def _drawn(rollout: Rollout, shelf: Shelf, step: int) -> DrawnSequence:
+    age = 0 if shelf is Shelf.DATASET else step - rollout.version
+    return DrawnSequence(rollout=rollout, shelf=shelf, age=age)

@@ -1,0 +1,286 @@
+"""Figures of a run: pictures from records, nothing computed here that the summary would need.
+
+Colors are of the Okabe-Ito palette, which people with any color vision can tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from distillm_ray.report.records import (
+    EventRecord,
+    Record,
+    StartRecord,
+    StepRecord,
+    ValidationRecord,
+)
+
+BLUE, ORANGE, GREEN, RED, SKY, GREY = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#56b4e9",
+    "#9a9a9a",
+)
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.6,
+}
+_SMOOTHING_STEPS = 10
+_Corner: TypeAlias = Literal["upper left", "upper right"]
+
+
+def draw_overview(records: Sequence[Record], path: Path, *, title: str, subtitle: str) -> None:
+    """Loss, phi, mix and buffer in one picture, 1200 pixels wide, for the first screen."""
+    panels = (draw_loss, draw_phi, draw_mix, draw_buffer)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(12, 7.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2, 2).ravel()
+        for panel, ax in zip(panels, axes, strict=True):
+            panel(ax, records)
+        lines = [part for part in (title, subtitle) if part]
+        if lines:
+            figure.suptitle("\n".join(lines), fontsize=11, x=0.01, ha="left")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=100)
+
+
+def draw_all(records: Sequence[Record], directory: Path) -> tuple[Path, ...]:
+    """One picture a panel; the paths written."""
+    panels: dict[str, Callable[[Axes, Sequence[Record]], None]] = {
+        "loss": draw_loss,
+        "phi": draw_phi,
+        "mix": draw_mix,
+        "age": draw_age,
+        "buffer": draw_buffer,
+        "seconds": draw_seconds,
+        "work": draw_work,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with mpl.rc_context(_STYLE):
+        for name, panel in panels.items():
+            figure = Figure(figsize=(8, 4.5), layout="constrained")
+            FigureCanvasAgg(figure)
+            panel(figure.subplots(), records)
+            paths.append(directory / f"{name}.png")
+            figure.savefig(paths[-1], dpi=120)
+    return tuple(paths)
+
+
+def draw_loss(ax: Axes, records: Sequence[Record]) -> None:
+    """Distillation loss by step, its running mean, and held-out cross-entropy."""
+    steps, at = _steps(records)
+    losses = np.array([record.loss for record in steps], dtype=float)
+    ax.plot(at, losses, color=BLUE, alpha=0.25, linewidth=1)
+    ax.plot(
+        at,
+        running_mean(losses, _SMOOTHING_STEPS),
+        color=BLUE,
+        label="training loss (left)",
+    )
+    ax.set_ylabel("training loss, nats a token", color=BLUE)
+    ax.set_ylim(bottom=0)
+    held_out = [record for record in records if isinstance(record, ValidationRecord)]
+    right = _right_axis(ax)
+    right.plot(
+        [record.step for record in held_out],
+        [record.loss for record in held_out],
+        color=RED,
+        marker="o",
+        markersize=4,
+        label="validation loss (right)",
+    )
+    right.set_ylabel("validation loss, nats a token", color=RED)
+    right.set_ylim(bottom=0)
+    for index, record in enumerate(_skipped(steps)):
+        label = "skipped step" if index == 0 else None
+        ax.axvline(record.step, color="black", linestyle=":", linewidth=1, label=label)
+    handles = [
+        *ax.get_legend_handles_labels()[0],
+        *right.get_legend_handles_labels()[0],
+    ]
+    ax.legend(handles=handles, loc="upper right")
+    _finish(ax, "Loss", records)
+
+
+def draw_phi(ax: Axes, records: Sequence[Record]) -> None:
+    """The SGO probability and the rollout rate, which is what still has to be generated."""
+    steps, at = _steps(records)
+    ax.step(
+        at,
+        [r.phi for r in steps],
+        color=BLUE,
+        where="post",
+        label="phi: SGO probability",
+    )
+    ax.plot(at, [r.psi for r in steps], color=ORANGE, label="psi: rollout rate")
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_ylabel("probability")
+    ax.legend(loc="upper right")
+    _finish(ax, "Schedule", records)
+
+
+def draw_mix(ax: Axes, records: Sequence[Record]) -> None:
+    """Where the sequences of each step came from, as drawn."""
+    steps, at = _steps(records)
+    shares = np.array([[r.mix.fresh, r.mix.replay, r.mix.dataset] for r in steps], dtype=float)
+    shares = shares.reshape(-1, 3)
+    shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1)
+    ax.stackplot(
+        at,
+        *shares.T,
+        labels=("fresh", "replay", "data set"),
+        colors=(ORANGE, SKY, "#d0d0d0"),
+        step="mid",
+    )
+    ax.step(at, [r.phi for r in steps], color="black", linewidth=1.2, where="mid", label="phi")
+    ax.plot(at, [r.psi for r in steps], color="black", linewidth=1.2, linestyle="--", label="psi")
+    ax.set_ylim(0, 1)
+    ax.set_ylabel("share of the batch")
+    ax.legend(loc="upper right", ncols=5, frameon=True, framealpha=0.85, edgecolor="none")
+    ax.grid(visible=False)
+    _finish(ax, "Mix actually drawn", records)
+
+
+def draw_age(ax: Axes, records: Sequence[Record]) -> None:
+    """Age of the sequences trained on, in optimizer steps."""
+    steps, at = _steps(records)
+    worst = [r.fresh_age_max if r.mix.fresh else math.nan for r in steps]
+    ax.plot(at, worst, color=GREY, linestyle="none", marker=".", label="fresh: oldest")
+    ax.plot(
+        at,
+        running_mean([r.fresh_age_mean for r in steps], _SMOOTHING_STEPS),
+        color=ORANGE,
+        label="fresh: mean",
+    )
+    ax.plot(
+        at,
+        running_mean([r.replay_age_mean for r in steps], _SMOOTHING_STEPS),
+        color=SKY,
+        label="replay: mean",
+    )
+    ax.set_ylim(bottom=-0.1)
+    ax.set_ylabel("steps since generation began")
+    ax.legend(loc="upper left")
+    _finish(ax, "Age of samples", records)
+
+
+def draw_buffer(ax: Axes, records: Sequence[Record]) -> None:
+    """What the buffer holds, and how much of its demand is still being generated."""
+    steps, at = _steps(records)
+    ax.fill_between(at, [r.buffer.replay for r in steps], color=SKY, alpha=0.35, linewidth=0)
+    ax.plot(at, [r.buffer.replay for r in steps], color=SKY, label="replay shelf (left)")
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("sequences to replay")
+    right = _right_axis(ax)
+    for label, color, values in (
+        ("in flight (right)", GREEN, [r.buffer.in_flight for r in steps]),
+        ("fresh, finished (right)", ORANGE, [r.buffer.fresh for r in steps]),
+    ):
+        right.plot(at, values, color=color, linewidth=1, alpha=0.9, label=label)
+    highest = max((r.buffer.in_flight + r.buffer.fresh for r in steps), default=0)
+    right.set_ylim(0, max(2 * highest, 1))
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set_ylabel("sequences awaited")
+    _legend_of_both(ax, right, "upper left")
+    _finish(ax, "Replay buffer", records)
+
+
+def draw_seconds(ax: Axes, records: Sequence[Record]) -> None:
+    """Busy seconds by role; roles work at the same time, so they don't add up to a step."""
+    steps, at = _steps(records)
+    for label, color, values in (
+        ("learning", BLUE, [r.learn_seconds for r in steps]),
+        ("learner waiting", RED, [r.wait_seconds for r in steps]),
+        ("generating", ORANGE, [r.work.generate_seconds for r in steps]),
+        ("scoring", GREEN, [r.work.score_seconds for r in steps]),
+    ):
+        ax.plot(at, values, color=color, alpha=0.2, linewidth=1)
+        ax.plot(at, running_mean(values, _SMOOTHING_STEPS), color=color, label=label)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("seconds a step, summed over actors")
+    ax.legend(loc="upper right")
+    _finish(ax, "Seconds by role", records)
+
+
+def draw_work(ax: Axes, records: Sequence[Record]) -> None:
+    """Tokens trained on, generated and scored: the gap is what replay and the cache save."""
+    steps, at = _steps(records)
+    for label, color, values in (
+        ("trained on", BLUE, [r.tokens for r in steps]),
+        ("scored by the teacher", GREEN, [r.work.scored_tokens for r in steps]),
+        ("generated", ORANGE, [r.work.generated_tokens for r in steps]),
+    ):
+        ax.plot(at, np.cumsum(values), color=color, label=label)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("tokens so far")
+    ax.legend(loc="upper left")
+    _finish(ax, "Work", records)
+
+
+def running_mean(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
+    """Mean over the last `width` values, those that are not finite left out; NaN if none is."""
+    array = np.asarray(values, dtype=float)
+    finite = np.isfinite(array)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, array, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    ends = np.arange(1, len(array) + 1)
+    starts = np.maximum(ends - width, 0)
+    count = counts[ends] - counts[starts]
+    return np.where(count > 0, (sums[ends] - sums[starts]) / np.maximum(count, 1), np.nan)
+
+
+def _steps(records: Sequence[Record]) -> tuple[list[StepRecord], list[int]]:
+    steps = [record for record in records if isinstance(record, StepRecord)]
+    return steps, [record.step for record in steps]
+
+
+def _skipped(steps: Sequence[StepRecord]) -> list[StepRecord]:
+    return [record for record in steps if record.skipped]
+
+
+def _right_axis(ax: Axes) -> Axes:
+    right = ax.twinx()
+    right.spines["right"].set_visible(True)
+    right.grid(visible=False)
+    return right
+
+
+def _legend_of_both(ax: Axes, right: Axes, location: _Corner) -> None:
+    handles = [*ax.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    right.legend(handles=handles, loc=location)
+
+
+def _finish(ax: Axes, title: str, records: Sequence[Record]) -> None:
+    """Title and step axis, and a thin line where the run was resumed."""
+    for record in records:
+        match record:
+            case StartRecord(resumed=True) | EventRecord(name="rewound"):
+                ax.axvline(record.step, color=GREY, linestyle="--", linewidth=0.8)
+    ax.set_title(title)
+    ax.set_xlabel("optimizer step")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    last = max((record.step for record in records), default=0)
+    ax.set_xlim(0, max(last, 1))

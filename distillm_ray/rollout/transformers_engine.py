@@ -1,0 +1,200 @@
+"""A generator around transformers' generate(), for machines where vLLM has no build.
+
+Requests that have queued are answered as one batch, padded on the left. Sampling happens in a
+logits processor, row by row: each request keeps its own seed and sampling parameters, and the
+engine's log-probabilities cost no `[tokens, vocabulary]` matrix.
+
+Axes: B batch, P padded prompt, T response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+
+from distillm_ray.config import SamplingConfig, TransformersEngine
+from distillm_ray.models.dtypes import resolve_dtype
+from distillm_ray.rollout.generator import Generator, Request, Response
+from distillm_ray.types import FinishReason
+from distillm_ray.weights.files import Bucket, to_tensors
+
+
+class SamplingProcessor(LogitsProcessor):
+    """Samples each row's next token itself; generate() then takes the only one left."""
+
+    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
+        self._requests = requests
+        self._generators = [
+            torch.Generator(device).manual_seed(request.seed) for request in requests
+        ]
+        self.tokens: list[Tensor] = []  # one [B] for each step
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits `[B, V]` to -inf everywhere but at the sampled tokens."""
+        log_probs_BV = scores.float().log_softmax(dim=-1)
+        tokens_B1 = torch.stack(
+            [
+                sample(row_V, request.sampling, generator)
+                for row_V, request, generator in zip(
+                    log_probs_BV, self._requests, self._generators, strict=True
+                )
+            ]
+        ).unsqueeze(1)
+        self.tokens.append(tokens_B1[:, 0])
+        self.logprobs.append(log_probs_BV.gather(1, tokens_B1)[:, 0])
+        return torch.full_like(scores, -math.inf).scatter(1, tokens_B1, 0.0)
+
+
+def sample(log_probs_V: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
+    """One token id (a scalar) by temperature, then top-k, then top-p."""
+    if sampling.temperature == 0.0:
+        return log_probs_V.argmax()
+    probabilities_V, ids_V = (
+        (log_probs_V / sampling.temperature).softmax(dim=-1).sort(descending=True, stable=True)
+    )
+    if sampling.top_k:
+        probabilities_V = probabilities_V[: sampling.top_k]
+        probabilities_V = probabilities_V / probabilities_V.sum()
+    # A token stays if the mass before it is below top_p: the first always does.
+    mass_before_V = probabilities_V.cumsum(dim=-1) - probabilities_V
+    probabilities_V = probabilities_V * (mass_before_V < sampling.top_p)
+    return ids_V[torch.multinomial(probabilities_V, 1, generator=generator)[0]]
+
+
+class TransformersGenerator(Generator):
+    """A Hugging Face model in this process; one batch at a time, in a thread."""
+
+    _model: PreTrainedModel | None = None
+    _task: asyncio.Task[None] | None = None
+    _queue: asyncio.Queue[tuple[Request, asyncio.Future[Response]]]
+    _between_batches: asyncio.Lock
+
+    async def start(self) -> None:
+        """Load the model."""
+        if self.device == "cpu":
+            torch.set_num_threads(
+                self.config.num_threads or max(1, math.floor(self.config.num_cpus))
+            )
+        model = await asyncio.to_thread(
+            AutoModelForCausalLM.from_pretrained,
+            self.model_dir,
+            dtype=resolve_dtype(self.config.dtype, self.device),
+            trust_remote_code=self.trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        self._model = cast(Any, model).to(torch.device(self.device)).eval()
+        self._queue = asyncio.Queue()
+        self._between_batches = asyncio.Lock()
+        self._task = asyncio.create_task(self._answer_batches())
+
+    async def stop(self) -> None:
+        """End after the running batch; requests that still wait are cancelled."""
+        if self._task is not None:
+            self._task.cancel()
+            async with self._between_batches:
+                self._model = None
+            while not self._queue.empty():
+                self._queue.get_nowait()[1].cancel()
+
+    async def _respond(self, request: Request) -> Response:
+        answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((request, answer))
+        return await answer
+
+    async def _load(self, buckets: Sequence[Bucket]) -> None:
+        assert self._model is not None, "call start() first"
+        async with self._between_batches:
+            for bucket in buckets:
+                # Buckets are parts of the model, and a tied head is in none of them.
+                found = self._model.load_state_dict(dict(to_tensors(bucket)), strict=False)
+                if found.unexpected_keys:
+                    raise ValueError(
+                        f"the weights hold {found.unexpected_keys[:3]}, which {self.model_dir} does"
+                        " not have: they are another model's"
+                    )
+
+    async def _answer_batches(self) -> None:
+        """Take what has queued, up to the batch size, and answer it; forever."""
+        engine_config = self.config.engine
+        assert isinstance(engine_config, TransformersEngine)
+        held: list[tuple[Request, asyncio.Future[Response]]] = []
+        while True:
+            if not held:
+                held.append(await self._queue.get())
+            while not self._queue.empty():
+                held.append(self._queue.get_nowait())
+            # generate() knows one set of end tokens a batch.
+            stop_ids = held[0][0].stop_token_ids
+            same = [item for item in held if item[0].stop_token_ids == stop_ids]
+            batch = same[: engine_config.max_batch_size]
+            held = [item for item in held if item not in batch]
+            await self._answer(batch)
+
+    async def _answer(self, batch: Sequence[tuple[Request, asyncio.Future[Response]]]) -> None:
+        requests = [request for request, _ in batch]
+        async with self._between_batches:
+            work = asyncio.get_running_loop().run_in_executor(None, self._generate, requests)
+            await asyncio.wait((work,))
+        error = work.exception()
+        for index, (_, answer) in enumerate(batch):
+            if answer.done():
+                continue  # the caller gave up
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(work.result()[index])
+
+    @torch.inference_mode()
+    def _generate(self, requests: Sequence[Request]) -> list[Response]:
+        assert self._model is not None
+        longest = max(len(request.prompt_ids) for request in requests)
+        stop_ids = list(requests[0].stop_token_ids)
+        token_ids_BP = torch.full((len(requests), longest), stop_ids[0])
+        mask_BP = torch.zeros_like(token_ids_BP)
+        for row, request in enumerate(requests):
+            length = len(request.prompt_ids)
+            token_ids_BP[row, longest - length :] = torch.from_numpy(request.prompt_ids.copy())
+            mask_BP[row, longest - length :] = 1
+        device = self._model.device
+        processor = SamplingProcessor(requests, device)
+        cast(Any, self._model).generate(
+            inputs=token_ids_BP.to(device),
+            attention_mask=mask_BP.to(device),
+            generation_config=GenerationConfig(
+                max_new_tokens=max(request.max_tokens for request in requests),
+                do_sample=False,
+                eos_token_id=stop_ids,
+                pad_token_id=stop_ids[0],
+            ),
+            logits_processor=LogitsProcessorList([processor]),
+        )
+        tokens_BT = torch.stack(processor.tokens, dim=1).cpu().numpy().astype(np.int32)
+        logprobs_BT = torch.stack(processor.logprobs, dim=1).cpu().numpy()
+        responses = []
+        for request, tokens_T, logprobs_T in zip(requests, tokens_BT, logprobs_BT, strict=True):
+            ends = np.flatnonzero(np.isin(tokens_T[: request.max_tokens], stop_ids))
+            length = int(ends[0]) + 1 if len(ends) else request.max_tokens
+            assert length <= len(tokens_T), "generate() stopped before every row had ended"
+            responses.append(
+                Response(
+                    token_ids=tokens_T[:length].copy(),
+                    logprobs=logprobs_T[:length].copy(),
+                    finish_reason=FinishReason.STOP if len(ends) else FinishReason.LENGTH,
+                )
+            )
+        return responses

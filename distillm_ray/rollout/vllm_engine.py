@@ -1,0 +1,160 @@
+"""A generator around vLLM's AsyncLLM, on GPUs or on vLLM's CPU build.
+
+vLLM runs its engine in a process of its own; this one only submits requests and hands over weights
+as files in node-local memory. Weights go through `reload_weights` on both backends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distillm_ray.config import VllmEngine
+from distillm_ray.models.dtypes import resolve_dtype
+from distillm_ray.rollout.generator import Generator, Request, Response
+from distillm_ray.types import FinishReason
+from distillm_ray.weights.files import Bucket, receive
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+
+def vllm_environment(*, device: str, num_threads: int) -> dict[str, str]:
+    """What vLLM reads from the environment, to be set before it is imported."""
+    quiet = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+    if device != "cpu":
+        return quiet
+    return quiet | {
+        # Several engines share the cores: Ray and the scheduler place them, nobody pins or spins.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # The worker runs inside the engine's process. Else it is a third process, which polls
+        # shared memory: a quarter of a core while idle.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # One small function is compiled even with enforce_eager (the rank of a log-probability),
+        # which holds the first request up for 10 s and more.
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+
+
+class VllmGenerator(Generator):
+    """AsyncLLM with the weights of one student (or of the teacher)."""
+
+    _engine: AsyncLLM | None = None
+    _serial: itertools.count[int]
+
+    async def start(self) -> None:
+        """Boot the engine; blocks the event loop while it does (3 to 20 s on a CPU)."""
+        engine_config = self.config.engine
+        assert isinstance(engine_config, VllmEngine)
+        on_cpu = self.device == "cpu"
+        num_threads = self.config.num_threads or max(1, math.floor(self.config.num_cpus))
+        os.environ.update(vllm_environment(device=self.device, num_threads=num_threads))
+        # Imported here: vLLM reads its environment when it is imported.
+        from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
+        from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
+
+        dtype = resolve_dtype(self.config.dtype, self.device)
+        arguments = AsyncEngineArgs(
+            model=str(self.model_dir),
+            dtype="bfloat16" if dtype.itemsize == 2 else "float32",
+            max_model_len=self.max_model_len,
+            max_num_seqs=engine_config.max_num_seqs,
+            tensor_parallel_size=self.config.tensor_parallel,
+            gpu_memory_utilization=engine_config.gpu_memory_utilization,
+            kv_cache_memory_bytes=engine_config.cpu_kv_cache_gib * 2**30 if on_cpu else None,
+            enforce_eager=engine_config.enforce_eager or on_cpu,
+            seed=self.seed % 2**31,
+            load_format="safetensors",
+            trust_remote_code=self.trust_remote_code,
+            # Token ids in, token ids out; end tokens and sampling come from our config alone.
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            logprobs_mode="raw_logprobs",  # temperature 1, before top-k and top-p
+            disable_log_stats=True,
+            worker_extension_cls="distillm_ray.rollout.vllm_worker.WorkerExtension",
+        )
+        self._serial = itertools.count()
+        self._engine = AsyncLLM.from_engine_args(arguments)
+
+    async def stop(self) -> None:
+        """Shut the engine's process down. In-flight requests fail."""
+        if self._engine is not None:
+            self._engine.shutdown(timeout=1.0)  # it has no state worth waiting for
+            self._engine = None
+
+    async def _respond(self, request: Request) -> Response:
+        from vllm.inputs import tokens_input  # noqa: PLC0415 (after `start` set the environment)
+        from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: PLC0415
+
+        assert self._engine is not None, "call start() first"
+        sampling = request.sampling
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=request.max_tokens,
+            seed=request.seed,
+            stop_token_ids=list(request.stop_token_ids),
+            logprobs=0,  # of the sampled token only
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        # The salt keeps key-value blocks of other weights out of the prefix cache. Resetting the
+        # cache would not: vLLM refuses while requests are in flight.
+        prompt = tokens_input(request.prompt_ids.tolist(), cache_salt=str(request.version))
+        # An ordinal that was given out again may meet its own older request.
+        request_id = f"{request.request_id}-{next(self._serial)}"
+        outputs = [output async for output in self._engine.generate(prompt, parameters, request_id)]
+        answer = outputs[-1].outputs[0]
+        if answer.finish_reason not in FINISH_REASONS or not answer.token_ids:
+            raise RuntimeError(
+                f"{request.request_id}: vLLM ended the request with {answer.finish_reason!r} after"
+                f" {len(answer.token_ids)} tokens"
+            )
+        assert answer.logprobs is not None
+        return Response(
+            token_ids=np.array(answer.token_ids, dtype=np.int32),
+            logprobs=np.array(
+                [
+                    entry[token].logprob
+                    for entry, token in zip(answer.logprobs, answer.token_ids, strict=True)
+                    if entry is not None
+                ],
+                dtype=np.float32,
+            ),
+            finish_reason=FINISH_REASONS[answer.finish_reason],
+        )
+
+    async def _load(self, buckets: Sequence[Bucket]) -> None:
+        assert self._engine is not None, "call start() first"
+        with tempfile.TemporaryDirectory(
+            prefix="distillm-ray-weights-", dir=node_local_memory()
+        ) as parent:
+            directory = await asyncio.to_thread(receive, buckets, Path(parent) / "new")
+            await self._engine.pause_generation(mode="keep", clear_cache=False)
+            await self._engine.collective_rpc("take_weights", args=(str(directory),))
+            await self._engine.resume_generation()
+
+
+def node_local_memory() -> str | None:
+    """A directory in shared memory where the system has one; None: the temporary directory."""
+    shared_memory = Path("/dev/shm")
+    return str(shared_memory) if shared_memory.is_dir() else None

@@ -1,0 +1,31 @@
+"""What runs inside vLLM's worker processes: taking weights from node-local memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from distillm_ray.weights.files import read
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker by `worker_extension_cls`; called through `collective_rpc`."""
+
+    # the worker's own
+    model_runner: Any
+    reload_weights: Callable[..., None]
+
+    def take_weights(self, directory: str) -> None:
+        """Replace the model's weights by those in `directory`, named as in the checkpoint.
+
+        `reload_weights` repacks them as the backend needs; `model.load_weights` alone would not.
+        """
+        self.reload_weights(weights_iterator=read(Path(directory)))
+        # A tied head is not in the checkpoint, so nothing repacked it: on CPUs it would go on
+        # multiplying with the old weights.
+        for layer in self.model_runner.get_model().modules():
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)

@@ -1,0 +1,1 @@
+"""Rollout → TeacherTargets: the scorer that computes targets and the store that keeps them."""

@@ -1,0 +1,1 @@
+"""Student weights on their way out: gathered, written, exported, read again by generators."""
