@@ -16,7 +16,7 @@ from distillm_ray.cluster.resources import Device
 from distillm_ray.config import Config, LossConfig
 from distillm_ray.data.files import check_files
 from distillm_ray.data.splits import load_dataset, load_splits
-from distillm_ray.errors import DataError
+from distillm_ray.errors import DataError, RunDirectoryError
 from distillm_ray.evaluation import inference
 from distillm_ray.models.directory import ModelFacts, check_lengths, check_model_directory
 from distillm_ray.report.console import ConsoleView
@@ -34,6 +34,11 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
         UserError: the model or the data cannot be used.
     """
     directory = model or config.run.directory / MODEL_FOLDER
+    if model is None and not directory.exists():
+        raise RunDirectoryError(
+            f"{config.run.directory} has no {MODEL_FOLDER}/, which a finished run leaves: run"
+            " `distillm-ray train` to its end first, or name a model with --model"
+        )
     if output is not None and output.exists() and not output.is_dir():
         raise DataError(f"--output {output} must be a directory, it is a file")
     facts = _check(config, directory)

@@ -359,7 +359,8 @@ def test_evaluate_and_generate_check_what_they_are_given_first(
     assert not output.exists()
 
     nowhere = str(tmp_path / "nowhere")
-    assert f"{nowhere} does not exist" in refusal("evaluate", job, "--model", nowhere)
+    assert f"--model: {nowhere} does not exist" in refusal("evaluate", job, "--model", nowhere)
+    assert "has no model/, which a finished run leaves" in refusal("evaluate", job)
     message = refusal("evaluate", job, "--model", model, "--output", prompts)
     assert "must be a directory, it is a file" in message
     message = refusal("evaluate", job, f"data.test=[{nowhere}.jsonl]", "--model", model)
