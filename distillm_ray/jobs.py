@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from distillm_ray.cluster import resources
 from distillm_ray.cluster.cluster import Cluster, available, connect, resolve_device
-from distillm_ray.cluster.resources import Device
 from distillm_ray.config import Config, LossConfig
 from distillm_ray.data.files import check_files
 from distillm_ray.data.splits import load_dataset, load_splits
@@ -43,7 +42,7 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
         raise DataError(f"--output {output} must be a directory, it is a file")
     facts = _check(config, directory)
     check_files(config.data)
-    cluster, device = _connect(config, view)
+    cluster = _connect(config, view)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     view.start("reading data")
     splits = load_splits(config.data, tokenizer, config.run.seed)
@@ -55,11 +54,9 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
     ) as loop:
         scores, _ = inference.score_answers(loop, prompts, config, tokenizer=tokenizer)
     view.start("computing the validation loss")
-    loss = inference.validation_loss(
-        directory,
+    loss = cluster.held_out_loss(
+        facts,
         splits.validation.demonstrations[: config.validation.max_prompts],
-        config,
-        device,
         dtype=config.student.dtype,
         vocabulary_size=facts.vocabulary_size,
         trust_remote_code=config.student.trust_remote_code,
@@ -103,7 +100,7 @@ def generate(
         if not path.exists():
             raise DataError(f"--prompts {path} does not exist")
     facts = _check(config, model)
-    cluster, _ = _connect(config, view)
+    cluster = _connect(config, view)
     tokenizer = AutoTokenizer.from_pretrained(model)
     view.start("reading prompts")
     dataset = load_dataset(
@@ -152,7 +149,7 @@ def _check(config: Config, directory: Path) -> ModelFacts:
     return facts
 
 
-def _connect(config: Config, view: ConsoleView) -> tuple[Cluster, Device]:
+def _connect(config: Config, view: ConsoleView) -> Cluster:
     """A cluster that has the resources of the generators."""
     view.start("connecting to Ray")
     connect(config)
@@ -162,4 +159,4 @@ def _connect(config: Config, view: ConsoleView) -> tuple[Cluster, Device]:
         update={"loss": LossConfig(divergence=None, cross_entropy_weight=1.0)}
     )
     resources.check(resources.request(alone, device), available())
-    return Cluster(config, device), device
+    return Cluster(config, device)

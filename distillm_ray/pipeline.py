@@ -11,7 +11,6 @@ learners pull samples from the buffer, the rollout loop pulls work from it; noth
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import threading
 import time
@@ -24,7 +23,7 @@ from typing import Any, Literal, TypeAlias
 import ray
 from ray.exceptions import RayActorError
 from ray.train.v2.api.exceptions import WorkerGroupError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from distillm_ray.cluster import resources
 from distillm_ray.cluster.cluster import (
@@ -33,6 +32,7 @@ from distillm_ray.cluster.cluster import (
     ask,
     available,
     connect,
+    release,
     resolve_device,
 )
 from distillm_ray.cluster.pools import Actor
@@ -42,21 +42,16 @@ from distillm_ray.config import Config
 from distillm_ray.config_files import dump_config
 from distillm_ray.data.splits import Splits, load_splits
 from distillm_ray.errors import UserError
-from distillm_ray.evaluation import inference
+from distillm_ray.evaluation.run_evaluator import RunEvaluator
 from distillm_ray.preflight import CONFIG_FILE, Preflight
 from distillm_ray.report.console import ConsoleView
-from distillm_ray.report.metrics import FILE_NAME, read_records
 from distillm_ray.report.records import DoneRecord, StepRecord, ValidationRecord
 from distillm_ray.report.report import git_commit
 from distillm_ray.report.summary import (
-    STUDENT_AFTER,
-    STUDENT_BEFORE,
-    TEACHER,
-    ComparedSample,
     Evaluation,
     read_evaluation,
 )
-from distillm_ray.types import Prompt, Rollout, Source
+from distillm_ray.types import Rollout, Source
 
 _POLL_S = 0.5
 _ASK_S = 120.0  # limit of small calls
@@ -127,7 +122,7 @@ class _Job:
             with self._phase("starting generators, scorers and learners"):
                 ask(roles.loop.start.remote(), timeout_s=2 * config.run.startup_timeout_s)
             evaluation = read_evaluation(directory) if resume_from else None
-            evaluator = _Evaluator(config, self._preflight, device, tokenizer, splits)
+            evaluator = RunEvaluator(config, self._preflight, tokenizer, splits)
             if evaluation is None and evaluator.prompts:
                 with self._phase("evaluating the student before training"):
                     evaluation = evaluator.before(roles.loop)
@@ -224,13 +219,13 @@ class _Job:
         self,
         cluster: Cluster,
         roles: _Roles,
-        evaluator: _Evaluator,
+        evaluator: RunEvaluator,
         evaluation: Evaluation,
     ) -> None:
         with self._phase("evaluating the student after training"):
             evaluation = evaluator.after(roles.loop, evaluation)
             evaluation.write(self._config.run.directory)
-        inference.release([*roles.generators, *roles.scorers])
+        release([*roles.generators, *roles.scorers])
         with self._phase("evaluating the teacher"):
             evaluator.teacher(cluster, evaluation).write(self._config.run.directory)
 
@@ -290,99 +285,6 @@ class _Job:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-class _Evaluator:
-    """Before, after and the teacher, on the same held-out prompts."""
-
-    def __init__(
-        self,
-        config: Config,
-        preflight: Preflight,
-        device: Device,
-        tokenizer: PreTrainedTokenizerBase,
-        splits: Splits,
-    ) -> None:
-        self._config = config
-        self._preflight = preflight
-        self._device: Device = device
-        self._tokenizer = tokenizer
-        self._end_token_id = splits.train.end_token_id
-        limit = config.validation.max_prompts
-        self._validation = splits.validation.demonstrations[:limit]
-        test = splits.test or splits.validation
-        self.prompts: tuple[Prompt, ...] = ()
-        if config.evaluation.at_end:
-            self.prompts = test.prompts[: config.evaluation.max_prompts]
-
-    def before(self, loop: Actor) -> Evaluation:
-        """The student as it came; its answers become the samples' first half."""
-        scores, answers = inference.score_answers(
-            loop, self.prompts, self._config, tokenizer=self._tokenizer
-        )
-        shown = self._config.evaluation.num_samples_shown
-        return Evaluation(
-            models={STUDENT_BEFORE: scores},
-            samples=tuple(
-                ComparedSample(
-                    prompt=prompt.text,
-                    reference=prompt.references[0],
-                    before=answer.text,
-                    after="",
-                )
-                for prompt, answer in list(zip(self.prompts, answers, strict=True))[:shown]
-            ),
-            num_prompts=len(self.prompts),
-            seeds=inference.evaluation_seeds(self._config),
-        )
-
-    def after(self, loop: Actor, evaluation: Evaluation) -> Evaluation:
-        """The trained student, with the weights that were exported; losses are the learners'."""
-        scores, answers = inference.score_answers(
-            loop, self.prompts, self._config, tokenizer=self._tokenizer
-        )
-        losses = {
-            record.step: record.loss
-            for record in read_records(self._config.run.directory / FILE_NAME)
-            if isinstance(record, ValidationRecord)
-        }
-        before = dataclasses.replace(
-            evaluation.models[STUDENT_BEFORE], validation_loss=losses[min(losses)]
-        )
-        after = dataclasses.replace(scores, validation_loss=losses[max(losses)])
-        return dataclasses.replace(
-            evaluation,
-            models={STUDENT_BEFORE: before, STUDENT_AFTER: after},
-            samples=tuple(
-                dataclasses.replace(sample, after=answer.text)
-                for sample, answer in zip(evaluation.samples, answers, strict=False)
-            ),
-        )
-
-    def teacher(self, cluster: Cluster, evaluation: Evaluation) -> Evaluation:
-        """What the student is measured against. Needs the resources of a generator pool."""
-        facts = self._preflight.teacher
-        with inference.answering(
-            cluster,
-            self._config,
-            facts,
-            Source.TEACHER,
-            end_token_id=self._end_token_id,
-        ) as loop:
-            scores, _ = inference.score_answers(
-                loop, self.prompts, self._config, tokenizer=self._tokenizer
-            )
-        loss = inference.validation_loss(
-            facts.path,
-            self._validation,
-            self._config,
-            self._device,
-            dtype=self._config.teacher.dtype,
-            vocabulary_size=self._preflight.vocabulary_size,
-            trust_remote_code=self._config.teacher.trust_remote_code,
-        )
-        scores = dataclasses.replace(scores, validation_loss=loss)
-        return dataclasses.replace(evaluation, models={**evaluation.models, TEACHER: scores})
 
 
 class _Thread(threading.Thread):

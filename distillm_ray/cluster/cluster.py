@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -35,10 +36,10 @@ from distillm_ray.cluster.loop_actor import RolloutLoopActor
 from distillm_ray.cluster.pools import Actor
 from distillm_ray.cluster.resources import Available, Device, Node
 from distillm_ray.cluster.services import Wires
-from distillm_ray.config import Config, RolloutConfig
+from distillm_ray.config import Config, Dtype, RolloutConfig
 from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.models.directory import ModelFacts
-from distillm_ray.types import Prompt, Source
+from distillm_ray.types import Prompt, Rollout, Source
 
 _remote: Any = ray.remote  # its annotations know only some of its options
 _LOOP_CONCURRENCY = 1000  # calls that an asynchronous actor of ours may have open
@@ -246,6 +247,32 @@ class Cluster:
         )
         trainer.fit()
 
+    def held_out_loss(
+        self,
+        model: ModelFacts,
+        demonstrations: Sequence[Rollout],
+        *,
+        dtype: Dtype,
+        vocabulary_size: int,
+        trust_remote_code: bool,
+    ) -> float:
+        """Cross-entropy of a model directory, token mean in nats, in a learner's place."""
+        section = self._config.learner
+        task = _remote(
+            num_cpus=section.num_cpus, num_gpus=self._gpus(section.num_gpus, 1), max_retries=0
+        )(_held_out_loss)
+        call = task.remote(
+            model.path,
+            demonstrations,
+            dtype=dtype,
+            vocabulary_size=vocabulary_size,
+            max_batch_tokens=section.max_micro_batch_tokens,
+            device=self._device,
+            trust_remote_code=trust_remote_code,
+            num_threads=section.num_threads or max(1, int(section.num_cpus)),
+        )
+        return ask(call, timeout_s=section.data_timeout_s)
+
     def _rollouts(self) -> RolloutConfig:
         """The section with the length of a rollout written out."""
         section = self._config.rollout
@@ -279,6 +306,18 @@ def ask(call: Any, *, timeout_s: float) -> Any:
         if isinstance(error.cause, UserError):
             raise error.cause from error
         raise
+
+
+def release(actors: Sequence[Actor]) -> None:
+    """End actors for good and give their CPUs and GPUs back."""
+    for actor in actors:
+        ray.kill(actor)
+
+
+def _held_out_loss(model: Path, demonstrations: Sequence[Rollout], **settings: Any) -> float:
+    from distillm_ray.learner.validation import held_out_loss  # noqa: PLC0415  not in the driver
+
+    return held_out_loss(model, demonstrations, **settings)
 
 
 def _learner_worker(settings: dict[str, Any]) -> None:

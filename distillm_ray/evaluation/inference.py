@@ -1,7 +1,6 @@
 """Answers and scores of a model: for the end of a run, `evaluate` and `generate`.
 
-A pool of generators answers; ROUGE-L and BLEU are computed from the decoded text, the held-out
-loss in a task of its own.
+A pool of generators answers; ROUGE-L and BLEU are computed from the decoded text.
 """
 
 from __future__ import annotations
@@ -9,15 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import ray
-
-from distillm_ray.cluster.cluster import Cluster, ask
+from distillm_ray.cluster.cluster import Cluster, ask, release
 from distillm_ray.cluster.pools import Actor
-from distillm_ray.cluster.resources import Device
-from distillm_ray.config import Config, Dtype, SamplingConfig
+from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.data.templates import decode
 from distillm_ray.evaluation.scores import evaluate_responses, summarize
 from distillm_ray.models.directory import ModelFacts
@@ -42,12 +37,6 @@ def answering(
         yield loop
     finally:
         release([loop, *generators])
-
-
-def release(actors: Sequence[Actor]) -> None:
-    """End actors for good and give their CPUs and GPUs back."""
-    for actor in actors:
-        ray.kill(actor)
 
 
 def answers(
@@ -99,38 +88,3 @@ def score_answers(
         bleu=Score(mean=result.bleu.mean, std=result.bleu.std),
     )
     return scores, by_seed[seeds[0]]
-
-
-def validation_loss(
-    model: Path,
-    demonstrations: Sequence[Rollout],
-    config: Config,
-    device: Device,
-    *,
-    dtype: Dtype,
-    vocabulary_size: int,
-    trust_remote_code: bool,
-) -> float:
-    """The held-out loss of a model directory, computed in a task with a learner's resources."""
-    section = config.learner
-    gpus = (1 if section.num_gpus is None else section.num_gpus) if device == "cuda" else 0
-    task: Any = ray.remote(num_cpus=section.num_cpus, num_gpus=gpus, max_retries=0)(
-        _validation_task
-    )
-    call = task.remote(
-        model,
-        demonstrations,
-        dtype=dtype,
-        vocabulary_size=vocabulary_size,
-        max_batch_tokens=section.max_micro_batch_tokens,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        num_threads=section.num_threads or max(1, int(section.num_cpus)),
-    )
-    return ask(call, timeout_s=config.learner.data_timeout_s)
-
-
-def _validation_task(model: Path, demonstrations: Sequence[Rollout], **settings: Any) -> float:
-    from distillm_ray.learner.validation import held_out_loss  # noqa: PLC0415  not in the driver
-
-    return held_out_loss(model, demonstrations, **settings)
