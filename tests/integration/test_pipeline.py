@@ -10,6 +10,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +198,37 @@ def test_the_model_loads_in_plain_transformers_and_was_trained(whole: Whole, con
         logits, before = model(ids).logits, untrained(ids).logits
     assert torch.isfinite(logits).all()
     assert (logits - before).abs().max() > 0.01
+
+
+PLAIN_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+model, prompts, length = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+engine = LLM(model=model, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=8)
+sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+print("ANSWERS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+def test_the_model_answers_in_plain_vllm_as_in_plain_transformers(whole: Whole) -> None:
+    directory, length = whole.run / "model", 8
+    prompts = [[1, 16, 17, 4 + start, 2] for start in range(8)]
+    answer = subprocess.run(
+        [sys.executable, "-c", PLAIN_VLLM, str(directory), json.dumps(prompts), str(length)],
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert answer.returncode == 0, answer.stderr
+    (line,) = [line for line in answer.stdout.splitlines() if line.startswith("ANSWERS ")]
+    answers = torch.tensor(json.loads(line.removeprefix("ANSWERS ")))
+    assert answers.shape == (len(prompts), length)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.cat([torch.tensor(prompts), answers], dim=1)).logits
+    assert torch.equal(answers, logits[:, len(prompts[0]) - 1 : -1].argmax(-1))
 
 
 def test_the_same_command_on_a_complete_run_says_so(whole: Whole, config: Path) -> None:
