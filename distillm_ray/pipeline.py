@@ -21,11 +21,12 @@ from types import FrameType
 from typing import Any, Literal, TypeAlias
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train.v2.api.exceptions import WorkerGroupError
 from transformers import AutoTokenizer
 
 from distillm_ray.cluster import resources
+from distillm_ray.cluster.actors import BufferLost
 from distillm_ray.cluster.cluster import (
     Cluster,
     LearnerJob,
@@ -41,9 +42,10 @@ from distillm_ray.cluster.services import Wires
 from distillm_ray.config import Config
 from distillm_ray.config_files import dump_config
 from distillm_ray.data.splits import Splits, load_splits
-from distillm_ray.errors import UserError
+from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.evaluation.run_evaluator import RunEvaluator
-from distillm_ray.preflight import CONFIG_FILE, Preflight
+from distillm_ray.learner.checkpoint import CheckpointDirectory
+from distillm_ray.preflight import CHECKPOINT_FOLDER, CONFIG_FILE, Preflight
 from distillm_ray.report.console import ConsoleView
 from distillm_ray.report.records import DoneRecord, StepRecord, ValidationRecord
 from distillm_ray.report.report import git_commit
@@ -178,7 +180,7 @@ class _Job:
     def _start_learners(
         self, cluster: Cluster, roles: _Roles, splits: Splits, device: Device
     ) -> _Thread:
-        """They load, validate and then wait for the first draw, which waits for `open`."""
+        """They load, validate and then wait for the first draw, which waits for the loop to run."""
         job = LearnerJob(
             config=self._config,
             device=device,
@@ -193,27 +195,31 @@ class _Job:
 
     def _train(self, roles: _Roles, learners: _Thread) -> int:
         """Run learners and rollout loop side by side; returns the completed steps."""
-        rollouts = roles.loop.run.remote()
-        ask(roles.buffer.open.remote(), timeout_s=_ASK_S)
+        rollouts = roles.loop.run.remote()  # which opens the buffer
         position = 0
-        asked_to_stop = False
+        told_to_stop = False
         while learners.is_alive():
             learners.join(_POLL_S)
             position = self._follow(roles, position)
-            if self._stop.is_set() and not asked_to_stop:
-                asked_to_stop = True
-                self._view.note("stopping: the learners write a checkpoint first")
-                ask(roles.buffer.request_stop.remote(), timeout_s=_ASK_S)
-            failure = ask(roles.buffer.failure.remote(), timeout_s=_ASK_S)
+            if self._stop.is_set():
+                if not told_to_stop:
+                    told_to_stop = True
+                    self._view.note("stopping: the learners write a checkpoint first")
+                # Every time, because a buffer that died forgets it.
+                self._ask_buffer(roles.buffer.request_stop.remote())
+            failure = self._ask_buffer(roles.buffer.failure.remote())
             if failure is not None:
                 raise UserError(failure)
             if ray.wait([rollouts], timeout=0)[0] and learners.is_alive():
                 ask(rollouts, timeout_s=_ASK_S)  # it only returns early by raising
         self._follow(roles, position)
-        _raise_training_failure(learners.failure)
-        ask(roles.buffer.finish.remote(), timeout_s=_ASK_S)
+        _raise_training_failure(learners.failure, self._config.learner.max_restarts)
+        self._ask_buffer(roles.buffer.finish.remote())
         ask(rollouts, timeout_s=_ASK_S)
-        return ask(roles.buffer.completed.remote(), timeout_s=_ASK_S)
+        folder = self._config.run.directory / CHECKPOINT_FOLDER
+        last = CheckpointDirectory(folder, keep=self._config.checkpoint.keep).latest()
+        assert last is not None, "every end of the learners leaves a checkpoint"
+        return last.meta.step
 
     def _evaluate(
         self,
@@ -251,10 +257,25 @@ class _Job:
         for record in records:
             self._view.update(record)
         if not any(isinstance(record, StepRecord | ValidationRecord) for record in records):
-            waiting = ask(roles.buffer.waiting.remote(), timeout_s=_ASK_S)
-            self._view.waiting(waiting)
+            self._view.waiting(self._ask_buffer(roles.buffer.waiting.remote()))
         self._view.tick()
         return position
+
+    def _ask_buffer(self, call: Any) -> Any:
+        """The answer to a call, waited for while a buffer that died is being restarted.
+
+        Raises:
+            ClusterError: it does not come back.
+        """
+        limit = self._config.run.startup_timeout_s
+        try:
+            return ask(call, timeout_s=limit)
+        except (GetTimeoutError, RayActorError) as error:
+            raise ClusterError(
+                f"the replay buffer did not answer within run.startup_timeout_s = {limit:g} s: its"
+                " process hangs, or died and does not come back; see the log of the driver's node"
+                f" for the reason, then give the same command to resume ({error})"
+            ) from error
 
     def _limited(self, demonstrations: tuple[Rollout, ...]) -> tuple[Rollout, ...]:
         return demonstrations[: self._config.validation.max_prompts]
@@ -302,8 +323,8 @@ class _Thread(threading.Thread):
             self.failure = error  # the driver raises it
 
 
-def _raise_training_failure(failure: BaseException | None) -> None:
-    """A rank's user error as itself; anything else as Ray Train says it."""
+def _raise_training_failure(failure: BaseException | None, max_restarts: int) -> None:
+    """A rank's user error as itself, a lost buffer as one; anything else as Ray Train says it."""
     if failure is None:
         return
     if isinstance(failure, WorkerGroupError):
@@ -311,6 +332,13 @@ def _raise_training_failure(failure: BaseException | None) -> None:
             cause = error.__cause__ or error
             if isinstance(cause, UserError):
                 raise cause from failure
+            if isinstance(cause, BufferLost):
+                raise ClusterError(
+                    "the replay buffer died, and the learners may not go back with it once more:"
+                    f" learner.max_restarts = {max_restarts} counts their restarts for whatever"
+                    " reason; see the log of the driver's node for why it died, out of memory"
+                    " perhaps, then give the same command to resume from the last checkpoint"
+                ) from failure
     raise failure
 
 

@@ -111,19 +111,31 @@ class TargetStoreActor:
         return self._store.counters
 
 
+class BufferLost(Exception):
+    """The replay buffer is not what the caller knew: its process died and another took its place.
+
+    Nothing but a restore mends that. A learner fails with it, so that Ray Train restarts the group
+    from the last checkpoint, which restores the buffer too.
+    """
+
+
 class BufferActor:
     """The replay buffer behind one condition: every change wakes whoever waits for it.
 
-    It is empty until the learners have loaded their state and `restore` it to the same step.
+    It is empty until the learners have loaded their state and `restore` it to the same step, and
+    again so when its process has died. Ray repeats the calls that were under way then: a restarted
+    buffer lets the rollout loop wait for the restore and answers the learners with `BufferLost`.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._changed = asyncio.Condition()
         self._restored: ReplayBuffer | None = None
-        self._incarnation = 0  # grows with every restore
+        context: Any = ray.get_runtime_context()
+        self._replaces_a_dead_one: bool = context.was_current_actor_reconstructed
+        self._incarnation = 0  # of the newest restore; no restore has 0
         self._plans: dict[int, StepPlan] = {}
-        self._open = False  # nothing is trained on before the driver has evaluated the student
+        self._open = False  # nothing is trained on before the rollout loop works
         self._over = False
         self._stop = False
         self._failure: str | None = None
@@ -131,16 +143,25 @@ class BufferActor:
 
     @property
     def _buffer(self) -> ReplayBuffer:
-        assert self._restored is not None, "the learners have not restored the buffer yet"
+        if self._restored is None:
+            raise BufferLost(
+                "the replay buffer died and was restarted empty: the learners have to go back to"
+                " the last checkpoint"
+            )
         return self._restored
 
     # ---- the rollout loop ------------------------------------------------------------------------
 
     async def work(self) -> Work | None:
-        """Wait for demand or data-set sequences to score; None when the run is over."""
+        """Wait for demand or data-set sequences to score; None when the run is over.
+
+        The first call opens the buffer: from then on, draws are made.
+        """
         async with self._changed:
+            self._open = True
+            self._changed.notify_all()
             while not self._over:
-                if self._restored is not None and self._open:
+                if self._restored is not None:
                     demand = tuple(self._buffer.take_demand())
                     dataset = tuple(self._buffer.upcoming_dataset())
                     if demand or dataset:
@@ -148,28 +169,44 @@ class BufferActor:
                 await self._changed.wait()
         return None
 
-    async def add(self, rollout: Rollout) -> None:
-        """See `ReplayBuffer.add`."""
+    async def add(self, incarnation: int, rollout: Rollout) -> None:
+        """See `ReplayBuffer.add`. Work of another incarnation is nothing to this one."""
         async with self._changed:
-            self._buffer.add(rollout)
-            self._changed.notify_all()
+            if incarnation == self._incarnation:
+                self._buffer.add(rollout)
+                self._changed.notify_all()
 
-    async def lose(self, ordinal: int) -> None:
-        """See `ReplayBuffer.lose`."""
+    async def lose(self, incarnation: int, ordinal: int) -> None:
+        """See `ReplayBuffer.lose`. Work of another incarnation is nothing to this one."""
         async with self._changed:
-            self._buffer.lose(ordinal)
-            self._changed.notify_all()
+            if incarnation == self._incarnation:
+                self._buffer.lose(ordinal)
+                self._changed.notify_all()
+
+    async def counters(self, incarnation: int) -> BufferCounters:
+        """See `ReplayBuffer.counters`.
+
+        Raises:
+            BufferLost: they would be those of another incarnation.
+        """
+        counters = self._buffer.counters
+        if incarnation != self._incarnation:
+            raise BufferLost("the replay buffer died and was restored since")
+        return counters
 
     # ---- the learners ----------------------------------------------------------------------------
 
     async def restore(
         self,
+        incarnation: int,
         state: bytes | None,
         completed: int,
         prompts: Sequence[Prompt],
         demonstrations: Sequence[Rollout],
-    ) -> int:
-        """Go to a checkpoint's state, or to the beginning; returns the incarnation from here on.
+    ) -> bool:
+        """Go to a checkpoint's state, or to the beginning, as the incarnation given.
+
+        Returns whether a process that died was the one restored before.
 
         Raises:
             RunDirectoryError: the state is of other data, or of another version's format.
@@ -182,17 +219,22 @@ class BufferActor:
                 except ValueError as error:
                     raise RunDirectoryError(str(error)) from error
             self._plans.clear()
-            self._incarnation += 1
+            died = self._replaces_a_dead_one and self._incarnation == 0
+            self._incarnation = incarnation
             self._completed = completed
             self._changed.notify_all()
-            return self._incarnation
+            return died
 
     async def draw(self, step: int, rank: int, timeout_s: float) -> RankPlan | None:
-        """This rank's share of a step; None if it is not ready after `timeout_s`."""
+        """This rank's share of a step; None if it is not ready after `timeout_s`.
+
+        Raises:
+            BufferLost: here and below, wherever the learners have not restored this process.
+        """
         async with self._changed:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._changed.wait_for(lambda: self._open and self._buffer.ready(step))
+                    await self._changed.wait_for(lambda: self._buffer.ready(step) and self._open)
             except TimeoutError:
                 return None
             plan = self._plan(step)
@@ -225,17 +267,7 @@ class BufferActor:
         """See `ReplayBuffer.state`."""
         return self._buffer.state(completed)
 
-    # ---- the driver and the log ------------------------------------------------------------------
-
-    async def counters(self) -> BufferCounters:
-        """See `ReplayBuffer.counters`."""
-        return self._buffer.counters
-
-    async def open(self) -> None:
-        """From here on there is work, and draws are made."""
-        async with self._changed:
-            self._open = True
-            self._changed.notify_all()
+    # ---- the driver ------------------------------------------------------------------------------
 
     async def finish(self) -> None:
         """The run is over: the rollout loop ends."""
@@ -259,12 +291,10 @@ class BufferActor:
         """What a learner reported, if it did."""
         return self._failure
 
-    async def completed(self) -> int:
-        """Optimizer steps that the learners have completed."""
-        return self._completed
-
     async def waiting(self) -> str:
         """What the next step waits for; empty if for nothing, or if there is none."""
+        if self._restored is None and self._replaces_a_dead_one:
+            return "the learners: the replay buffer died, and they go back to the last checkpoint"
         if self._restored is None or self._completed >= self._config.learner.steps:
             return ""
         return self._buffer.waiting_for(self._completed)

@@ -130,8 +130,11 @@ class Cluster:
         return self._beside_driver(MetricsActor, self._config.run.directory, **settings)
 
     def buffer(self) -> Actor:
-        """The replay buffer. It starts empty, and again so after a restart."""
-        return self._beside_driver(BufferActor, self._config, max_restarts=-1)
+        """The replay buffer. It starts empty, and again so after a restart.
+
+        A call that its death interrupts reaches the restarted one, which knows what to answer.
+        """
+        return self._beside_driver(BufferActor, self._config, max_restarts=-1, max_task_retries=-1)
 
     def loop(
         self,
@@ -286,12 +289,18 @@ class Cluster:
         return default if explicit is None else explicit
 
     def _beside_driver(
-        self, role: type, *arguments: Any, max_restarts: int = 0, **settings: Any
+        self,
+        role: type,
+        *arguments: Any,
+        max_restarts: int = 0,
+        max_task_retries: int = 0,
+        **settings: Any,
     ) -> Actor:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor = _remote(
             num_cpus=0,
             max_restarts=max_restarts,
+            max_task_retries=max_task_retries,
             max_concurrency=_LOOP_CONCURRENCY if role is not MetricsActor else 1,
             scheduling_strategy=here,
         )(role)

@@ -10,7 +10,7 @@ from distillm_ray.cluster.actors import buffer_sizes
 from distillm_ray.cluster.pools import Actor, Generators, Targets
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.replay.buffer import BufferCounters
-from distillm_ray.report.records import Counters, DrawFacts, Record, StepRecord
+from distillm_ray.report.records import Counters, DrawFacts, EventRecord, Record, StepRecord
 from distillm_ray.rollout.loop import RolloutLoop, Work
 from distillm_ray.types import Prompt, Rollout, TrainStep, Weights
 
@@ -32,9 +32,9 @@ class RolloutLoopActor:
         metrics: Actor | None,
     ) -> None:
         self._config = config
-        self._buffer = _Buffer(buffer, data)
-        self._stores = list(stores)
         self._log = _Log(metrics)
+        self._buffer = _Buffer(buffer, data, self._log)
+        self._stores = list(stores)
         limits = {"startup_timeout_s": config.run.startup_timeout_s, "log": self._log}
         self._generators = None
         if generators:
@@ -118,27 +118,39 @@ class RolloutLoopActor:
 
 
 class _Buffer:
-    """`loop.BufferClient` over the actor."""
+    """`loop.BufferClient` over the actor. The incarnations are counted here: this side survives."""
 
-    def __init__(self, handle: Actor | None, data: tuple[Any, Any] | None) -> None:
+    def __init__(self, handle: Actor | None, data: tuple[Any, Any] | None, log: _Log) -> None:
         self._handle = handle
         self._data = data  # references to prompts and demonstrations, for a buffer that is empty
+        self._log = log
+        self._incarnation = 0
 
     async def work(self) -> Work | None:
         return await self._actor.work.remote()
 
     async def add(self, rollout: Rollout) -> None:
-        await self._actor.add.remote(rollout)
+        await self._actor.add.remote(self._incarnation, rollout)
 
     async def lose(self, ordinal: int) -> None:
-        await self._actor.lose.remote(ordinal)
+        await self._actor.lose.remote(self._incarnation, ordinal)
 
     async def restore(self, state: bytes | None, completed: int) -> int:
         assert self._data is not None, "a replay buffer needs prompts and demonstrations"
-        return await self._actor.restore.remote(state, completed, *self._data)
+        self._incarnation += 1
+        died = await self._actor.restore.remote(self._incarnation, state, completed, *self._data)
+        if died:
+            await self._log.add(
+                EventRecord(
+                    step=completed,
+                    name="replay buffer died",
+                    detail="restarted and restored from the learners' checkpoint",
+                )
+            )
+        return self._incarnation
 
     async def counters(self) -> BufferCounters:
-        return await self._actor.counters.remote()
+        return await self._actor.counters.remote(self._incarnation)
 
     @property
     def _actor(self) -> Actor:

@@ -1,8 +1,9 @@
 """The learner's side of the wires: `train_loop.Services` over Ray actors.
 
 Every call has a limit, and a TimeoutError says who did not answer. A role's user error arrives as
-itself. What a step reports to the log is not waited for: its result is looked at
-one step later, so that a broken log is noticed without standing in the way.
+itself, and so does `BufferLost`, with which the rank fails: no call here can mend it. What a step
+reports to the log is not waited for: its result is looked at one step later, so that a broken log
+is noticed without standing in the way.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from distillm_ray.cluster.actors import BufferLost
 from distillm_ray.cluster.pools import Actor, store_index
 from distillm_ray.config import Config
 from distillm_ray.data.templates import decode
@@ -217,6 +219,6 @@ def _ask(call: Any, what: str, timeout_s: float = CALL_TIMEOUT_S) -> Any:
     except GetTimeoutError as error:
         raise TimeoutError(f"no answer within {timeout_s:g} s: {what}") from error
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
+        if isinstance(error.cause, UserError | BufferLost):
             raise error.cause from error
         raise

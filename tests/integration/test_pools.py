@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ import numpy as np
 import pytest
 import ray
 from ray.exceptions import RayActorError, RayError
+from ray.train.v2.api.exceptions import WorkerGroupError
 
-from distillm_ray.cluster.actors import BufferActor, TargetStoreActor
+from distillm_ray.cluster.actors import BufferActor, BufferLost, MetricsActor, TargetStoreActor
 from distillm_ray.cluster.loop_actor import RolloutLoopActor
 from distillm_ray.cluster.pools import MAX_FAILURES, Actor, Generators, Targets, store_index
 from distillm_ray.cluster.services import ActorServices, Wires
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.errors import ClusterError, ModelError, RunDirectoryError
-from distillm_ray.report.records import EventRecord, Record
+from distillm_ray.pipeline import _Job, _raise_training_failure
+from distillm_ray.report.records import DrawFacts, EventRecord, Record
 from distillm_ray.rollout.loop import ActorLost
-from distillm_ray.types import HiddenTargets, Prompt, TeacherTargets, Weights
+from distillm_ray.types import HiddenTargets, Prompt, TeacherTargets, TrainStep, Validation, Weights
 from tests.integration.fakes import (
     HIDDEN_SIZE,
     FakeGenerator,
@@ -418,6 +421,7 @@ def make_services(
     *,
     buffer: Actor | None = None,
     data: tuple[Any, Any] | None = None,
+    metrics: Actor | None = None,
 ) -> ActorServices:
     settings = {
         "buffer": buffer,
@@ -425,13 +429,32 @@ def make_services(
         "generators": (),
         "scorers": scorers,
         "stores": stores,
-        "metrics": None,
+        "metrics": metrics,
     }
     loop = remote(RolloutLoopActor, config, settings=settings)
     ray.get(loop.start.remote(), timeout=60)
-    wires = Wires(buffer=buffer, loop=loop, stores=tuple(stores), metrics=None)
+    wires = Wires(buffer=buffer, loop=loop, stores=tuple(stores), metrics=metrics)
     unused: Any = None  # the tokenizer, which decodes answers to probes
     return ActorServices(wires, config, tokenizer=unused)
+
+
+def make_buffer(config: Config) -> Actor:
+    return remote(BufferActor, config, max_task_retries=-1)
+
+
+def data_of(names: Sequence[str]) -> tuple[Any, Any]:
+    """References to a prompt and a response for every name."""
+    prompts = [
+        Prompt(
+            prompt_id=name,
+            token_ids=np.array([1], dtype=np.int32),
+            reference_ids=(),
+            text="",
+            references=(),
+        )
+        for name in names
+    ]
+    return ray.put(prompts), ray.put([rollout(f"dataset-{name}") for name in names])
 
 
 def lengths(targets: dict[str, TeacherTargets]) -> dict[str, int]:
@@ -486,18 +509,7 @@ def test_a_checkpoint_of_other_data_is_refused_with_a_message(tmp_path: Path) ->
     config = make_config(tmp_path)
 
     def services_over(names: list[str]) -> ActorServices:
-        prompts = [
-            Prompt(
-                prompt_id=name,
-                token_ids=np.array([1], dtype=np.int32),
-                reference_ids=(),
-                text="",
-                references=(),
-            )
-            for name in names
-        ]
-        data = ray.put(prompts), ray.put([rollout(f"dataset-{name}") for name in names])
-        return make_services(config, [], [], buffer=remote(BufferActor, config), data=data)
+        return make_services(config, [], [], buffer=make_buffer(config), data=data_of(names))
 
     saved = services_over(["a", "b"])
     saved.restore_buffer(None, 0)
@@ -506,3 +518,124 @@ def test_a_checkpoint_of_other_data_is_refused_with_a_message(tmp_path: Path) ->
     with pytest.raises(RunDirectoryError, match="must be that of the saved buffer"):
         other.restore_buffer(state, 0)
     other.restore_buffer(None, 0)
+
+
+# ---- the buffer dies -----------------------------------------------------------------------------
+
+NAMES = ("a", "b", "c", "d")
+
+
+def test_a_buffer_that_died_answers_learners_with_an_error_and_goes_on_when_it_is_restored(
+    tmp_path: Path,
+) -> None:
+    config = make_config(tmp_path)
+    buffer = make_buffer(config)
+    metrics = remote(MetricsActor, tmp_path / "log", settings={"tensorboard": False})
+    services = make_services(
+        config,
+        [remote(FakeScorer)],
+        make_stores(1),
+        buffer=buffer,
+        data=data_of(NAMES),
+        metrics=metrics,
+    )
+    loop = services._wires.loop
+    running = loop.run.remote()
+    services.restore_buffer(None, 0)
+    services.report_validation(Validation(step=0, loss=1.0, tokens=1))
+    draw(services, 0)
+    services.advance(1)
+    state = services.buffer_state(1)
+    second = draw(services, 1)
+
+    waiting = buffer.draw.remote(3, 0, 100.0)  # nobody has advanced that far
+    kill_and_await_restart(buffer)
+    with pytest.raises(BufferLost, match="have to go back to the last checkpoint"):
+        get(waiting)
+    calls: list[Callable[[], object]] = [
+        lambda: services.draw(1, 0, 10.0),
+        lambda: services.waiting_for(1),
+        lambda: services.advance(2),
+        lambda: services.buffer_state(2),
+        lambda: services.report_validation(Validation(step=2, loss=1.0, tokens=1)),
+        lambda: get(loop.report_step.remote(TrainStep(step=2, loss=1.0), second, 0.0)),
+    ]
+    for call in calls:
+        with pytest.raises(BufferLost):
+            call()
+    assert "the replay buffer died" in get(buffer.waiting.remote())
+    assert not services.should_stop()
+    assert not ray.wait([running], timeout=0.5)[0], "the rollout loop waits for the restore"
+
+    services.restore_buffer(state, 1)
+    assert draw(services, 1) == second, "the buffer is open again, at the same place"
+    services.restore_buffer(state, 1)  # a learner died: the buffer did not
+    log, _ = get(metrics.since.remote(0))
+    events = [record.name for record in log if isinstance(record, EventRecord)]
+    assert events == ["rewound", "replay buffer died", "rewound"]
+    get(buffer.finish.remote())
+    get(running)
+
+
+def draw(services: ActorServices, step: int) -> DrawFacts:
+    plan = services.draw(step, 0, 60.0)
+    assert plan is not None, services.waiting_for(step)
+    return plan.facts
+
+
+def get(call: Any) -> Any:
+    return ray.get(call, timeout=60)
+
+
+def test_what_was_done_for_a_buffer_that_died_is_nothing_to_the_restored_one(
+    tmp_path: Path,
+) -> None:
+    config = make_config(tmp_path, schedule={"type": "fixed", "phi": 1.0})
+    buffer = make_buffer(config)
+
+    def restore(incarnation: int) -> bool:
+        call = buffer.restore.remote(incarnation, None, 0, *data_of(NAMES))
+        return get(call)
+
+    assert not restore(1)
+    before = get(buffer.work.remote())
+    kill_and_await_restart(buffer)
+    prompt_id = before.demand[0].prompt.prompt_id
+    answer = dataclasses.replace(rollout("student-0"), ordinal=0, prompt_id=prompt_id)
+    get([buffer.add.remote(1, answer), buffer.lose.remote(1, 1)])
+    work = buffer.work.remote()
+    assert not ray.wait([work], timeout=0.5)[0]
+    assert restore(2)
+    after = get(work)
+    assert (before.incarnation, after.incarnation) == (1, 2)
+    demands = [[(one.ordinal, one.attempt) for one in work.demand] for work in (before, after)]
+    assert demands[0] == demands[1] != []
+    get([buffer.add.remote(1, answer), buffer.lose.remote(1, 1)])
+    counters = get(buffer.counters.remote(2))
+    assert (counters.finished, counters.lost, counters.duplicates) == (0, 0, 0)
+    with pytest.raises(BufferLost):
+        get(buffer.counters.remote(1))
+    get(buffer.add.remote(2, answer))
+    assert get(buffer.counters.remote(2)).finished == 1
+
+
+def test_a_buffer_that_dies_again_and_again_ends_the_run_with_a_message() -> None:
+    failure = WorkerGroupError("two ranks", {0: BufferLost("died"), 1: RuntimeError("peer gone")})
+    with pytest.raises(
+        ClusterError, match=r"the replay buffer died, .* learner\.max_restarts = 3 counts"
+    ):
+        _raise_training_failure(failure, max_restarts=3)
+
+
+def test_a_buffer_that_does_not_come_back_ends_the_run_with_a_message(tmp_path: Path) -> None:
+    config = make_config(tmp_path, run={"startup_timeout_s": 1})
+    unused: Any = None
+    job = _Job(config, unused, unused, "")
+    buffer = make_buffer(config)
+    hanging = buffer.work.remote()
+    message = r"the replay buffer did not answer within run\.startup_timeout_s = 1 s: its process"
+    with pytest.raises(ClusterError, match=message):
+        job._ask_buffer(hanging)
+    ray.kill(buffer)
+    with pytest.raises(ClusterError, match=message):
+        job._ask_buffer(buffer.failure.remote())
