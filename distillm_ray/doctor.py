@@ -235,11 +235,9 @@ def probe_cluster(address: str) -> Finding:
     """What a running Ray cluster offers."""
     import ray  # noqa: PLC0415
 
-    joined_here = not ray.is_initialized()
     try:
         knock(address)
-        if joined_here:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         return Finding(
             name="Ray cluster",
@@ -251,13 +249,20 @@ def probe_cluster(address: str) -> Finding:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         total, free = ray.cluster_resources(), ray.available_resources()
     finally:
-        if joined_here:
-            ray.shutdown()
+        ray.shutdown()
     parts = [f"{len(nodes)} nodes"]
     for name in ("CPU", "GPU"):
         if total.get(name, 0) > 0:
             parts.append(f"{free.get(name, 0):g} of {total[name]:g} {name}s free")
     parts.append(f"object store {total.get('object_store_memory', 0) / _GIB:.1f} GiB")
+    if not context.dashboard_url:
+        return Finding(
+            name="Ray cluster",
+            status="warn",
+            detail=", ".join([*parts, "no dashboard"]),
+            remedy="training works; `ray job submit` does not: its head was started without one, or"
+            " the port was taken (ray start --head --include-dashboard=true --dashboard-port=PORT)",
+        )
     return Finding(name="Ray cluster", status="ok", detail=", ".join(parts))
 
 

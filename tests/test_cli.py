@@ -8,8 +8,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -323,6 +325,57 @@ def test_a_cluster_that_cannot_be_reached_is_named_in_seconds(
     assert time.monotonic() - started < 10
     assert f"could not be reached (RAY_ADDRESS = {address})" in message
     assert "Connection refused" in message
+
+
+@contextmanager
+def listening(answer: bytes) -> Iterator[str]:
+    """The address of a service that gives this answer to whatever it is told, or none."""
+
+    def serve() -> None:
+        connection, _ = service.accept()
+        with connection, suppress(ConnectionResetError):
+            connection.recv(1024)
+            connection.sendall(answer)
+            connection.recv(1024)  # until the other side has enough
+
+    with socket.create_server(("127.0.0.1", 0)) as service:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{service.getsockname()[1]}"
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.mark.usefixtures("same_environment")
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something listens there that is no Ray cluster"),
+        (b"", "says nothing for 0.5 s: it hangs, or is no Ray cluster"),
+    ],
+)
+def test_another_service_at_the_clusters_address_is_told_in_seconds(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, answer: bytes, said: str
+) -> None:
+    from distillm_ray import pipeline  # noqa: F401  seconds, which are not the point
+    from distillm_ray.cluster import address
+
+    monkeypatch.setattr(address, "_TIMEOUT_S", 0.5)
+    with listening(answer) as service:
+        monkeypatch.setenv("RAY_ADDRESS", service)
+        started = time.monotonic()
+        message = refused()
+    assert time.monotonic() - started < 10
+    assert f"could not be reached (RAY_ADDRESS = {service})" in message
+    assert said in message
+
+
+@pytest.mark.usefixtures("same_environment")
+def test_a_dashboards_address_is_not_the_clusters(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    assert "is HOST:PORT, and this is a dashboard's: `ray job submit` takes it" in refused()
 
 
 @pytest.mark.usefixtures("same_environment")

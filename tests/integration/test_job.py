@@ -48,6 +48,14 @@ print(ray.get_runtime_context().gcs_address)
 """
 
 
+DOCTOR_SCRIPT = """
+import os
+from distillm_ray.doctor import probe_cluster
+finding = probe_cluster(os.environ["RAY_ADDRESS"])
+print(finding.detail, finding.status)
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """A running `ray start --head`."""
@@ -224,6 +232,20 @@ def test_a_job_with_a_bad_config_fails_with_the_message(head: Head, config: Path
     code, output = finish(lost, LIMIT_S)
     assert code != 0
     assert "deletes after the job" in output
+
+
+def test_the_doctor_finds_the_cluster_and_its_dashboard(head: Head) -> None:
+    environment = {**head.environment, "RAY_ADDRESS": f"127.0.0.1:{head.port}"}
+    found = subprocess.run(
+        [sys.executable, "-c", DOCTOR_SCRIPT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split()[-1] == "ok", found.stdout
 
 
 def test_without_an_address_we_start_our_own_cluster_beside_a_running_one(
