@@ -1,7 +1,7 @@
 """Whole runs of tiny models by the command line: one undisturbed, one that everything happens to.
 
 The second has the same config. Its driver is killed, its next driver is told to stop, and the third
-loses a generator and a learner. What the two drew must be the same.
+loses a generator, a learner and the replay buffer. What the two drew must be the same.
 """
 
 from __future__ import annotations
@@ -101,6 +101,10 @@ def disturbed(config: Path) -> Disturbed:
         generator_lost_at = newest_checkpoint(run)
         driver.wait_for(lambda: checkpointed(run, generator_lost_at + 4), LIMIT_S)
         os.kill(driver.find("RayTrainWorker").pid, signal.SIGKILL)
+        driver.wait_for(lambda: rewinds(run) == 1, LIMIT_S)
+        learner_lost_at = newest_checkpoint(run)
+        driver.wait_for(lambda: checkpointed(run, learner_lost_at + 2), LIMIT_S)
+        os.kill(driver.find("ray::BufferActor").pid, signal.SIGKILL)
         last_code = driver.wait(LIMIT_S)
         assert last_code == 0, driver.output()
     return Disturbed(
@@ -112,6 +116,11 @@ def disturbed(config: Path) -> Disturbed:
         checkpoint_of_the_stopped=stopped_at,
         code_of_the_last=last_code,
     )
+
+
+def rewinds(run: Path) -> int:
+    """How often the learners went back to their checkpoint."""
+    return sum(record.name == "rewound" for record in records(run, EventRecord))
 
 
 def newest_checkpoint(run: Path) -> int:
@@ -263,7 +272,8 @@ def test_a_run_that_lost_everything_once_ends_with_the_same_number_of_steps(
     events = [record.name for record in records(disturbed.run, EventRecord)]
     assert "generator 0 failed" in events
     assert "generator 0 is back" in events
-    assert events.count("rewound") == 1, "the learners went back to their checkpoint"
+    assert events.count("replay buffer died") == 1
+    assert rewinds(disturbed.run) == 2, "once for the learner, once for the buffer"
     ordinals = list(fresh_ordinals(disturbed.run))
     assert sorted(ordinals) == list(range(len(ordinals))), "no prompt was skipped"
 
