@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distillm_ray import __version__
-from distillm_ray.errors import UserError
+from distillm_ray.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from distillm_ray.config import Config
     from distillm_ray.report.console import ConsoleView
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 3
 
@@ -196,6 +197,9 @@ def _user_errors() -> Iterator[None]:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_USER_ERROR) from error
+    except RunFailed as failure:
+        typer.echo(f"failed: {failure}", err=True)
+        raise typer.Exit(EXIT_FAILED) from failure
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:

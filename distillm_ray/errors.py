@@ -1,7 +1,7 @@
-"""What a user can cause. Everything else is a bug of ours and may show its stack trace.
+"""What a user can cause, and what a cluster can. The rest is a bug and may show its stack trace.
 
 The command line prints the message of a `UserError` and exits with code 2. A message names the key,
-file or line, the rule, the value, and the consequence or the remedy.
+file or line, the rule, the value, and the consequence or the remedy. `RunFailed` exits with code 1.
 """
 
 
@@ -27,3 +27,7 @@ class RunDirectoryError(UserError):
 
 class ClusterError(UserError):
     """The cluster lacks what the config asks for, or something did not start in time."""
+
+
+class RunFailed(RuntimeError):
+    """What restarts could not mend: the message says what failed and where more is known."""

@@ -11,7 +11,8 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from distillm_ray.cluster import resources
-from distillm_ray.cluster.cluster import Cluster, available, connect, resolve_device
+from distillm_ray.cluster.cluster import Cluster
+from distillm_ray.cluster.connection import available, connect, resolve_device
 from distillm_ray.config import Config, LossConfig
 from distillm_ray.data.files import check_files
 from distillm_ray.data.splits import load_dataset, load_splits

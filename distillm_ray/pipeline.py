@@ -22,20 +22,12 @@ from typing import Any, Literal, TypeAlias
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
-from ray.train.v2.api.exceptions import WorkerGroupError
 from transformers import AutoTokenizer
 
 from distillm_ray.cluster import resources
-from distillm_ray.cluster.actors import BufferLost
-from distillm_ray.cluster.cluster import (
-    Cluster,
-    LearnerJob,
-    ask,
-    available,
-    connect,
-    release,
-    resolve_device,
-)
+from distillm_ray.cluster.cluster import Cluster, ask, release
+from distillm_ray.cluster.connection import available, connect, resolve_device
+from distillm_ray.cluster.learners import LearnerJob, Learners
 from distillm_ray.cluster.pools import Actor
 from distillm_ray.cluster.resources import Device
 from distillm_ray.cluster.services import Wires
@@ -65,8 +57,8 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
     """Run or resume the job; returns how it ended.
 
     Raises:
-        UserError: for the user's eyes. Everything else is a bug or a failure of the cluster that
-            restarts could not mend; the last checkpoint stays good either way.
+        UserError: for the user's eyes.
+        RunFailed: what restarts could not mend; the last checkpoint stays good.
     """
     return _Job(config, preflight, view, command).run()
 
@@ -179,7 +171,7 @@ class _Job:
 
     def _start_learners(
         self, cluster: Cluster, roles: _Roles, splits: Splits, device: Device
-    ) -> _Thread:
+    ) -> Learners:
         """They load, validate and then wait for the first draw, which waits for the loop to run."""
         job = LearnerJob(
             config=self._config,
@@ -189,11 +181,11 @@ class _Job:
             validation=ray.put(self._limited(splits.validation.demonstrations)),
             probe_prompts=splits.validation.prompts[: self._config.validation.probe_prompts],
         )
-        learners = _Thread(lambda: cluster.train(job))
+        learners = Learners(lambda: cluster.train(job), self._config)
         learners.start()
         return learners
 
-    def _train(self, roles: _Roles, learners: _Thread) -> int:
+    def _train(self, roles: _Roles, learners: Learners) -> int:
         """Run learners and rollout loop side by side; returns the completed steps."""
         rollouts = roles.loop.run.remote()  # which opens the buffer
         position = 0
@@ -213,7 +205,7 @@ class _Job:
             if ray.wait([rollouts], timeout=0)[0] and learners.is_alive():
                 ask(rollouts, timeout_s=_ASK_S)  # it only returns early by raising
         self._follow(roles, position)
-        _raise_training_failure(learners.failure, self._config.learner.max_restarts)
+        learners.raise_failure()
         self._ask_buffer(roles.buffer.finish.remote())
         ask(rollouts, timeout_s=_ASK_S)
         folder = self._config.run.directory / CHECKPOINT_FOLDER
@@ -306,40 +298,6 @@ class _Job:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-class _Thread(threading.Thread):
-    """Ray Train's `fit` blocks; the driver has a log to show meanwhile."""
-
-    def __init__(self, work: Any) -> None:
-        super().__init__(daemon=True, name="learners")
-        self._work = work
-        self.failure: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._work()
-        except BaseException as error:
-            self.failure = error  # the driver raises it
-
-
-def _raise_training_failure(failure: BaseException | None, max_restarts: int) -> None:
-    """A rank's user error as itself, a lost buffer as one; anything else as Ray Train says it."""
-    if failure is None:
-        return
-    if isinstance(failure, WorkerGroupError):
-        for error in failure.worker_failures.values():
-            cause = error.__cause__ or error
-            if isinstance(cause, UserError):
-                raise cause from failure
-            if isinstance(cause, BufferLost):
-                raise ClusterError(
-                    "the replay buffer died, and the learners may not go back with it once more:"
-                    f" learner.max_restarts = {max_restarts} counts their restarts for whatever"
-                    " reason; see the log of the driver's node for why it died, out of memory"
-                    " perhaps, then give the same command to resume from the last checkpoint"
-                ) from failure
-    raise failure
 
 
 def _describe(splits: Splits) -> list[str]:

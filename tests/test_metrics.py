@@ -175,6 +175,24 @@ def test_a_loss_that_is_not_finite_is_valid_json_and_reads_as_nan(tmp_path: Path
     assert math.isnan(record.loss)
 
 
+def test_an_event_without_a_step_gets_the_newest_one(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.add(EventRecord(name="before all steps"))
+    log.add(step_record(1))
+    log.add(step_record(2))
+    log.add(EventRecord(name="after two"))
+    log.rewind(1)
+    log.add(EventRecord(name="after going back"))
+    log.close()
+    events = [one for one in read_records(tmp_path / FILE_NAME) if isinstance(one, EventRecord)]
+    assert [(event.name, event.step) for event in events] == [
+        ("before all steps", 0),
+        ("after two", 2),
+        ("rewound", 1),
+        ("after going back", 1),
+    ]
+
+
 def test_steps_after_the_checkpoint_are_superseded_and_kept(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     for step in range(1, 6):

@@ -37,7 +37,15 @@ from distillm_ray.types import (
 )
 
 
-class GeneratorActor:
+class PooledActor:
+    """An actor of a pool, which may be killed and restarted under the same handle."""
+
+    async def process(self) -> str:
+        """Another one after a restart."""
+        return ray.get_runtime_context().get_worker_id()
+
+
+class GeneratorActor(PooledActor):
     """A generator in a process of its own; resolves published weights before they go in."""
 
     def __init__(self, source: Source, config: RolloutConfig, **settings: Any) -> None:
@@ -67,7 +75,7 @@ class GeneratorActor:
         await self._generator.stop()
 
 
-class ScorerActor:
+class ScorerActor(PooledActor):
     """A scorer in a process of its own."""
 
     def __init__(self, teacher: TeacherConfig, targets: TargetsConfig, **settings: Any) -> None:

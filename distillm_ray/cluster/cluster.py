@@ -11,15 +11,13 @@ No actor is detached: when the driver goes, by whatever signal, everything goes 
 
 from __future__ import annotations
 
-import logging
-import os
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -31,91 +29,18 @@ from distillm_ray.cluster.actors import (
     ScorerActor,
     TargetStoreActor,
 )
-from distillm_ray.cluster.address import knock
+from distillm_ray.cluster.learners import LearnerJob
 from distillm_ray.cluster.loop_actor import RolloutLoopActor
 from distillm_ray.cluster.pools import Actor
-from distillm_ray.cluster.resources import Available, Device, Node
-from distillm_ray.cluster.services import Wires
+from distillm_ray.cluster.resources import Device
 from distillm_ray.config import Config, Dtype, RolloutConfig
-from distillm_ray.errors import ClusterError, UserError
+from distillm_ray.errors import UserError
 from distillm_ray.models.directory import ModelFacts
-from distillm_ray.types import Prompt, Rollout, Source
+from distillm_ray.types import Rollout, Source
 
 _remote: Any = ray.remote  # its annotations know only some of its options
 _LOOP_CONCURRENCY = 1000  # calls that an asynchronous actor of ours may have open
 _STORE_RETRIES = 5  # what a store does can be done twice
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LearnerJob:
-    """Everything a Ray Train worker is told."""
-
-    config: Config
-    device: Device
-    wires: Wires
-    vocabulary_size: int
-    validation: Any  # reference to the held-out demonstrations
-    probe_prompts: tuple[Prompt, ...]
-
-
-def connect(config: Config, *, namespace: str = "distillm-ray") -> None:
-    """Join the cluster that RAY_ADDRESS names (a Ray job sets it), or start one of our own here.
-
-    Raises:
-        ClusterError: the cluster cannot be reached or started.
-    """
-    environment = {
-        # Ray's own defaults wait minutes before a dead or hanging worker is noticed.
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2",
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    environment = {name: os.environ.setdefault(name, value) for name, value in environment.items()}
-    # Ray refuses a variable that the job's runtime environment sets too, even to the same value.
-    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    settings: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
-        # A cluster of our own: nobody else is meant to reach it, and it needs no web page.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        settings = {
-            # Without an address Ray joins whatever cluster was started here last.
-            "address": "local",
-            "include_dashboard": False,
-            "object_store_memory": _local_store_bytes(config),
-        }
-    try:
-        knock(os.environ.get("RAY_ADDRESS", ""))
-        ray.init(
-            namespace=namespace,
-            runtime_env={"env_vars": environment},
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **settings,
-        )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ClusterError(
-            f"Ray did not start or could not be reached (RAY_ADDRESS ="
-            f" {os.environ.get('RAY_ADDRESS', 'not set')}): {error}"
-        ) from error
-
-
-def available() -> Available:
-    """What the connected cluster offers."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    store = sum(node.get("object_store_memory", 0) for node in nodes)
-    return Available(
-        nodes=tuple(Node(cpus=node.get("CPU", 0), gpus=node.get("GPU", 0)) for node in nodes),
-        object_store_bytes=int(store),
-    )
-
-
-def resolve_device(config: Config) -> Device:
-    """`auto` is CUDA where the cluster has a GPU."""
-    if config.run.device != "auto":
-        return config.run.device
-    return "cuda" if available().gpus > 0 else "cpu"
 
 
 class Cluster:
@@ -219,10 +144,9 @@ class Cluster:
         return [actor.remote(config.max_bytes // config.stores) for _ in range(config.stores)]
 
     def train(self, job: LearnerJob) -> None:
-        """Run the learners to their end; returns when all ranks have.
+        """Run the learners to their end; returns when all ranks have. See `Learners` for failures.
 
-        Raises:
-            UserError: what a rank raised for the user's eyes.
+        Ray Train restarts ranks that fail; here its controller is replaced when that dies.
         """
         config = self._config.learner
         cpus = {"CPU": config.num_cpus} if config.num_cpus > 0 else {}
@@ -248,7 +172,13 @@ class Cluster:
                 },
             ),
         )
-        trainer.fit()
+        for restarts in itertools.count(1):
+            try:
+                trainer.fit()
+                return
+            except RayActorError:
+                if restarts > config.max_restarts:
+                    raise
 
     def held_out_loss(
         self,
@@ -347,8 +277,3 @@ def _thread_settings(num_threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
     }
-
-
-def _local_store_bytes(config: Config) -> int:
-    """Room for all targets, two versions of the weights and the batches under way."""
-    return config.targets.max_bytes + 2 * 2**30

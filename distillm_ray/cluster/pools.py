@@ -50,11 +50,13 @@ class Member:
     in_flight: int = 0
     failures: int = 0  # without a success in between
     life: int = 0  # how often it was replaced
+    process: str = ""  # the one that was started last
+    killed: str = ""  # the one that was killed last, which may still answer for a while
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class ActorPool:
-    """Spreads calls over actors that have a `start` method; see the module for what fails."""
+    """Spreads calls over `PooledActor`s with a `start` method; see the module for what fails."""
 
     def __init__(
         self,
@@ -121,7 +123,10 @@ class ActorPool:
                 while True:
                     up = False
                     try:
-                        await member.handle.__ray_ready__.remote()
+                        member.process = await member.handle.process.remote()
+                        if member.process == member.killed:
+                            await asyncio.sleep(_RESTART_POLL_S)
+                            continue
                         up = True
                         latest = "its process is up, but its start has not returned"
                         await member.handle.start.remote()
@@ -182,9 +187,7 @@ class ActorPool:
             return  # another of its calls has seen to it
         member.failures += 1
         self._kill(member)
-        await self._log.add(
-            EventRecord(step=0, name=f"{member.name} failed", detail=_one_line(error))
-        )
+        await self._log.add(EventRecord(name=f"{member.name} failed", detail=_one_line(error)))
         if member.failures >= MAX_FAILURES:
             fatal = ClusterError(
                 f"{member.name} failed {member.failures} times in a row, the last time with:"
@@ -199,6 +202,7 @@ class ActorPool:
     def _kill(self, member: Member) -> None:
         member.ready.clear()
         member.life += 1
+        member.killed = member.process
         ray.kill(member.handle, no_restart=False)
 
     async def _recover(self, member: Member) -> None:
@@ -207,7 +211,7 @@ class ActorPool:
         except UserError as error:
             await self._give_up(error)
             return
-        await self._log.add(EventRecord(step=0, name=f"{member.name} is back"))
+        await self._log.add(EventRecord(name=f"{member.name} is back"))
 
     async def _give_up(self, fatal: UserError) -> None:
         """From here on every call raises this, those that wait for a member included."""

@@ -19,7 +19,7 @@ from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead, load_frozen_head
 
 if TYPE_CHECKING:
-    from distillm_ray.cluster.cluster import LearnerJob
+    from distillm_ray.cluster.learners import LearnerJob
 
 
 def run(job: LearnerJob) -> None:

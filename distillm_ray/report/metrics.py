@@ -21,6 +21,7 @@ from typing import Any
 from distillm_ray.errors import RunDirectoryError
 from distillm_ray.report.board import scalars, texts
 from distillm_ray.report.records import (
+    UNKNOWN_STEP,
     EventRecord,
     PublishRecord,
     Record,
@@ -137,6 +138,9 @@ class MetricsLog:
         """Write a record down, with the time of day; it is in the file when this returns."""
         if record.time == 0.0:
             record = dataclasses.replace(record, time=self._clock())
+        if record.step == UNKNOWN_STEP:
+            newest = self.latest("step")
+            record = dataclasses.replace(record, step=newest.step if newest is not None else 0)
         self._file.write(to_json(record) + "\n")
         self._remember(record)
         if self._writer is not None:

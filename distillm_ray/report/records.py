@@ -23,6 +23,9 @@ Measured: TypeAlias = Annotated[
 ]
 """A number that can be non-finite, or that was not measured (NaN)."""
 
+UNKNOWN_STEP = -1
+"""Of an event whose witness does not follow the steps; the log puts in its newest one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
@@ -236,7 +239,7 @@ class EventRecord:
     """Something that happened: an actor was restarted, an ordinal lost."""
 
     kind: Literal["event"] = "event"
-    step: int
+    step: int = UNKNOWN_STEP
     time: float = 0.0
     name: str
     detail: str = ""

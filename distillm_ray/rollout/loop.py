@@ -255,9 +255,7 @@ class RolloutLoop:
             with self._generating.running():
                 rollout = await self._generators.generate(demand)
         except ActorLost as loss:
-            await self._log.add(
-                EventRecord(step=demand.min_version, name="ordinal lost", detail=str(loss))
-            )
+            await self._log.add(EventRecord(name="ordinal lost", detail=str(loss)))
             await self._lose(demand)
             return
         self._count(rollout)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
+from distillm_ray.cluster.actors import PooledActor
 from distillm_ray.config import SamplingConfig
 from distillm_ray.errors import ModelError
 from distillm_ray.types import (
@@ -53,7 +54,7 @@ def rollout(name: str, num_tokens: int = 1, *, text: str = "", version: int = 0)
     )
 
 
-class Trouble:
+class Trouble(PooledActor):
     """What a prompt's text can ask of an actor; the text of an answer is its process."""
 
     async def obey(self, text: str) -> None:

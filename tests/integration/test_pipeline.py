@@ -1,7 +1,8 @@
 """Whole runs of tiny models by the command line: one undisturbed, one that everything happens to.
 
 The second has the same config. Its driver is killed, its next driver is told to stop, and the third
-loses a generator, a learner and the replay buffer. What the two drew must be the same.
+loses a generator, a learner, the replay buffer and the controller of the learners. What the two
+drew must be the same.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tests.integration.tiny import (
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(4 * LIMIT_S)]
 
-STEPS, BATCH_SIZE = 40, 8
+STEPS, BATCH_SIZE = 48, 8
 VLLM = ("rollout.engine={type: vllm, max_num_seqs: 8}",)
 EVALUATED = ("evaluation.at_end=true", "evaluation.max_prompts=4")
 
@@ -105,6 +106,10 @@ def disturbed(config: Path) -> Disturbed:
         learner_lost_at = newest_checkpoint(run)
         driver.wait_for(lambda: checkpointed(run, learner_lost_at + 2), LIMIT_S)
         os.kill(driver.find("ray::BufferActor").pid, signal.SIGKILL)
+        driver.wait_for(lambda: rewinds(run) == 2, LIMIT_S)
+        buffer_lost_at = newest_checkpoint(run)
+        driver.wait_for(lambda: checkpointed(run, buffer_lost_at + 2), LIMIT_S)
+        os.kill(driver.find("ray::TrainController").pid, signal.SIGKILL)
         last_code = driver.wait(LIMIT_S)
         assert last_code == 0, driver.output()
     return Disturbed(
@@ -273,7 +278,7 @@ def test_a_run_that_lost_everything_once_ends_with_the_same_number_of_steps(
     assert "generator 0 failed" in events
     assert "generator 0 is back" in events
     assert events.count("replay buffer died") == 1
-    assert rewinds(disturbed.run) == 2, "once for the learner, once for the buffer"
+    assert rewinds(disturbed.run) == 3, "for the learner, the buffer and Ray Train's controller"
     ordinals = list(fresh_ordinals(disturbed.run))
     assert sorted(ordinals) == list(range(len(ordinals))), "no prompt was skipped"
 

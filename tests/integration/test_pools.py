@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from distillm_ray.cluster.actors import BufferActor, BufferLost, MetricsActor, TargetStoreActor
+from distillm_ray.cluster.learners import Learners
 from distillm_ray.cluster.loop_actor import RolloutLoopActor
 from distillm_ray.cluster.pools import MAX_FAILURES, Actor, Generators, Targets, store_index
 from distillm_ray.cluster.services import ActorServices, Wires
 from distillm_ray.config import Config, SamplingConfig
-from distillm_ray.errors import ClusterError, ModelError, RunDirectoryError
-from distillm_ray.pipeline import _Job, _raise_training_failure
+from distillm_ray.errors import ClusterError, ModelError, RunDirectoryError, RunFailed
+from distillm_ray.pipeline import _Job
 from distillm_ray.report.records import DrawFacts, EventRecord, Record
 from distillm_ray.rollout.loop import ActorLost
 from distillm_ray.types import HiddenTargets, Prompt, TeacherTargets, TrainStep, Validation, Weights
@@ -619,12 +620,44 @@ def test_what_was_done_for_a_buffer_that_died_is_nothing_to_the_restored_one(
     assert get(buffer.counters.remote(2)).finished == 1
 
 
-def test_a_buffer_that_dies_again_and_again_ends_the_run_with_a_message() -> None:
-    failure = WorkerGroupError("two ranks", {0: BufferLost("died"), 1: RuntimeError("peer gone")})
-    with pytest.raises(
-        ClusterError, match=r"the replay buffer died, .* learner\.max_restarts = 3 counts"
-    ):
-        _raise_training_failure(failure, max_restarts=3)
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (
+            WorkerGroupError("all", {0: BufferLost("died"), 1: RuntimeError("peer gone")}),
+            r"^the replay buffer died, .* learner\.max_restarts = 3 times, .*failure\.txt",
+        ),
+        (
+            WorkerGroupError("all", {1: RuntimeError("no memory\nat all")}),
+            r"^rank 1 of the learners failed: RuntimeError: no memory\. The learners",
+        ),
+        (ControllerError(RuntimeError("lost")), r"^the controller of the learners failed: "),
+    ],
+)
+def test_what_restarts_could_not_mend_ends_the_run_with_a_message(
+    tmp_path: Path, failure: Exception, said: str
+) -> None:
+    def fit() -> None:
+        raise failure
+
+    config = make_config(tmp_path, run={"directory": str(tmp_path)})
+    learners = Learners(fit, config)
+    learners.start()
+    learners.join(60)
+    with pytest.raises(RunFailed, match=said):
+        learners.raise_failure()
+    assert (tmp_path / "failure.txt").read_text() == str(failure)
+
+
+def test_what_a_rank_says_to_the_user_arrives_as_itself(tmp_path: Path) -> None:
+    def fit() -> None:
+        raise WorkerGroupError("all", {0: RuntimeError("peer gone"), 1: ModelError("student: no")})
+
+    learners = Learners(fit, make_config(tmp_path))
+    learners.start()
+    learners.join(60)
+    with pytest.raises(ModelError, match=r"^student: no$"):
+        learners.raise_failure()
 
 
 def test_a_buffer_that_does_not_come_back_ends_the_run_with_a_message(tmp_path: Path) -> None:

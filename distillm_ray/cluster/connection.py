@@ -1,0 +1,79 @@
+"""The cluster that a job runs on: joined or started, and what it offers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import ray
+
+from distillm_ray.cluster.address import knock
+from distillm_ray.cluster.resources import Available, Device, Node
+from distillm_ray.config import Config
+from distillm_ray.errors import ClusterError
+
+
+def connect(config: Config, *, namespace: str = "distillm-ray") -> None:
+    """Join the cluster that RAY_ADDRESS names (a Ray job sets it), or start one of our own here.
+
+    Raises:
+        ClusterError: the cluster cannot be reached or started.
+    """
+    environment = {
+        # Ray's own defaults wait minutes before a dead or hanging worker is noticed.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment = {name: os.environ.setdefault(name, value) for name, value in environment.items()}
+    # Ray refuses a variable that the job's runtime environment sets too, even to the same value.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    settings: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        # A cluster of our own: nobody else is meant to reach it, and it needs no web page.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        settings = {
+            # Without an address Ray joins whatever cluster was started here last.
+            "address": "local",
+            "include_dashboard": False,
+            "object_store_memory": _local_store_bytes(config),
+        }
+    try:
+        knock(os.environ.get("RAY_ADDRESS", ""))
+        ray.init(
+            namespace=namespace,
+            runtime_env={"env_vars": environment},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **settings,
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(
+            f"Ray did not start or could not be reached (RAY_ADDRESS ="
+            f" {os.environ.get('RAY_ADDRESS', 'not set')}): {error}"
+        ) from error
+
+
+def available() -> Available:
+    """What the connected cluster offers."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    store = sum(node.get("object_store_memory", 0) for node in nodes)
+    return Available(
+        nodes=tuple(Node(cpus=node.get("CPU", 0), gpus=node.get("GPU", 0)) for node in nodes),
+        object_store_bytes=int(store),
+    )
+
+
+def resolve_device(config: Config) -> Device:
+    """`auto` is CUDA where the cluster has a GPU."""
+    if config.run.device != "auto":
+        return config.run.device
+    return "cuda" if available().gpus > 0 else "cpu"
+
+
+def _local_store_bytes(config: Config) -> int:
+    """Room for all targets, two versions of the weights and the batches under way."""
+    return config.targets.max_bytes + 2 * 2**30
