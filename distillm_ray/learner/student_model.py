@@ -3,7 +3,8 @@
     token ids, position ids ──► backbone ──► hidden states ──► rows at loss positions ──► head, loss
 
 Packing: one row, position ids that restart with every sequence, no attention mask and no cache is
-what transformers reads as separate sequences. With the cache on it would not.
+what transformers reads as separate sequences. With the cache on it would not. On a CPU they are
+computed one by one (packed_attention.py).
 
 Axes: L packed tokens, N loss positions, D hidden size.
 """
@@ -22,6 +23,7 @@ from distillm_ray.errors import ConfigError, ModelError
 from distillm_ray.loss.distillation_head import DistillationHead
 from distillm_ray.loss.head_loss import HeadLoss, LossRequest
 from distillm_ray.models.dtypes import resolve_dtype
+from distillm_ray.models.packed_attention import attend_sequence_by_sequence, packed_arguments
 
 
 class PackedStudent(nn.Module):
@@ -43,6 +45,7 @@ class PackedStudent(nn.Module):
             input_ids=token_ids_L[None],
             position_ids=position_ids_L[None],
             use_cache=False,
+            **packed_arguments(self.model, position_ids_L),
         ).last_hidden_state
         head = self.model.get_output_embeddings()
         assert isinstance(head, DistillationHead)
@@ -67,7 +70,7 @@ def load_student(
             f" (student.dtype: {config.dtype}): DeepSpeed's optimizer for that pair makes a"
             " spurious first step; set learner.zero_stage=1, which costs nothing"
         )
-    # Packed rows need no mask with flash attention; sdpa builds a block-diagonal one.
+    # Packed rows need no mask with flash attention.
     flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -80,6 +83,8 @@ def load_student(
         )
     except OSError as error:
         raise ModelError(f"student.model {config.model} cannot be loaded: {error}") from error
+    if device.type == "cpu":
+        attend_sequence_by_sequence(model)
     model.config.use_cache = False
     if config.lora is not None:
         add_adapters(model, config.lora)

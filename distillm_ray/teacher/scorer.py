@@ -30,6 +30,7 @@ from distillm_ray.config import TargetsConfig, TeacherConfig
 from distillm_ray.errors import ConfigError, ModelError
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead, load_frozen_head
+from distillm_ray.models.packed_attention import attend_sequence_by_sequence, packed_arguments
 from distillm_ray.types import (
     HiddenTargets,
     LogitTargets,
@@ -135,6 +136,8 @@ class Scorer:
             attn_implementation="flash_attention_2" if flash and half else "sdpa",
         )
         model = cast(PreTrainedModel, cast(Any, model).to(self.device).eval())
+        if self.device.type == "cpu":
+            attend_sequence_by_sequence(model)
         head = load_frozen_head(
             self.config.model,
             vocabulary_size=self.vocabulary_size,
@@ -234,11 +237,13 @@ def _packed_forward(body: nn.Module, rollouts: Sequence[Rollout], device: torch.
     token_ids_L = np.concatenate(
         [part for rollout in rollouts for part in (rollout.prompt_ids, rollout.response_ids)]
     )
-    position_ids_L = np.concatenate([np.arange(rollout.num_tokens) for rollout in rollouts])
+    positions = np.concatenate([np.arange(rollout.num_tokens) for rollout in rollouts])
+    position_ids_L = torch.from_numpy(positions)
     output = body(
         input_ids=torch.from_numpy(token_ids_L).long()[None].to(device),
-        position_ids=torch.from_numpy(position_ids_L)[None].to(device),
+        position_ids=position_ids_L[None].to(device),
         use_cache=False,
+        **packed_arguments(body, position_ids_L),
     )
     return output.last_hidden_state[0]
 
