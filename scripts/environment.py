@@ -177,7 +177,8 @@ def install_lock(lock: Path, pip_settings: Mapping[str, str]) -> int:
     environment = uv_environment(pip_settings, find_links)
     say(f"installing {lock} (sizes of the larger downloads follow; the first time takes minutes)")
     # `sync` installs exactly the lock: it resolves no dependencies and removes what is not named.
-    sync = [UV, "pip", "sync", "--python", VENV_PYTHON, *options, lock]
+    # Bytecode belongs to the installation: a dozen processes would else compile vLLM at once.
+    sync = [UV, "pip", "sync", "--compile-bytecode", "--python", VENV_PYTHON, *options, lock]
     status = subprocess.run(sync, env=environment).returncode
     if status == 0:
         say("installing this project, editable")

@@ -271,8 +271,12 @@ def _learner_worker(settings: dict[str, Any]) -> None:
 
 
 def _thread_settings(num_threads: int) -> dict[str, str]:
-    """Roles share cores on a CPU-only machine: a thread that waits must not spin on one."""
+    """Roles share cores and memory on a CPU-only machine.
+
+    A thread that waits must not spin on a core, and glibc is not to keep a heap for every thread.
+    """
     return {
+        "MALLOC_ARENA_MAX": "2",
         "OMP_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",

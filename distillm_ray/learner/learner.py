@@ -37,6 +37,7 @@ from distillm_ray.learner.deepspeed_engine import (
     random_state,
     set_random_state,
 )
+from distillm_ray.learner.host_memory import return_freed_memory
 from distillm_ray.learner.step_statistics import StepStatistics
 from distillm_ray.learner.student_model import PackedStudent, load_student
 from distillm_ray.loss.distillation_head import install_distillation_head
@@ -153,6 +154,8 @@ class Learner:
             self._engine.backward(answer.loss * poison * self.num_ranks)
             statistics.add(batch, answer, self._token_losses(batch, answer))
         self._engine.step()
+        if self.device.type == "cpu":
+            return_freed_memory()
         norm = self._global_gradient_norm()
         totals = statistics.reduce(wait_seconds)
         train = TrainStep(
