@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,3 +33,15 @@ class WorkerExtension:
         for layer in self.model_runner.get_model().modules():
             if isinstance(layer, ParallelLMHead):
                 layer.quant_method.process_weights_after_loading(layer)
+
+
+def _end_with_parent() -> None:
+    """vLLM's engine process outlives a generator that was killed, and keeps its memory."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
+
+
+if multiprocessing.parent_process() is not None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
