@@ -11,6 +11,7 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(notdir $(LOCK))
+SITE_PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 INTEGRATION_TESTS := $(wildcard tests/integration tests/gpu)
 
 export PYTHONUNBUFFERED := 1
@@ -30,8 +31,11 @@ $(INSTALLED): $(LOCK) pyproject.toml scripts/environment.py
 
 setup: $(INSTALLED) ## make .venv from the lock file
 
-bench-setup: $(INSTALLED) ## add the libraries that bench/ compares with
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements/bench.lock
+bench-setup: $(INSTALLED) ## make .venv-bench: .venv and the libraries that bench/ compares with
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-bench
+	echo "import site; site.addsitedir('$$($(BIN)/python -c $(SITE_PACKAGES))')" \
+	  > "$$(.venv-bench/bin/python -c $(SITE_PACKAGES))/venv.pth"
+	$(BIN)/uv pip install --python .venv-bench --no-deps -r requirements/bench.lock
 
 lint: $(INSTALLED) ## ruff and the type checker, over everything
 	$(BIN)/ruff check .
@@ -60,5 +64,5 @@ lock: ## resolve requirements/*.lock anew; UPGRADE=1 takes the newest versions a
 	@$(PYTHON) scripts/environment.py lock $(if $(UPGRADE),--upgrade)
 
 clean: ## remove .venv and caches; runs and models stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-bench .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -88,7 +88,7 @@ def disturbed(config: Path) -> Disturbed:
         driver.find("EngineCore")
         driver.send(signal.SIGKILL)
         driver.wait(10)
-        left = wait_until_gone(driver.mark, 240)  # Ray looks after its own in turns
+        left = wait_until_gone(driver.mark, 60)  # Ray looks after its own in turns
     killed_at = newest_checkpoint(run)
     with Driver(*command, log=config.parent / "stopped.log") as driver:
         driver.wait_for(lambda: checkpointed(run, killed_at + 2), LIMIT_S)
