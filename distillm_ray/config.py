@@ -340,6 +340,11 @@ class LearnerConfig(Section):
     num_threads: Positive | None = None  # CPU threads of a worker; None: num_cpus
 
 
+def cpu_threads(section: TeacherConfig | RolloutConfig | LearnerConfig) -> int:
+    """CPU threads that one process of a role computes with."""
+    return section.num_threads or max(1, int(section.num_cpus))
+
+
 # ---- the rest ----------------------------------------------------------------------------------
 
 

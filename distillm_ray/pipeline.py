@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, TypeAlias
 
@@ -28,6 +28,7 @@ from distillm_ray.cluster import resources
 from distillm_ray.cluster.cluster import Cluster, ask, release
 from distillm_ray.cluster.connection import available, connect, resolve_device
 from distillm_ray.cluster.learners import LearnerJob, Learners
+from distillm_ray.cluster.loop_actor import LoopPeers
 from distillm_ray.cluster.pools import Actor
 from distillm_ray.cluster.resources import Device
 from distillm_ray.cluster.services import Wires
@@ -67,17 +68,24 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
 class _Roles:
     """Handles of what is running."""
 
-    metrics: Actor
-    buffer: Actor
     loop: Actor
-    stores: list[Actor]
-    scorers: list[Actor] = field(default_factory=list)
-    generators: list[Actor] = field(default_factory=list)
+    peers: LoopPeers
+
+    @property
+    def metrics(self) -> Actor:
+        return self.peers.metrics
+
+    @property
+    def buffer(self) -> Actor:
+        return self.peers.buffer
 
     @property
     def wires(self) -> Wires:
         return Wires(
-            buffer=self.buffer, loop=self.loop, stores=tuple(self.stores), metrics=self.metrics
+            buffer=self.buffer,
+            loop=self.loop,
+            stores=tuple(self.peers.stores),
+            metrics=self.metrics,
         )
 
 
@@ -152,22 +160,15 @@ class _Job:
         if config.loss.needs_teacher:
             scorers = cluster.scorers(preflight.vocabulary_size)
             stores = cluster.stores()
-        loop = cluster.loop(
+        peers = LoopPeers(
+            generators=generators,
+            scorers=scorers,
+            stores=stores,
             buffer=buffer,
             data=data,
-            generators=generators,
-            scorers=scorers,
-            stores=stores,
             metrics=metrics,
         )
-        return _Roles(
-            metrics=metrics,
-            buffer=buffer,
-            loop=loop,
-            stores=stores,
-            scorers=scorers,
-            generators=generators,
-        )
+        return _Roles(loop=cluster.loop(peers), peers=peers)
 
     def _start_learners(
         self, cluster: Cluster, roles: _Roles, splits: Splits, device: Device
@@ -223,7 +224,7 @@ class _Job:
         with self._phase("evaluating the student after training"):
             evaluation = evaluator.after(roles.loop, evaluation)
             evaluation.write(self._config.run.directory)
-        release([*roles.generators, *roles.scorers])
+        release([*roles.peers.generators, *roles.peers.scorers])
         with self._phase("evaluating the teacher"):
             evaluator.teacher(cluster, evaluation).write(self._config.run.directory)
 

@@ -26,14 +26,15 @@ from distillm_ray.cluster.actors import (
     BufferActor,
     GeneratorActor,
     MetricsActor,
+    PooledActor,
     ScorerActor,
     TargetStoreActor,
 )
 from distillm_ray.cluster.learners import LearnerJob
-from distillm_ray.cluster.loop_actor import RolloutLoopActor
+from distillm_ray.cluster.loop_actor import LoopPeers, RolloutLoopActor
 from distillm_ray.cluster.pools import Actor
 from distillm_ray.cluster.resources import Device
-from distillm_ray.config import Config, Dtype, RolloutConfig
+from distillm_ray.config import Config, Dtype, RolloutConfig, TeacherConfig, cpu_threads
 from distillm_ray.errors import UserError
 from distillm_ray.models.directory import ModelFacts
 from distillm_ray.types import Rollout, Source
@@ -61,40 +62,14 @@ class Cluster:
         """
         return self._beside_driver(BufferActor, self._config, max_restarts=-1, max_task_retries=-1)
 
-    def loop(
-        self,
-        *,
-        buffer: Actor | None,
-        data: tuple[Any, Any] | None,
-        generators: Sequence[Actor],
-        scorers: Sequence[Actor],
-        stores: Sequence[Actor],
-        metrics: Actor | None,
-    ) -> Actor:
-        """The rollout loop over all of these; `data`: references to prompts and demonstrations."""
-        return self._beside_driver(
-            RolloutLoopActor,
-            self._config,
-            buffer=buffer,
-            data=data,
-            generators=list(generators),
-            scorers=list(scorers),
-            stores=list(stores),
-            metrics=metrics,
-        )
+    def loop(self, peers: LoopPeers) -> Actor:
+        """The rollout loop over all of these."""
+        return self._beside_driver(RolloutLoopActor, self._config, peers)
 
     def generators(self, model: ModelFacts, source: Source, *, end_token_id: int) -> list[Actor]:
         """A pool that answers with `model`; `end_token_id` ends the answers of the data."""
         config = self._rollouts()
-        threads = config.num_threads or max(1, int(config.num_cpus))
-        actor = _remote(
-            num_cpus=config.num_cpus,
-            num_gpus=self._gpus(config.num_gpus, config.tensor_parallel),
-            max_restarts=-1,
-            max_task_retries=0,
-            max_concurrency=_LOOP_CONCURRENCY,
-            runtime_env={"env_vars": _thread_settings(threads)},
-        )(GeneratorActor)
+        actor = self._pooled(GeneratorActor, config)
         return [
             actor.remote(
                 source,
@@ -113,15 +88,7 @@ class Cluster:
     def scorers(self, vocabulary_size: int) -> list[Actor]:
         """The teacher's pool."""
         config = self._config.teacher
-        threads = config.num_threads or max(1, int(config.num_cpus))
-        actor = _remote(
-            num_cpus=config.num_cpus,
-            num_gpus=self._gpus(config.num_gpus, config.tensor_parallel),
-            max_restarts=-1,
-            max_task_retries=0,
-            max_concurrency=_LOOP_CONCURRENCY,
-            runtime_env={"env_vars": _thread_settings(threads)},
-        )(ScorerActor)
+        actor = self._pooled(ScorerActor, config)
         return [
             actor.remote(
                 config,
@@ -167,7 +134,7 @@ class Cluster:
                 worker_runtime_env={
                     "env_vars": {
                         "DS_ACCELERATOR": self._device,
-                        **_thread_settings(config.num_threads or max(1, int(config.num_cpus))),
+                        **_thread_settings(cpu_threads(config)),
                     }
                 },
             ),
@@ -202,7 +169,7 @@ class Cluster:
             max_batch_tokens=section.max_micro_batch_tokens,
             device=self._device,
             trust_remote_code=trust_remote_code,
-            num_threads=section.num_threads or max(1, int(section.num_cpus)),
+            num_threads=cpu_threads(section),
         )
         return ask(call, timeout_s=section.data_timeout_s)
 
@@ -217,6 +184,17 @@ class Cluster:
         if self._device == "cpu":
             return 0
         return default if explicit is None else explicit
+
+    def _pooled(self, role: type[PooledActor], section: RolloutConfig | TeacherConfig) -> Any:
+        """A role's class for Ray, which restarts its actors; the pool sees to the calls."""
+        return _remote(
+            num_cpus=section.num_cpus,
+            num_gpus=self._gpus(section.num_gpus, section.tensor_parallel),
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=_LOOP_CONCURRENCY,
+            runtime_env={"env_vars": _thread_settings(cpu_threads(section))},
+        )(role)
 
     def _beside_driver(
         self,

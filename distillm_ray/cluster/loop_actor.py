@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from distillm_ray.cluster.actors import buffer_sizes
@@ -17,29 +18,31 @@ from distillm_ray.types import Prompt, Rollout, TrainStep, Weights
 _REQUESTS_PER_SCORER = 64  # queued at a scorer, so that its batches can fill
 
 
-class RolloutLoopActor:
-    """Hosts a `RolloutLoop`. Without a buffer it only answers prompts (evaluation)."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoopPeers:
+    """Whom a rollout loop talks to. Without a buffer it only answers prompts (evaluation)."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        buffer: Actor | None,
-        data: tuple[Any, Any] | None,
-        generators: Sequence[Actor],
-        scorers: Sequence[Actor],
-        stores: Sequence[Actor],
-        metrics: Actor | None,
-    ) -> None:
+    generators: Sequence[Actor]
+    scorers: Sequence[Actor] = ()
+    stores: Sequence[Actor] = ()
+    buffer: Actor | None = None
+    data: tuple[Any, Any] | None = None  # references to prompts and demonstrations
+    metrics: Actor | None = None
+
+
+class RolloutLoopActor:
+    """Hosts a `RolloutLoop`."""
+
+    def __init__(self, config: Config, peers: LoopPeers) -> None:
         self._config = config
-        self._log = _Log(metrics)
-        self._buffer = _Buffer(buffer, data, self._log)
-        self._stores = list(stores)
+        self._log = _Log(peers.metrics)
+        self._buffer = _Buffer(peers.buffer, peers.data, self._log)
+        self._stores = list(peers.stores)
         limits = {"startup_timeout_s": config.run.startup_timeout_s, "log": self._log}
         self._generators = None
-        if generators:
+        if peers.generators:
             self._generators = Generators(
-                generators,
+                peers.generators,
                 keep_in_flight=config.rollout.max_staleness > 0,
                 max_in_flight=config.rollout.max_in_flight,
                 # An answer may first wait for its weights.
@@ -47,10 +50,10 @@ class RolloutLoopActor:
                 **limits,
             )
         self._targets = None
-        if scorers:
+        if peers.scorers:
             self._targets = Targets(
-                scorers,
-                stores,
+                peers.scorers,
+                peers.stores,
                 max_in_flight=_REQUESTS_PER_SCORER,
                 call_timeout_s=config.rollout.timeout_s,
                 **limits,

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from distillm_ray.cluster.cluster import Cluster, ask, release
+from distillm_ray.cluster.loop_actor import LoopPeers
 from distillm_ray.cluster.pools import Actor
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.data.templates import decode
@@ -29,9 +30,7 @@ def answering(
 ) -> Iterator[Actor]:
     """A rollout loop without a buffer over a pool that answers with `model`; gone afterwards."""
     generators = cluster.generators(model, source, end_token_id=end_token_id)
-    loop = cluster.loop(
-        buffer=None, data=None, generators=generators, scorers=(), stores=(), metrics=None
-    )
+    loop = cluster.loop(LoopPeers(generators=generators))
     try:
         ask(loop.start.remote(), timeout_s=2 * config.run.startup_timeout_s)
         yield loop

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distillm_ray.config import LearnerConfig, LossConfig, StudentConfig
+from distillm_ray.config import LearnerConfig, LossConfig, StudentConfig, cpu_threads
 from distillm_ray.learner.deepspeed_engine import (
     build_optimizer,
     engine_config,
@@ -107,7 +107,7 @@ class Learner:
         self._teacher_head = None if teacher_head is None else teacher_head.to(device)
         self.device = device
         if device.type == "cpu":
-            torch.set_num_threads(config.num_threads or max(1, int(config.num_cpus)))
+            torch.set_num_threads(cpu_threads(config))
         join_group(device)
         self.rank = dist.get_rank()
         self.num_ranks = dist.get_world_size()

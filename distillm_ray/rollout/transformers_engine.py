@@ -25,7 +25,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from distillm_ray.config import SamplingConfig, TransformersEngine
+from distillm_ray.config import SamplingConfig, TransformersEngine, cpu_threads
+from distillm_ray.dynamic_batching import DynamicBatcher
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.rollout.generator import Generator, Request, Response
 from distillm_ray.types import FinishReason
@@ -79,16 +80,12 @@ class TransformersGenerator(Generator):
     """A Hugging Face model in this process; one batch at a time, in a thread."""
 
     _model: PreTrainedModel | None = None
-    _task: asyncio.Task[None] | None = None
-    _queue: asyncio.Queue[tuple[Request, asyncio.Future[Response]]]
-    _between_batches: asyncio.Lock
+    _batcher: DynamicBatcher[Request, Response]
 
     async def start(self) -> None:
         """Load the model."""
         if self.device == "cpu":
-            torch.set_num_threads(
-                self.config.num_threads or max(1, math.floor(self.config.num_cpus))
-            )
+            torch.set_num_threads(cpu_threads(self.config))
         model = await asyncio.to_thread(
             AutoModelForCausalLM.from_pretrained,
             self.model_dir,
@@ -98,27 +95,22 @@ class TransformersGenerator(Generator):
             local_files_only=True,
         )
         self._model = cast(Any, model).to(torch.device(self.device)).eval()
-        self._queue = asyncio.Queue()
-        self._between_batches = asyncio.Lock()
-        self._task = asyncio.create_task(self._answer_batches())
+        self._batcher = DynamicBatcher(self._generate, self._fits)
+        self._batcher.start()
 
     async def stop(self) -> None:
         """End after the running batch; requests that still wait are cancelled."""
-        if self._task is not None:
-            self._task.cancel()
-            async with self._between_batches:
-                self._model = None
-            while not self._queue.empty():
-                self._queue.get_nowait()[1].cancel()
+        if self._model is not None:
+            await self._batcher.stop()
+            self._model = None
 
     async def _respond(self, request: Request) -> Response:
-        answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait((request, answer))
-        return await answer
+        assert self._model is not None, "call start() first"
+        return await self._batcher.call(request)
 
     async def _load(self, buckets: Sequence[Bucket]) -> None:
         assert self._model is not None, "call start() first"
-        async with self._between_batches:
+        async with self._batcher.between_batches:
             for bucket in buckets:
                 # Buckets are parts of the model, and a tied head is in none of them.
                 found = self._model.load_state_dict(dict(to_tensors(bucket)), strict=False)
@@ -128,36 +120,14 @@ class TransformersGenerator(Generator):
                         " not have: they are another model's"
                     )
 
-    async def _answer_batches(self) -> None:
-        """Take what has queued, up to the batch size, and answer it; forever."""
+    def _fits(self, batch: Sequence[Request], request: Request) -> bool:
+        """generate() knows one set of end tokens a batch."""
         engine_config = self.config.engine
         assert isinstance(engine_config, TransformersEngine)
-        held: list[tuple[Request, asyncio.Future[Response]]] = []
-        while True:
-            if not held:
-                held.append(await self._queue.get())
-            while not self._queue.empty():
-                held.append(self._queue.get_nowait())
-            # generate() knows one set of end tokens a batch.
-            stop_ids = held[0][0].stop_token_ids
-            same = [item for item in held if item[0].stop_token_ids == stop_ids]
-            batch = same[: engine_config.max_batch_size]
-            held = [item for item in held if item not in batch]
-            await self._answer(batch)
-
-    async def _answer(self, batch: Sequence[tuple[Request, asyncio.Future[Response]]]) -> None:
-        requests = [request for request, _ in batch]
-        async with self._between_batches:
-            work = asyncio.get_running_loop().run_in_executor(None, self._generate, requests)
-            await asyncio.wait((work,))
-        error = work.exception()
-        for index, (_, answer) in enumerate(batch):
-            if answer.done():
-                continue  # the caller gave up
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(work.result()[index])
+        return (
+            len(batch) < engine_config.max_batch_size
+            and batch[0].stop_token_ids == request.stop_token_ids
+        )
 
     @torch.inference_mode()
     def _generate(self, requests: Sequence[Request]) -> list[Response]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distillm_ray.config import VllmEngine
+from distillm_ray.config import VllmEngine, cpu_threads
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.rollout.generator import Generator, Request, Response
 from distillm_ray.types import FinishReason
@@ -65,7 +64,7 @@ class VllmGenerator(Generator):
         engine_config = self.config.engine
         assert isinstance(engine_config, VllmEngine)
         on_cpu = self.device == "cpu"
-        num_threads = self.config.num_threads or max(1, math.floor(self.config.num_cpus))
+        num_threads = cpu_threads(self.config)
         os.environ.update(vllm_environment(device=self.device, num_threads=num_threads))
         # Imported here: vLLM reads its environment when it is imported.
         from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415

@@ -12,7 +12,6 @@ Axes: L packed tokens, T loss tokens of one sequence, D hidden size, K top-k, V 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from distillm_ray.batching import loss_positions
-from distillm_ray.config import TargetsConfig, TeacherConfig
+from distillm_ray.config import TargetsConfig, TeacherConfig, cpu_threads
+from distillm_ray.dynamic_batching import DynamicBatcher
 from distillm_ray.errors import ConfigError, ModelError
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead, load_frozen_head
@@ -82,8 +82,7 @@ class Scorer:
         self.counters = ScorerCounters()
         self._body: nn.Module | None = None
         self._head: FrozenHead | None = None
-        self._queue: asyncio.Queue[tuple[Rollout, asyncio.Future[_Scored]]] = asyncio.Queue()
-        self._task: asyncio.Task[None] | None = None
+        self._batcher: DynamicBatcher[Rollout, _Scored] = DynamicBatcher(self._score, self._fits)
 
     async def start(self) -> None:
         """Load the teacher and check that its body and head are what its logits are made of.
@@ -92,19 +91,13 @@ class Scorer:
         body and head.
         """
         if self.device.type == "cpu":
-            torch.set_num_threads(
-                self.config.num_threads or max(1, math.floor(self.config.num_cpus))
-            )
+            torch.set_num_threads(cpu_threads(self.config))
         await asyncio.to_thread(self._load)
-        self._task = asyncio.create_task(self._score_batches())
+        self._batcher.start()
 
     async def stop(self) -> None:
         """End after the running forward pass; sequences that still wait are cancelled."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait((self._task,))
-        while not self._queue.empty():
-            self._queue.get_nowait()[1].cancel()
+        await self._batcher.stop()
         self._body = None
 
     async def score(self, rollout: Rollout) -> tuple[ScoreReport, TeacherTargets]:
@@ -118,9 +111,7 @@ class Scorer:
                 f" {rollout.num_tokens} > {self.config.max_batch_tokens} tokens: sequences are"
                 " never cut"
             )
-        answer: asyncio.Future[_Scored] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait((rollout, answer))
-        return await answer
+        return await self._batcher.call(rollout)
 
     # ---- how ----------------------------------------------------------------------------------
 
@@ -149,32 +140,10 @@ class Scorer:
         self._body = model.base_model
         self._head = None if self.targets.type == "hidden" else head
 
-    async def _score_batches(self) -> None:
-        """Take what has queued, in order, up to the token budget, and score it; forever."""
-        held: tuple[Rollout, asyncio.Future[_Scored]] | None = None
-        while True:
-            batch = [held or await self._queue.get()]
-            held = None
-            num_tokens = batch[0][0].num_tokens
-            while not self._queue.empty():
-                item = self._queue.get_nowait()
-                num_tokens += item[0].num_tokens
-                if num_tokens > self.config.max_batch_tokens:
-                    held = item
-                    break
-                batch.append(item)
-            work = asyncio.get_running_loop().run_in_executor(
-                None, self._score, [rollout for rollout, _ in batch]
-            )
-            await asyncio.wait((work,))
-            error = work.exception()
-            for index, (_, answer) in enumerate(batch):
-                if answer.done():
-                    continue  # the caller gave up
-                if error is not None:
-                    answer.set_exception(error)
-                else:
-                    answer.set_result(work.result()[index])
+    def _fits(self, batch: Sequence[Rollout], rollout: Rollout) -> bool:
+        """Whether one forward pass may hold all of these."""
+        num_tokens = sum(other.num_tokens for other in batch) + rollout.num_tokens
+        return num_tokens <= self.config.max_batch_tokens
 
     @torch.inference_mode()
     def _score(self, rollouts: Sequence[Rollout]) -> list[_Scored]:

@@ -18,7 +18,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from distillm_ray.cluster.actors import BufferActor, BufferLost, MetricsActor, TargetStoreActor
 from distillm_ray.cluster.learners import Learners
-from distillm_ray.cluster.loop_actor import RolloutLoopActor
+from distillm_ray.cluster.loop_actor import LoopPeers, RolloutLoopActor
 from distillm_ray.cluster.pools import MAX_FAILURES, Actor, Generators, Targets, store_index
 from distillm_ray.cluster.services import ActorServices, Wires
 from distillm_ray.config import Config, SamplingConfig
@@ -424,15 +424,10 @@ def make_services(
     data: tuple[Any, Any] | None = None,
     metrics: Actor | None = None,
 ) -> ActorServices:
-    settings = {
-        "buffer": buffer,
-        "data": data,
-        "generators": (),
-        "scorers": scorers,
-        "stores": stores,
-        "metrics": metrics,
-    }
-    loop = remote(RolloutLoopActor, config, settings=settings)
+    peers = LoopPeers(
+        generators=(), scorers=scorers, stores=stores, buffer=buffer, data=data, metrics=metrics
+    )
+    loop = remote(RolloutLoopActor, config, peers)
     ray.get(loop.start.remote(), timeout=60)
     wires = Wires(buffer=buffer, loop=loop, stores=tuple(stores), metrics=metrics)
     unused: Any = None  # the tokenizer, which decodes answers to probes
