@@ -25,11 +25,11 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from transformers import AutoTokenizer
 
 from distillm_ray.cluster import resources
+from distillm_ray.cluster.actor_pool import Actor
 from distillm_ray.cluster.cluster import Cluster, ask, release
 from distillm_ray.cluster.connection import available, connect, resolve_device
 from distillm_ray.cluster.learners import LearnerJob, Learners
 from distillm_ray.cluster.loop_actor import LoopPeers
-from distillm_ray.cluster.pools import Actor
 from distillm_ray.cluster.resources import Device
 from distillm_ray.cluster.services import Wires
 from distillm_ray.config import Config

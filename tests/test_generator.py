@@ -1,4 +1,4 @@
-"""What every generator does, whatever its engine: seeds, loops, filters, versions, limits."""
+"""What every generator does, whatever its engine: seeds, versions, limits."""
 
 from __future__ import annotations
 
@@ -9,35 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from distillm_ray.config import FilterConfig, RolloutConfig, SamplingConfig
+from distillm_ray.config import RolloutConfig, SamplingConfig
 from distillm_ray.rollout.generator import (
     Generator,
     Request,
     Response,
-    is_empty,
-    is_looping,
     request_seed,
-    verdict,
 )
-from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Source, Weights
+from distillm_ray.types import Demand, FinishReason, Prompt, Weights
 
 END = 99
-
-
-def rollout(tokens: Sequence[int], finish_reason: FinishReason = FinishReason.LENGTH) -> Rollout:
-    return Rollout(
-        rollout_id="r",
-        prompt_id="p",
-        prompt_ids=np.array([1], dtype=np.int32),
-        response_ids=np.array(tokens, dtype=np.int32),
-        loss_mask=np.ones(len(tokens), dtype=np.bool_),
-        source=Source.STUDENT,
-        version=0,
-        finish_reason=finish_reason,
-    )
 
 
 def prompt(length: int = 3) -> Prompt:
@@ -99,70 +81,6 @@ def demand(ordinal: int = 0, min_version: int = 0) -> Demand:
 
 def weights(version: int) -> Weights:
     return Weights(version=version, buckets=(version,), nbytes=0)
-
-
-# ---- loops and filters ---------------------------------------------------------------------------
-
-
-def test_a_page_of_one_token_loops_and_a_short_run_does_not() -> None:
-    assert is_looping(rollout([1, 2, 3] + [7] * 32))
-    assert not is_looping(rollout([1, 2, 3] + [7] * 31))
-
-
-def test_a_repeated_sentence_loops_from_its_fourth_time_on() -> None:
-    sentence = list(range(20))
-    assert is_looping(rollout([50, 51] + sentence * 4))
-    assert not is_looping(rollout([50, 51] + sentence * 3))
-    assert is_looping(rollout(sentence * 4 + sentence[:7]))  # cut off in the middle
-
-
-def test_a_loop_that_the_response_leaves_again_is_none() -> None:
-    assert not is_looping(rollout([7] * 60 + [1, 2, 3]))
-
-
-def test_the_end_token_does_not_hide_a_loop() -> None:
-    assert is_looping(rollout([7] * 32 + [END], FinishReason.STOP))
-
-
-@given(
-    st.lists(st.integers(0, 2), max_size=12),
-    st.lists(st.integers(0, 2), min_size=1, max_size=40),
-    st.integers(1, 50),
-)
-def test_looping_is_what_trying_every_ngram_finds(
-    start: list[int], ngram: list[int], repeats: int
-) -> None:
-    tokens = start + ngram * repeats
-
-    def naive() -> bool:
-        for size in range(1, 65):
-            tail = 1
-            while tail < len(tokens) and (
-                tail < size or tokens[-tail - 1] == tokens[-tail - 1 + size]
-            ):
-                tail += 1
-            if tail >= max(4 * size, 32):
-                return True
-        return False
-
-    assert is_looping(rollout(tokens)) == naive()
-
-
-def test_the_filter_names_its_reason_and_drops_nothing_unless_asked() -> None:
-    loop = rollout([7] * 40)
-    cut = rollout(range(40))
-    fine = rollout([1, 2, END], FinishReason.STOP)
-    assert verdict(loop, FilterConfig()) is None
-    assert verdict(loop, FilterConfig(drop_looping=True)) == "looping"
-    assert verdict(cut, FilterConfig(drop_looping=True)) is None
-    assert verdict(cut, FilterConfig(drop_truncated=True)) == "truncated"
-    assert verdict(fine, FilterConfig(drop_looping=True, drop_truncated=True)) is None
-
-
-def test_an_empty_response_is_one_end_token_and_not_one_word() -> None:
-    assert is_empty(rollout([END], FinishReason.STOP))
-    assert not is_empty(rollout([5], FinishReason.LENGTH))
-    assert not is_empty(rollout([5, END], FinishReason.STOP))
 
 
 # ---- seeds ---------------------------------------------------------------------------------------

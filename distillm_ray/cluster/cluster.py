@@ -22,17 +22,17 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from distillm_ray.cluster.actor_pool import Actor
 from distillm_ray.cluster.actors import (
-    BufferActor,
     GeneratorActor,
     MetricsActor,
     PooledActor,
     ScorerActor,
     TargetStoreActor,
 )
+from distillm_ray.cluster.buffer_actor import BufferActor
 from distillm_ray.cluster.learners import LearnerJob
 from distillm_ray.cluster.loop_actor import LoopPeers, RolloutLoopActor
-from distillm_ray.cluster.pools import Actor
 from distillm_ray.cluster.resources import Device
 from distillm_ray.config import Config, Dtype, RolloutConfig, TeacherConfig, cpu_threads
 from distillm_ray.errors import UserError

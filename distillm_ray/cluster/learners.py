@@ -10,7 +10,7 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from distillm_ray.cluster.actors import BufferLost
+from distillm_ray.cluster.buffer_actor import BufferLost
 from distillm_ray.cluster.resources import Device
 from distillm_ray.cluster.services import Wires
 from distillm_ray.config import Config

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distillm_ray.cluster.actor_pool import Actor
 from distillm_ray.cluster.actors import buffer_sizes
-from distillm_ray.cluster.pools import Actor, Generators, Targets
+from distillm_ray.cluster.pools import Generators, Targets
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.replay.buffer import BufferCounters
 from distillm_ray.report.records import Counters, DrawFacts, EventRecord, Record, StepRecord

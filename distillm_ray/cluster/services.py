@@ -1,4 +1,4 @@
-"""The learner's side of the wires: `train_loop.Services` over Ray actors.
+"""The learner's side of the wires: `protocols.Services` over Ray actors.
 
 Every call has a limit, and a TimeoutError says who did not answer. A role's user error arrives as
 itself, and so does `BufferLost`, with which the rank fails: no call here can mend it. What a step
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from distillm_ray.cluster.actors import BufferLost
-from distillm_ray.cluster.pools import Actor, store_index
+from distillm_ray.cluster.actor_pool import Actor
+from distillm_ray.cluster.buffer_actor import BufferLost
+from distillm_ray.cluster.pools import store_index
 from distillm_ray.config import Config
 from distillm_ray.data.templates import decode
 from distillm_ray.errors import ClusterError, UserError
@@ -43,7 +44,7 @@ class Wires:
 
 
 class ActorServices:
-    """See `train_loop.Services`; each rank has one, and rank 0 does most of the talking."""
+    """See `protocols.Services`; each rank has one, and rank 0 does most of the talking."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class ActorServices:
     # ---- buffer ----------------------------------------------------------------------------------
 
     def restore_buffer(self, state: bytes | None, completed: int) -> None:
-        """See `train_loop.Services`."""
+        """See `protocols.Services`."""
         _ask(
             self._wires.loop.restore_buffer.remote(state, completed),
             "going back to the checkpoint (run.startup_timeout_s)",
@@ -108,21 +109,21 @@ class ActorServices:
         )
 
     def buffer_state(self, completed: int) -> bytes:
-        """See `train_loop.Services`."""
+        """See `protocols.Services`."""
         return _ask(self._wires.buffer.state.remote(completed), "the replay buffer's state")
 
     def advance(self, completed: int) -> None:
-        """See `train_loop.Services`."""
+        """See `protocols.Services`."""
         _ask(self._wires.buffer.advance.remote(completed), "the replay buffer")
 
     def report_validation(self, validation: Validation) -> float:
-        """See `train_loop.Services`."""
+        """See `protocols.Services`."""
         return _ask(self._wires.buffer.report.remote(validation), "the replay buffer")
 
     # ---- weights ---------------------------------------------------------------------------------
 
     def wants_weights(self, completed: int) -> bool:
-        """See `train_loop.Services`. The last weights of a run are what is evaluated."""
+        """See `protocols.Services`. The last weights of a run are what is evaluated."""
         if completed == self._config.learner.steps and self._config.evaluation.at_end:
             return True
         return self._has_generators and _ask(
@@ -130,11 +131,11 @@ class ActorServices:
         )
 
     def put_bucket(self, bucket: Bucket) -> Any:
-        """See `train_loop.Services`: the object store's reference."""
+        """See `protocols.Services`: the object store's reference."""
         return ray.put(bucket)
 
     def publish(self, weights: Weights) -> None:
-        """See `train_loop.Services`."""
+        """See `protocols.Services`."""
         _ask(
             self._wires.loop.publish.remote(weights),
             "the generators taking the weights published before (rollout.timeout_s)",
@@ -142,18 +143,18 @@ class ActorServices:
         )
 
     def start_probe(self) -> None:
-        """See `train_loop.Services`."""
+        """See `protocols.Services`."""
         self._probe = self._wires.loop.answer.remote(
             self._probe_prompts, self._config.rollout.sampling, self._config.run.seed
         )
 
     def finish_probe(self) -> list[Rollout]:
-        """See `train_loop.Services`."""
+        """See `protocols.Services`."""
         limit = self._config.rollout.timeout_s + CALL_TIMEOUT_S
         return _ask(self._probe, "the answers to validation.probe_prompts", limit)
 
     def samples(self, rollouts: Sequence[Rollout]) -> tuple[Sample, ...]:
-        """See `train_loop.Services`."""
+        """See `protocols.Services`."""
         return tuple(
             Sample(
                 prompt=prompt.text,
@@ -166,17 +167,17 @@ class ActorServices:
     # ---- log -------------------------------------------------------------------------------------
 
     def report_step(self, train: TrainStep, facts: DrawFacts, logprob_gap: float) -> None:
-        """See `train_loop.Services`."""
+        """See `protocols.Services`."""
         if self._last_report is not None:
             _ask(self._last_report, "the log of the last step")
         self._last_report = self._wires.loop.report_step.remote(train, facts, logprob_gap)
 
     def log(self, record: Record) -> None:
-        """See `train_loop.Services`."""
+        """See `protocols.Services`."""
         _ask(self._wires.metrics.add.remote(record), "the log")
 
     def should_stop(self) -> bool:
-        """See `train_loop.Services`."""
+        """See `protocols.Services`."""
         return _ask(self._wires.buffer.stop_requested.remote(), "the replay buffer")
 
     # ---- inside ----------------------------------------------------------------------------------

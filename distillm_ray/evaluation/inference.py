@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from distillm_ray.cluster.actor_pool import Actor
 from distillm_ray.cluster.cluster import Cluster, ask, release
 from distillm_ray.cluster.loop_actor import LoopPeers
-from distillm_ray.cluster.pools import Actor
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.data.templates import decode
 from distillm_ray.evaluation.scores import evaluate_responses, summarize

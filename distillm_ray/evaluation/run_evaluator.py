@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from distillm_ray.cluster.actor_pool import Actor
 from distillm_ray.cluster.cluster import Cluster
-from distillm_ray.cluster.pools import Actor
 from distillm_ray.config import Config
 from distillm_ray.data.splits import Splits
 from distillm_ray.evaluation import inference

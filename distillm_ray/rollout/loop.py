@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from distillm_ray.config import FilterConfig, SamplingConfig
 from distillm_ray.report.records import Counters, EventRecord, Record
-from distillm_ray.rollout.generator import is_empty, is_looping, verdict
+from distillm_ray.rollout.responses import is_empty, is_looping, verdict
 from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Weights
 
 MAX_REJECTED = 3
