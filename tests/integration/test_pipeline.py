@@ -1,8 +1,8 @@
-"""Whole runs of tiny models by the command line: one undisturbed, one that everything happens to.
+"""Whole runs of tiny models by the command line: undisturbed, with two of everything, disturbed.
 
-The second has the same config. Its driver is killed, its next driver is told to stop, and the third
-loses a generator, a learner, the replay buffer and the controller of the learners. What the two
-drew must be the same.
+The disturbed one has the config of the first. Its driver is killed, its next driver is told to
+stop, and the third loses a generator, a learner, the replay buffer and the controller of the
+learners. What all of them draw must be the same.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tests.integration.tiny import (
     drawn,
     fresh_ordinals,
     make_config,
+    marked_processes,
     records,
     wait_until_gone,
 )
@@ -39,6 +40,8 @@ from tests.integration.tiny import (
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(4 * LIMIT_S)]
 
 STEPS, BATCH_SIZE = 48, 8
+SCALED_STEPS = 12
+POOLS = ("GeneratorActor", "ScorerActor", "TargetStoreActor", "RayTrainWorker")
 VLLM = ("rollout.engine={type: vllm, max_num_seqs: 8}",)
 EVALUATED = ("evaluation.at_end=true", "evaluation.max_prompts=4")
 
@@ -50,6 +53,14 @@ class Whole:
     command: tuple[str, ...]
     run: Path
     output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """The run with two learner ranks, generators, scorers and target stores."""
+
+    run: Path
+    processes: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,23 @@ def whole(config: Path) -> Iterator[Whole]:
     with Driver(*command, log=config.parent / "whole.log") as driver:
         assert driver.wait(LIMIT_S) == 0, driver.output()
         yield Whole(command=command, run=run, output=driver.output())
+
+
+@pytest.fixture(scope="module")
+def scaled(config: Path) -> Scaled:
+    run = config.parent / "scaled"
+    numbers = ("learner.workers=2", "rollout.actors=2", "teacher.actors=2", "targets.stores=2")
+    command = ("train", str(config), f"run.directory={run}", f"learner.steps={SCALED_STEPS}")
+    with Driver(*command, *numbers, "learner.zero_stage=2", log=run.with_suffix(".log")) as driver:
+        driver.wait_for(lambda: checkpointed(run, 2), LIMIT_S)
+        titles = [process.title for process in marked_processes(driver.mark)]
+        assert driver.wait(LIMIT_S) == 0, driver.output()
+    return Scaled(run=run, processes={name: count(titles, name) for name in POOLS})
+
+
+def count(titles: list[str], name: str) -> int:
+    """Ray's processes of that actor, whatever they were doing."""
+    return sum(title.startswith("ray::") and name in title for title in titles)
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +278,25 @@ def test_the_same_command_on_a_complete_run_says_so(whole: Whole, config: Path) 
         assert driver.wait(LIMIT_S) == 0, driver.output()
         assert f"The run in {whole.run} is complete." in driver.output()
     assert len(records(whole.run, DoneRecord)) == 1
+
+
+# ---- two of everything ---------------------------------------------------------------------------
+
+
+def test_every_role_runs_as_often_as_its_number_says(scaled: Scaled) -> None:
+    assert scaled.processes == dict.fromkeys(POOLS, 2)
+
+
+def test_more_actors_change_nothing_in_what_is_drawn(whole: Whole, scaled: Scaled) -> None:
+    expected, got = drawn(whole.run), drawn(scaled.run)
+    assert got == {step: expected[step] for step in range(1, SCALED_STEPS + 1)}
+
+
+def test_two_ranks_see_the_loss_that_one_sees(whole: Whole, scaled: Scaled) -> None:
+    one, two = (records(run, StepRecord)[0] for run in (whole.run, scaled.run))
+    assert two.tokens == one.tokens
+    assert two.loss == pytest.approx(one.loss, rel=1e-4)
+    assert two.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-3)
 
 
 # ---- the disturbed run ---------------------------------------------------------------------------

@@ -16,10 +16,12 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from distillm_ray.cluster.actors import BufferActor, BufferLost, MetricsActor, TargetStoreActor
+from distillm_ray.cluster.actor_pool import MAX_FAILURES, Actor
+from distillm_ray.cluster.actors import MetricsActor, TargetStoreActor
+from distillm_ray.cluster.buffer_actor import BufferActor, BufferLost
 from distillm_ray.cluster.learners import Learners
 from distillm_ray.cluster.loop_actor import LoopPeers, RolloutLoopActor
-from distillm_ray.cluster.pools import MAX_FAILURES, Actor, Generators, Targets, store_index
+from distillm_ray.cluster.pools import Generators, Targets, store_index
 from distillm_ray.cluster.services import ActorServices, Wires
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.errors import ClusterError, ModelError, RunDirectoryError, RunFailed
