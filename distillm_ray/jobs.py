@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,19 +49,16 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
     test = splits.test or splits.validation
     prompts = test.prompts[: config.evaluation.max_prompts]
     view.start(f"answering {len(prompts)} prompts")
-    with inference.answering(
-        cluster, config, facts, Source.STUDENT, end_token_id=test.end_token_id
-    ) as loop:
-        scores, _ = inference.score_answers(loop, prompts, config, tokenizer=tokenizer)
-    view.start("computing the validation loss")
-    loss = cluster.held_out_loss(
+    scores = inference.score_model(
+        cluster,
+        config,
         facts,
+        config.student,
+        prompts,
         splits.validation.demonstrations[: config.validation.max_prompts],
-        dtype=config.student.dtype,
-        vocabulary_size=facts.vocabulary_size,
-        trust_remote_code=config.student.trust_remote_code,
+        tokenizer=tokenizer,
+        end_token_id=test.end_token_id,
     )
-    scores = dataclasses.replace(scores, validation_loss=loss)
     evaluation = Evaluation(
         models={str(directory): scores},
         num_prompts=len(prompts),
@@ -72,7 +68,10 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
     assert scores.bleu is not None
     table = Table("model", "validation loss", "ROUGE-L", "BLEU")
     table.add_row(
-        str(directory), f"{loss:.4f}", f"{scores.rouge_l.mean:.2f}", f"{scores.bleu.mean:.2f}"
+        str(directory),
+        f"{scores.validation_loss:.4f}",
+        f"{scores.rouge_l.mean:.2f}",
+        f"{scores.bleu.mean:.2f}",
     )
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)

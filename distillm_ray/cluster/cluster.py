@@ -155,13 +155,13 @@ class Cluster:
         dtype: Dtype,
         vocabulary_size: int,
         trust_remote_code: bool,
-    ) -> float:
+    ) -> ray.ObjectRef[float]:
         """Cross-entropy of a model directory, token mean in nats, in a learner's place."""
         section = self._config.learner
         task = _remote(
             num_cpus=section.num_cpus, num_gpus=self._gpus(section.num_gpus, 1), max_retries=0
         )(_held_out_loss)
-        call = task.remote(
+        return task.remote(
             model.path,
             demonstrations,
             dtype=dtype,
@@ -171,7 +171,6 @@ class Cluster:
             trust_remote_code=trust_remote_code,
             num_threads=cpu_threads(section),
         )
-        return ask(call, timeout_s=section.data_timeout_s)
 
     def _rollouts(self) -> RolloutConfig:
         """The section with the length of a rollout written out."""

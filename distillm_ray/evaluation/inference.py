@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from distillm_ray.cluster.actor_pool import Actor
 from distillm_ray.cluster.cluster import Cluster, ask, release
 from distillm_ray.cluster.loop_actor import LoopPeers
-from distillm_ray.config import Config, SamplingConfig
+from distillm_ray.config import Config, SamplingConfig, StudentConfig, TeacherConfig
 from distillm_ray.data.templates import decode
 from distillm_ray.evaluation.scores import evaluate_responses, summarize
 from distillm_ray.models.directory import ModelFacts
@@ -87,3 +87,33 @@ def score_answers(
         bleu=Score(mean=result.bleu.mean, std=result.bleu.std),
     )
     return scores, by_seed[seeds[0]]
+
+
+def score_model(
+    cluster: Cluster,
+    config: Config,
+    model: ModelFacts,
+    section: TeacherConfig | StudentConfig,
+    prompts: Sequence[Prompt],
+    validation: Sequence[Rollout],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    end_token_id: int,
+) -> ModelScores:
+    """All scores of a model directory. Answers and held-out loss are computed at the same time.
+
+    `section` says how the model is loaded for the loss. Needs the resources of a generator pool,
+    and those of a learner at the same time or afterwards.
+    """
+    source = Source.TEACHER if isinstance(section, TeacherConfig) else Source.STUDENT
+    with answering(cluster, config, model, source, end_token_id=end_token_id) as loop:
+        loss = cluster.held_out_loss(
+            model,
+            validation,
+            dtype=section.dtype,
+            vocabulary_size=model.vocabulary_size,
+            trust_remote_code=section.trust_remote_code,
+        )
+        scores, _ = score_answers(loop, prompts, config, tokenizer=tokenizer)
+    seconds = config.learner.data_timeout_s
+    return dataclasses.replace(scores, validation_loss=ask(loss, timeout_s=seconds))

@@ -24,7 +24,7 @@ from distillm_ray.report.summary import (
     ComparedSample,
     Evaluation,
 )
-from distillm_ray.types import Prompt, Source
+from distillm_ray.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,24 +96,15 @@ class RunEvaluator:
         )
 
     def teacher(self, cluster: Cluster, evaluation: Evaluation) -> Evaluation:
-        """What the student is measured against. Needs the resources of a generator pool."""
-        facts = self._preflight.teacher
-        with inference.answering(
+        """What the student is measured against. See `inference.score_model`."""
+        scores = inference.score_model(
             cluster,
             self._config,
-            facts,
-            Source.TEACHER,
-            end_token_id=self._end_token_id,
-        ) as loop:
-            scores, _ = inference.score_answers(
-                loop, self.prompts, self._config, tokenizer=self._tokenizer
-            )
-        loss = cluster.held_out_loss(
-            facts,
+            self._preflight.teacher,
+            self._config.teacher,
+            self.prompts,
             self._validation,
-            dtype=self._config.teacher.dtype,
-            vocabulary_size=self._preflight.vocabulary_size,
-            trust_remote_code=self._config.teacher.trust_remote_code,
+            tokenizer=self._tokenizer,
+            end_token_id=self._end_token_id,
         )
-        scores = dataclasses.replace(scores, validation_loss=loss)
         return dataclasses.replace(evaluation, models={**evaluation.models, TEACHER: scores})

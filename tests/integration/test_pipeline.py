@@ -231,6 +231,23 @@ def test_summary_and_evaluation_say_what_happened(whole: Whole) -> None:
     assert (whole.run / "samples.md").is_file()
 
 
+def test_evaluate_reproduces_the_numbers_of_the_run(whole: Whole, config: Path) -> None:
+    output = config.parent / "evaluated"
+    _, *run = whole.command
+    command = ("evaluate", *run, "--output", str(output))
+    with Driver(*command, log=config.parent / "evaluate.log") as driver:
+        assert driver.wait(LIMIT_S) == 0, driver.output()
+    expected, got = (
+        json.loads((directory / "evaluation.json").read_text()) for directory in (whole.run, output)
+    )
+    (scores,) = got["models"].values()
+    after = expected["models"]["student after"]
+    assert scores["validation_loss"] == pytest.approx(after["validation_loss"], rel=1e-4)
+    assert scores["rouge_l"] == after["rouge_l"]
+    assert scores["bleu"] == after["bleu"]
+    assert got["num_prompts"] == expected["num_prompts"] == 4
+
+
 def test_the_model_loads_in_plain_transformers_and_was_trained(whole: Whole, config: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(whole.run / "model")
     untrained = AutoModelForCausalLM.from_pretrained(config.parent / "student")
