@@ -220,13 +220,11 @@ def _view(config: Config) -> Iterator[ConsoleView]:
 
 
 def _comparable(config: Config) -> tuple[Path, ...]:
-    """Runs beside this one whose names begin with its name: ablations of it."""
+    """Evaluated runs beside this one whose names begin with its name: ablations of it."""
+    from distillm_ray.report.summary import has_trained_student
+
     directory = config.run.directory
-    return tuple(
-        other
-        for other in sorted(directory.parent.glob(f"{directory.name}-*"))
-        if (other / "evaluation.json").is_file()
-    )
+    return tuple(filter(has_trained_student, sorted(directory.parent.glob(f"{directory.name}-*"))))
 
 
 def _print(renderable: object) -> None:

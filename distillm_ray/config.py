@@ -353,13 +353,13 @@ class ValidationConfig(Section):
 
     interval: Positive = 100  # optimizer steps
     max_prompts: Positive | None = None  # None: the whole split
-    probe_prompts: NonNegative = 4  # held-out prompts answered at each validation, for the log
+    probe_prompts: NonNegative = 4  # answered where a validation finds new weights, for the log
 
 
 class EvaluationConfig(Section):
     """ROUGE-L and BLEU on the test split, over seeds."""
 
-    seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
+    seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = (10, 20, 30, 40, 50)
     sampling: SamplingConfig = SamplingConfig()
     max_prompts: Positive | None = None
     num_samples_shown: NonNegative = 10  # before/after samples in the run directory
@@ -462,6 +462,18 @@ class Config(Section):
                     f" {sampling.temperature:g}: vLLM refuses it; lower it or use"
                     " rollout.engine.type=transformers"
                 )
+        if isinstance(self.rollout.engine, TransformersEngine) and self.rollout.tensor_parallel > 1:
+            raise ValueError(
+                f"rollout.tensor_parallel must be 1 with rollout.engine.type=transformers, got"
+                f" {self.rollout.tensor_parallel}: that engine runs on one device; raise"
+                " rollout.actors, or use rollout.engine.type=vllm"
+            )
+        if self.targets.type == "top_k" and self.loss.needs_teacher and self.loss.temperature != 1:
+            raise ValueError(
+                f"loss.temperature must be 1 with targets.type=top_k, got"
+                f" {self.loss.temperature:g}: the tail's probability at another temperature cannot"
+                " be computed from k ids; use targets.type=hidden or logits"
+            )
         if self.learner.warmup_steps >= self.learner.steps:
             raise ValueError(
                 f"learner.warmup_steps must be below learner.steps, got"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distillm_ray.cluster import resources
 from distillm_ray.cluster.cluster import Cluster
@@ -19,8 +19,8 @@ from distillm_ray.errors import DataError, RunDirectoryError
 from distillm_ray.evaluation import inference
 from distillm_ray.models.directory import ModelFacts, check_lengths, check_model_directory
 from distillm_ray.report.console import ConsoleView
-from distillm_ray.report.report import MODEL_FOLDER
 from distillm_ray.report.summary import Evaluation
+from distillm_ray.run_directory import MODEL_FOLDER
 from distillm_ray.types import FinishReason, Source
 
 
@@ -43,13 +43,13 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
     facts = _check(config, directory)
     check_files(config.data)
     cluster = _connect(config, view)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = _tokenizer(directory, config)
     view.start("reading data")
     splits = load_splits(config.data, tokenizer, config.run.seed)
     test = splits.test or splits.validation
     prompts = test.prompts[: config.evaluation.max_prompts]
     view.start(f"answering {len(prompts)} prompts")
-    scores = inference.score_model(
+    scores, _ = inference.score_model(
         cluster,
         config,
         facts,
@@ -101,16 +101,21 @@ def generate(
             raise DataError(f"--prompts {path} does not exist")
     facts = _check(config, model)
     cluster = _connect(config, view)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = _tokenizer(model, config)
     view.start("reading prompts")
     dataset = load_dataset(
         prompt_files, config.data, tokenizer, split="test", require_responses=False
     )
     view.start(f"answering {len(dataset.prompts)} prompts")
     with inference.answering(
-        cluster, config, facts, Source.TEACHER, end_token_id=dataset.end_token_id
+        cluster,
+        config,
+        facts,
+        Source.TEACHER,
+        end_token_id=dataset.end_token_id,
+        trust_remote_code=config.student.trust_remote_code,
     ) as loop:
-        answers = inference.answers(
+        answers = inference.answer_all(
             loop,
             dataset.prompts,
             config.rollout.sampling.model_copy(update={"max_tokens": config.max_response_tokens}),
@@ -139,6 +144,12 @@ def generate(
         f"{output}: {len(kept)} responses to {len(dataset.prompts)} prompts"
         f" ({len(dataset.prompts) - len(kept)} truncated or empty ones left out)"
     ]
+
+
+def _tokenizer(directory: Path, config: Config) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(
+        directory, trust_remote_code=config.student.trust_remote_code
+    )
 
 
 def _check(config: Config, directory: Path) -> ModelFacts:

@@ -24,6 +24,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from transformers import AutoTokenizer
 
+from distillm_ray.atomic_file import write_atomically
 from distillm_ray.cluster import resources
 from distillm_ray.cluster.actor_pool import Actor
 from distillm_ray.cluster.cluster import Cluster, ask, release
@@ -38,7 +39,7 @@ from distillm_ray.data.splits import Splits, load_splits
 from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.evaluation.run_evaluator import RunEvaluator
 from distillm_ray.learner.checkpoint import CheckpointDirectory
-from distillm_ray.preflight import CHECKPOINT_FOLDER, CONFIG_FILE, Preflight
+from distillm_ray.preflight import Preflight
 from distillm_ray.report.console import ConsoleView
 from distillm_ray.report.records import DoneRecord, StepRecord, ValidationRecord
 from distillm_ray.report.report import git_commit
@@ -46,6 +47,7 @@ from distillm_ray.report.summary import (
     Evaluation,
     read_evaluation,
 )
+from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE
 from distillm_ray.types import Rollout, Source
 
 _POLL_S = 0.5
@@ -116,7 +118,7 @@ class _Job:
                 self._view.note(line)
         directory = config.run.directory
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_FILE).write_text(dump_config(config))
+        write_atomically(directory / CONFIG_FILE, dump_config(config).encode())
         cluster = Cluster(config, device)
         roles = self._make_roles(cluster, splits)
         with self._stopping_on_signals():
@@ -156,6 +158,7 @@ class _Job:
                 preflight.student,
                 Source.STUDENT,
                 end_token_id=splits.train.end_token_id,
+                trust_remote_code=config.student.trust_remote_code,
             )
         if config.loss.needs_teacher:
             scorers = cluster.scorers(preflight.vocabulary_size)
@@ -222,9 +225,10 @@ class _Job:
         evaluation: Evaluation,
     ) -> None:
         with self._phase("evaluating the student after training"):
-            evaluation = evaluator.after(roles.loop, evaluation)
+            after = evaluator.after(roles.loop, evaluation)
+            release([*roles.peers.generators, *roles.peers.scorers])
+            evaluation = after or evaluator.exported(cluster, evaluation)
             evaluation.write(self._config.run.directory)
-        release([*roles.peers.generators, *roles.peers.scorers])
         with self._phase("evaluating the teacher"):
             evaluator.teacher(cluster, evaluation).write(self._config.run.directory)
 

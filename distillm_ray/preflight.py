@@ -17,13 +17,13 @@ from distillm_ray.models.directory import (
     check_lengths,
     check_model_directory,
     check_pair,
+    check_parallelism,
     check_targets,
 )
 from distillm_ray.report.metrics import FILE_NAME, read_records
 from distillm_ray.report.records import DoneRecord
+from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE
 
-CONFIG_FILE = "config.yaml"
-CHECKPOINT_FOLDER = "checkpoints"
 _RAY_UPLOADS = "runtime_resources"  # Ray's folder for what comes with a job
 
 
@@ -43,6 +43,8 @@ def check(config: Config) -> Preflight:
     Raises:
         UserError: the first of them that cannot work, by name.
     """
+    if config.loss.needs_teacher:
+        check_parallelism(config.teacher)
     teacher = check_model_directory(
         config.teacher.model, "teacher", trust_remote_code=config.teacher.trust_remote_code
     )
@@ -87,7 +89,15 @@ def _check_run_directory(config: Config) -> Checkpoint | None:
             )
         return None
     check_resume(load_config(saved), config)
-    return CheckpointDirectory(directory / CHECKPOINT_FOLDER, keep=config.checkpoint.keep).latest()
+    folder = directory / CHECKPOINT_FOLDER
+    latest = CheckpointDirectory(folder, keep=config.checkpoint.keep).latest()
+    if latest is not None and latest.meta.step > config.learner.steps:
+        raise RunDirectoryError(
+            f"learner.steps must be at least the steps that the run has done, got"
+            f" {config.learner.steps} < {latest.meta.step}: {latest.path} is past its end; raise"
+            " learner.steps, or set run.directory to a new directory to start another run"
+        )
+    return latest
 
 
 def _check_writable(directory: Path) -> None:

@@ -221,7 +221,9 @@ class TestWithRay:
     def test_gpus_that_are_not_there_are_named_with_their_keys(
         self, refused: Callable[..., str]
     ) -> None:
-        message = refused("run.device=cuda", "rollout.tensor_parallel=4")
+        message = refused(
+            "run.device=cuda", "rollout.engine={type: vllm}", "rollout.tensor_parallel=4"
+        )
         assert "6 GPUs asked for (1 learner x 1, 1 generator x 4, 1 scorer x 1)" in message
         assert "0 in the cluster" in message and "rollout.tensor_parallel" in message
 

@@ -70,6 +70,7 @@ async def started(timeout_s: float = 5.0) -> EchoGenerator:
         max_response_tokens=8,
         seed=3,
         device="cpu",
+        vocabulary_size=2000,
     )
     await generator.start()
     return generator
@@ -212,4 +213,5 @@ def test_a_model_without_any_end_token_is_refused() -> None:
             max_response_tokens=8,
             seed=3,
             device="cpu",
+            vocabulary_size=2000,
         )

@@ -103,3 +103,10 @@ def test_every_key_that_may_change_exists() -> None:
         for name in key.split("."):
             assert name in place, key
             place = place[name]
+
+
+def test_an_evaluation_that_did_not_begin_cannot_be_asked_for_on_resume() -> None:
+    with pytest.raises(RunDirectoryError, match="not on: the student before training"):
+        check_resume(make_config(evaluation__at_end=False), make_config())
+    with pytest.raises(RunDirectoryError, match=r"evaluation\.max_prompts: None in the run, 5 now"):
+        check_resume(make_config(), make_config(evaluation__max_prompts=5))

@@ -66,7 +66,9 @@ class Cluster:
         """The rollout loop over all of these."""
         return self._beside_driver(RolloutLoopActor, self._config, peers)
 
-    def generators(self, model: ModelFacts, source: Source, *, end_token_id: int) -> list[Actor]:
+    def generators(
+        self, model: ModelFacts, source: Source, *, end_token_id: int, trust_remote_code: bool
+    ) -> list[Actor]:
         """A pool that answers with `model`; `end_token_id` ends the answers of the data."""
         config = self._rollouts()
         actor = self._pooled(GeneratorActor, config)
@@ -80,7 +82,8 @@ class Cluster:
                 max_response_tokens=self._config.longest_response,
                 seed=self._config.run.seed,
                 device=self._device,
-                trust_remote_code=self._config.student.trust_remote_code,
+                vocabulary_size=model.vocabulary_size,
+                trust_remote_code=trust_remote_code,
             )
             for _ in range(config.actors)
         ]

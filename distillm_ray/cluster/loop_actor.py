@@ -9,7 +9,7 @@ from typing import Any
 
 from distillm_ray.cluster.actor_pool import Actor
 from distillm_ray.cluster.actors import buffer_sizes
-from distillm_ray.cluster.pools import Generators, Targets
+from distillm_ray.cluster.pools import GENERATOR_CALL_TIMEOUTS, Generators, Targets
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.replay.buffer import BufferCounters
 from distillm_ray.report.records import Counters, DrawFacts, EventRecord, Record, StepRecord
@@ -46,8 +46,7 @@ class RolloutLoopActor:
                 peers.generators,
                 keep_in_flight=config.rollout.max_staleness > 0,
                 max_in_flight=config.rollout.max_in_flight,
-                # An answer may first wait for its weights.
-                call_timeout_s=2 * config.rollout.timeout_s,
+                call_timeout_s=GENERATOR_CALL_TIMEOUTS * config.rollout.timeout_s,
                 **limits,
             )
         self._targets = None

@@ -16,6 +16,8 @@ from distillm_ray.rollout.loop import ActorLost
 from distillm_ray.types import Demand, Prompt, Rollout, ScoreReport, Weights
 
 STORE_TIMEOUT_S = 60.0
+GENERATOR_CALL_TIMEOUTS = 2
+"""Of `rollout.timeout_s`, for a call to a generator: an answer may first wait for its weights."""
 
 
 class Generators(ActorPool):

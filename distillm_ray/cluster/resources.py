@@ -80,8 +80,8 @@ class Available:
 
 
 def wants_generators(config: Config) -> bool:
-    """Whether anything is generated: rollouts, probes at validations, or the evaluation."""
-    return config.wants_rollouts or config.validation.probe_prompts > 0 or config.evaluation.at_end
+    """Whether anything is generated: rollouts, and probes with them, or the evaluation."""
+    return config.wants_rollouts or config.evaluation.at_end
 
 
 def request(config: Config, device: Device) -> Request:

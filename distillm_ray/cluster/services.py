@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from distillm_ray.cluster.actor_pool import Actor
 from distillm_ray.cluster.buffer_actor import BufferLost
-from distillm_ray.cluster.pools import store_index
+from distillm_ray.cluster.pools import GENERATOR_CALL_TIMEOUTS, store_index
 from distillm_ray.config import Config
 from distillm_ray.data.templates import decode
 from distillm_ray.errors import ClusterError, UserError
@@ -139,7 +139,7 @@ class ActorServices:
         _ask(
             self._wires.loop.publish.remote(weights),
             "the generators taking the weights published before (rollout.timeout_s)",
-            self._config.rollout.timeout_s + CALL_TIMEOUT_S,
+            self._pool_timeout_s,
         )
 
     def start_probe(self) -> None:
@@ -150,8 +150,7 @@ class ActorServices:
 
     def finish_probe(self) -> list[Rollout]:
         """See `protocols.Services`."""
-        limit = self._config.rollout.timeout_s + CALL_TIMEOUT_S
-        return _ask(self._probe, "the answers to validation.probe_prompts", limit)
+        return _ask(self._probe, "the answers to validation.probe_prompts", self._pool_timeout_s)
 
     def samples(self, rollouts: Sequence[Rollout]) -> tuple[Sample, ...]:
         """See `protocols.Services`."""
@@ -181,6 +180,12 @@ class ActorServices:
         return _ask(self._wires.buffer.stop_requested.remote(), "the replay buffer")
 
     # ---- inside ----------------------------------------------------------------------------------
+
+    @property
+    def _pool_timeout_s(self) -> float:
+        """Long enough for the pool to notice that a generator hangs, and to replace it."""
+        run, rollout = self._config.run, self._config.rollout
+        return GENERATOR_CALL_TIMEOUTS * rollout.timeout_s + run.startup_timeout_s + CALL_TIMEOUT_S
 
     def _from_stores(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherTargets]:
         """What the stores have, each asked once. A payload that cannot be read is dropped there."""

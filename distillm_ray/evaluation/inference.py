@@ -26,10 +26,18 @@ if TYPE_CHECKING:
 
 @contextmanager
 def answering(
-    cluster: Cluster, config: Config, model: ModelFacts, source: Source, *, end_token_id: int
+    cluster: Cluster,
+    config: Config,
+    model: ModelFacts,
+    source: Source,
+    *,
+    end_token_id: int,
+    trust_remote_code: bool,
 ) -> Iterator[Actor]:
     """A rollout loop without a buffer over a pool that answers with `model`; gone afterwards."""
-    generators = cluster.generators(model, source, end_token_id=end_token_id)
+    generators = cluster.generators(
+        model, source, end_token_id=end_token_id, trust_remote_code=trust_remote_code
+    )
     loop = cluster.loop(LoopPeers(generators=generators))
     try:
         ask(loop.start.remote(), timeout_s=2 * config.run.startup_timeout_s)
@@ -38,7 +46,7 @@ def answering(
         release([loop, *generators])
 
 
-def answers(
+def answer_all(
     loop: Actor,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
@@ -71,7 +79,7 @@ def score_answers(
     sampling = sampling.model_copy(update={"max_tokens": limit})
     seeds = evaluation_seeds(config)
     by_seed = {
-        seed: answers(
+        seed: answer_all(
             loop,
             prompts,
             sampling,
@@ -99,14 +107,23 @@ def score_model(
     *,
     tokenizer: PreTrainedTokenizerBase,
     end_token_id: int,
-) -> ModelScores:
-    """All scores of a model directory. Answers and held-out loss are computed at the same time.
+) -> tuple[ModelScores, list[Rollout]]:
+    """All scores of a model directory, and its answers to the first seed.
+
+    Answers and held-out loss are computed at the same time.
 
     `section` says how the model is loaded for the loss. Needs the resources of a generator pool,
     and those of a learner at the same time or afterwards.
     """
     source = Source.TEACHER if isinstance(section, TeacherConfig) else Source.STUDENT
-    with answering(cluster, config, model, source, end_token_id=end_token_id) as loop:
+    with answering(
+        cluster,
+        config,
+        model,
+        source,
+        end_token_id=end_token_id,
+        trust_remote_code=section.trust_remote_code,
+    ) as loop:
         loss = cluster.held_out_loss(
             model,
             validation,
@@ -114,6 +131,6 @@ def score_model(
             vocabulary_size=model.vocabulary_size,
             trust_remote_code=section.trust_remote_code,
         )
-        scores, _ = score_answers(loop, prompts, config, tokenizer=tokenizer)
+        scores, answers = score_answers(loop, prompts, config, tokenizer=tokenizer)
     seconds = config.learner.data_timeout_s
-    return dataclasses.replace(scores, validation_loss=ask(loss, timeout_s=seconds))
+    return dataclasses.replace(scores, validation_loss=ask(loss, timeout_s=seconds)), answers

@@ -7,6 +7,7 @@ loss stands beside them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from distillm_ray.cluster.actor_pool import Actor
@@ -14,6 +15,7 @@ from distillm_ray.cluster.cluster import Cluster
 from distillm_ray.config import Config
 from distillm_ray.data.splits import Splits
 from distillm_ray.evaluation import inference
+from distillm_ray.models.directory import check_model_directory
 from distillm_ray.preflight import Preflight
 from distillm_ray.report.metrics import FILE_NAME, read_records
 from distillm_ray.report.records import ValidationRecord
@@ -23,8 +25,10 @@ from distillm_ray.report.summary import (
     TEACHER,
     ComparedSample,
     Evaluation,
+    ModelScores,
 )
-from distillm_ray.types import Prompt
+from distillm_ray.run_directory import MODEL_FOLDER
+from distillm_ray.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,11 +76,41 @@ class RunEvaluator:
             seeds=inference.evaluation_seeds(self._config),
         )
 
-    def after(self, loop: Actor, evaluation: Evaluation) -> Evaluation:
-        """The trained student, with the weights that were exported; losses are the learners'."""
+    def after(self, loop: Actor, evaluation: Evaluation) -> Evaluation | None:
+        """The trained student, by the generators of the run.
+
+        None where one of them does not hold the last weights: it was restarted after the learners
+        were gone, and the weights that they had published with them.
+        """
         scores, answers = inference.score_answers(
             loop, self.prompts, self._config, tokenizer=self._tokenizer
         )
+        if any(answer.version != self._config.learner.steps for answer in answers):
+            return None
+        return self._completed(evaluation, scores, answers)
+
+    def exported(self, cluster: Cluster, evaluation: Evaluation) -> Evaluation:
+        """The trained student, from `model/`; needs what `inference.score_model` does."""
+        scores, answers = inference.score_model(
+            cluster,
+            self._config,
+            check_model_directory(
+                self._config.run.directory / MODEL_FOLDER,
+                "student",
+                trust_remote_code=self._config.student.trust_remote_code,
+            ),
+            self._config.student,
+            self.prompts,
+            self._validation,
+            tokenizer=self._tokenizer,
+            end_token_id=self._end_token_id,
+        )
+        return self._completed(evaluation, scores, answers)
+
+    def _completed(
+        self, evaluation: Evaluation, scores: ModelScores, answers: Sequence[Rollout]
+    ) -> Evaluation:
+        """With the student after training; both losses of the student are the learners'."""
         losses = {
             record.step: record.loss
             for record in read_records(self._config.run.directory / FILE_NAME)
@@ -97,7 +131,7 @@ class RunEvaluator:
 
     def teacher(self, cluster: Cluster, evaluation: Evaluation) -> Evaluation:
         """What the student is measured against. See `inference.score_model`."""
-        scores = inference.score_model(
+        scores, _ = inference.score_model(
             cluster,
             self._config,
             self._preflight.teacher,

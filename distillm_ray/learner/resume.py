@@ -58,7 +58,7 @@ MAY_CHANGE = (
     "learner.num_gpus",
     "learner.num_threads",
     "validation.probe_prompts",
-    "evaluation",
+    "evaluation.at_end",
     "checkpoint",
 )
 """Dotted keys; a section or union stands for everything below it."""
@@ -66,6 +66,9 @@ MAY_CHANGE = (
 
 def check_resume(old: Config, new: Config) -> None:
     """Compare the config of the run with the one it shall go on with.
+
+    The scores before training were computed under the evaluation's settings, so they stay; only
+    the evaluation itself may be given up.
 
     Raises:
         RunDirectoryError: a fixed key differs; every such key is named with both values.
@@ -84,6 +87,11 @@ def check_resume(old: Config, new: Config) -> None:
             + "\n".join(differences)
             + "\nSet them back, or set run.directory to a new"
             " directory to start another run"
+        )
+    if new.evaluation.at_end and not old.evaluation.at_end:
+        raise RunDirectoryError(
+            "evaluation.at_end may be turned off on resume, not on: the student before training was"
+            " not evaluated; use `distillm-ray evaluate` when the run is complete"
         )
     _check_layout(old, new)
 

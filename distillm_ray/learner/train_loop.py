@@ -43,10 +43,8 @@ from distillm_ray.report.records import (
     Record,
     ValidationRecord,
 )
+from distillm_ray.run_directory import CHECKPOINT_FOLDER, MODEL_FOLDER
 from distillm_ray.types import LearnerBatch, Rollout, TrainStep, Validation, Weights
-
-MODEL_FOLDER = "model"
-CHECKPOINT_FOLDER = "checkpoints"
 
 
 def train_loop(
@@ -246,10 +244,9 @@ class _TrainLoop:
         with self._failing_together():
             if self._speaks:
                 checkpoints.prepare(completed)
-        with (
-            self._failing_together(),
-            checkpoints.removing_partial_on_failure(completed),
-        ):
+        # A rank that fails here cannot tell the others, which wait for it inside of DeepSpeed: it
+        # fails alone, its worker tells the driver, and the driver ends the job.
+        with checkpoints.removing_partial_on_failure(completed):
             self._learner.save(checkpoints.partial_path(completed) / LEARNER_FOLDER)
         with self._failing_together():
             if self._speaks:

@@ -14,9 +14,10 @@ from distillm_ray.batching import pack, plan_validation
 from distillm_ray.cluster.services import ActorServices
 from distillm_ray.learner.checkpoint import CheckpointDirectory
 from distillm_ray.learner.learner import Learner
-from distillm_ray.learner.train_loop import CHECKPOINT_FOLDER, train_loop
+from distillm_ray.learner.train_loop import train_loop
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead, load_frozen_head
+from distillm_ray.run_directory import CHECKPOINT_FOLDER
 
 if TYPE_CHECKING:
     from distillm_ray.cluster.learners import LearnerJob

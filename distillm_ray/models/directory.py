@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from tokenizers import Tokenizer
 
-from distillm_ray.config import Config, TargetsConfig
+from distillm_ray.config import Config, TargetsConfig, TeacherConfig
 from distillm_ray.errors import ConfigError, ModelError
 from distillm_ray.models.logit_rules import LogitRule, logit_rule
 from distillm_ray.models.safetensors_files import TensorInfo, read_tensors
@@ -157,6 +157,15 @@ def check_lengths(config: Config, teacher: ModelFacts | None, student: ModelFact
             f" {facts.context_length} ({facts.path}): a longer sequence has no positions; lower"
             " data.max_prompt_tokens, data.max_response_tokens, or sampling.max_tokens of rollout"
             " or evaluation"
+        )
+
+
+def check_parallelism(teacher: TeacherConfig) -> None:
+    """Raises ConfigError for what scorers cannot do."""
+    if teacher.tensor_parallel > 1:
+        raise ConfigError(
+            f"teacher.tensor_parallel must be 1, got {teacher.tensor_parallel}: a scorer runs on"
+            " one device; raise teacher.actors for more throughput"
         )
 
 

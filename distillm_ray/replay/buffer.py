@@ -11,6 +11,7 @@ slot, so the fresh rollouts of every coming step are known, and demanded, before
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,6 +93,7 @@ class ReplayBuffer:
             "learner.batch_size": batch_size,
             "prompts": len(prompts),
             "data-set responses": len(demonstrations),
+            "digest of the data": _digest(prompts, demonstrations),
         }
 
         self._shelves = Shelves(
@@ -359,3 +361,13 @@ class ReplayBuffer:
         oldest = self._lookahead + self._sync_interval - 2
         self._late += sum(step - rollout.version > oldest for rollout in taken.fresh)
         return made
+
+
+def _digest(prompts: Sequence[Prompt], demonstrations: Sequence[Rollout]) -> int:
+    """Of all token ids in order: other data of the same size is other data."""
+    digest = 0
+    for prompt in prompts:
+        digest = zlib.crc32(prompt.token_ids.tobytes(), digest)
+    for demonstration in demonstrations:
+        digest = zlib.crc32(demonstration.response_ids.tobytes(), digest)
+    return digest

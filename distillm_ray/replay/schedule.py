@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from distillm_ray.config import AdaptiveSchedule, FixedSchedule, ScheduleConfig
+from distillm_ray.errors import UserError
 from distillm_ray.types import Validation
 
 ReferenceRule: TypeAlias = Literal["best", "last_increase", "previous"]
@@ -65,13 +66,13 @@ class Schedule:
         """The schedule that holds from draw `validation.step` on.
 
         phi rises by `increment` when loss >= reference + tolerance, at most to 1. The first
-        validation only sets the reference. Raises ValueError for a loss that is not a number.
+        validation only sets the reference. Raises UserError for a loss that is not a number.
         """
         loss = validation.loss
         if math.isnan(loss):
-            raise ValueError(
+            raise UserError(
                 f"the validation loss must be a number, got nan at step {validation.step}: the"
-                " student's weights are broken, resume from an earlier checkpoint with a lower"
+                " student's weights are broken; start another run with a lower"
                 " learner.learning_rate"
             )
         if self.increment == 0.0:

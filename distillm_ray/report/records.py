@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 
+from distillm_ray.batching import is_filler
 from distillm_ray.types import Mix, Shelf, StepPlan, TrainStep
 
 Measured: TypeAlias = Annotated[
@@ -94,6 +95,8 @@ class DrawFacts:
         for rank in plan.ranks:
             for micro_batch in rank:
                 for sequence in micro_batch.sequences:
+                    if is_filler(sequence):
+                        continue
                     ages[sequence.shelf].append(sequence.age)
                     ids[sequence.shelf].append(sequence.rollout.rollout_id)
         return cls(

@@ -32,10 +32,10 @@ from distillm_ray.report.summary import (
     read_run,
     summarize,
 )
+from distillm_ray.run_directory import MODEL_FOLDER
 
 SAMPLES_FILE = "samples.md"
 PLOTS_FOLDER = "plots"
-MODEL_FOLDER = "model"
 
 
 def write_report(directory: Path, *, compare: Sequence[Path] = ()) -> RenderableType:

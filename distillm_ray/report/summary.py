@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from distillm_ray.atomic_file import write_atomically
 from distillm_ray.errors import RunDirectoryError
 from distillm_ray.report.metrics import (
     FILE_NAME,
@@ -69,7 +70,7 @@ class Evaluation:
     def write(self, directory: Path) -> Path:
         """Write `evaluation.json` into a run directory."""
         path = directory / EVALUATION_FILE
-        path.write_bytes(_EVALUATION.dump_json(self, indent=2) + b"\n")
+        write_atomically(path, _EVALUATION.dump_json(self, indent=2) + b"\n")
         return path
 
 
@@ -136,6 +137,15 @@ def read_run(directory: Path) -> Run:
         superseded_steps=count_superseded_steps(path),
         wall_seconds=wall_seconds(path),
     )
+
+
+def has_trained_student(directory: Path) -> bool:
+    """Whether a run directory has the scores of a student after training."""
+    try:
+        evaluation = read_evaluation(directory)
+    except RunDirectoryError:
+        return False
+    return evaluation is not None and STUDENT_AFTER in evaluation.models
 
 
 def read_evaluation(directory: Path) -> Evaluation | None:

@@ -88,13 +88,15 @@ class Generator(ABC):
         max_response_tokens: int,
         seed: int,
         device: Device,
+        vocabulary_size: int,
         version: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
         """Nothing heavy happens before `start`.
 
         `end_token_ids`: the model's own, all of them; `config.sampling.stop_token_ids` come on
-        top. `version`: of the weights in `model_dir`.
+        top. `vocabulary_size`: the tokenizer's; rows of the head from there on are padding, and no
+        response holds their ids. `version`: of the weights in `model_dir`.
         """
         if not end_token_ids and not config.sampling.stop_token_ids:
             raise ValueError(
@@ -108,6 +110,7 @@ class Generator(ABC):
         self.max_response_tokens = max_response_tokens
         self.seed = seed
         self.device: Device = device
+        self.vocabulary_size = vocabulary_size
         self.trust_remote_code = trust_remote_code
         self._version = version
         self._updating = False

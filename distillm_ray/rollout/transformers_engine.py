@@ -36,8 +36,11 @@ from distillm_ray.weights.files import Bucket, to_tensors
 class SamplingProcessor(LogitsProcessor):
     """Samples each row's next token itself; generate() then takes the only one left."""
 
-    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
+    def __init__(
+        self, requests: Sequence[Request], device: torch.device, vocabulary_size: int
+    ) -> None:
         self._requests = requests
+        self._vocabulary_size = vocabulary_size
         self._generators = [
             torch.Generator(device).manual_seed(request.seed) for request in requests
         ]
@@ -46,7 +49,7 @@ class SamplingProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits `[B, V]` to -inf everywhere but at the sampled tokens."""
-        log_probs_BV = scores.float().log_softmax(dim=-1)
+        log_probs_BV = scores[:, : self._vocabulary_size].float().log_softmax(dim=-1)
         tokens_B1 = torch.stack(
             [
                 sample(row_V, request.sampling, generator)
@@ -94,6 +97,8 @@ class TransformersGenerator(Generator):
             use_safetensors=True,
             local_files_only=True,
         )
+        # generate() would fill in what a request leaves open: a repetition penalty, for example.
+        model.generation_config = GenerationConfig()
         self._model = cast(Any, model).to(torch.device(self.device)).eval()
         self._batcher = DynamicBatcher(self._generate, self._fits)
         self._batcher.start()
@@ -141,7 +146,7 @@ class TransformersGenerator(Generator):
             token_ids_BP[row, longest - length :] = torch.from_numpy(request.prompt_ids.copy())
             mask_BP[row, longest - length :] = 1
         device = self._model.device
-        processor = SamplingProcessor(requests, device)
+        processor = SamplingProcessor(requests, device, self.vocabulary_size)
         cast(Any, self._model).generate(
             inputs=token_ids_BP.to(device),
             attention_mask=mask_BP.to(device),

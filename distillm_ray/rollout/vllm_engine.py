@@ -92,6 +92,7 @@ class VllmGenerator(Generator):
         )
         self._serial = itertools.count()
         self._engine = AsyncLLM.from_engine_args(arguments)
+        await self._engine.collective_rpc("limit_vocabulary", args=(self.vocabulary_size,))
 
     async def stop(self) -> None:
         """Shut the engine's process down. In-flight requests fail."""

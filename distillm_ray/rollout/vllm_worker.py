@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import threading
@@ -21,6 +22,19 @@ class WorkerExtension:
     # the worker's own
     model_runner: Any
     reload_weights: Callable[..., None]
+
+    def limit_vocabulary(self, size: int) -> None:
+        """Make the ids from `size` on, which pad the output head, impossible."""
+        model = self.model_runner.get_model()
+        compute_logits = model.compute_logits
+
+        def limited(*arguments: Any, **settings: Any) -> Any:
+            logits = compute_logits(*arguments, **settings)
+            if logits is not None:  # another rank has them
+                logits[..., size:] = -math.inf
+            return logits
+
+        model.compute_logits = limited
 
     def take_weights(self, directory: str) -> None:
         """Replace the model's weights by those in `directory`, named as in the checkpoint.

@@ -27,7 +27,8 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from distillm_ray.batching import loss_positions
 from distillm_ray.config import TargetsConfig, TeacherConfig, cpu_threads
 from distillm_ray.dynamic_batching import DynamicBatcher
-from distillm_ray.errors import ConfigError, ModelError
+from distillm_ray.errors import ModelError
+from distillm_ray.models.directory import check_parallelism
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead, load_frozen_head
 from distillm_ray.models.packed_attention import attend_sequence_by_sequence, packed_arguments
@@ -69,11 +70,7 @@ class Scorer:
 
         Raises ConfigError for what is not built.
         """
-        if config.tensor_parallel > 1:
-            raise ConfigError(
-                f"teacher.tensor_parallel must be 1, got {config.tensor_parallel}: a scorer runs on"
-                " one device; raise teacher.actors for more throughput"
-            )
+        check_parallelism(config)
         self.config = config
         self.targets = targets
         self.vocabulary_size = vocabulary_size
