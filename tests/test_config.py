@@ -157,6 +157,16 @@ def test_a_wrong_type_names_key_rule_and_value(sections: dict[str, Any], message
             {"rollout": {"sampling": {"max_tokens": 9000}}},
             ("learner.max_micro_batch_tokens", "8192 < 9512"),
         ),
+        (
+            {"rollout": {"engine": {"type": "transformers"}, "tensor_parallel": 4}},
+            ("rollout.tensor_parallel must be 1", "got 4", "rollout.engine.type=vllm"),
+        ),
+        (
+            {"targets": {"type": "top_k"}, "loss": {"temperature": 2.0}},
+            ("loss.temperature must be 1 with targets.type=top_k, got 2",),
+        ),
+        ({"evaluation": {"seeds": []}}, ("evaluation.seeds", "at least 1 item")),
+        ({"evaluation": {"seeds": [-1]}}, ("evaluation.seeds.0", "greater than or equal to 0")),
         ({"loss": {"divergence": None}}, ("nothing to learn",)),
         ({"loss": {"divergence_weight": 0.0}}, ("nothing to learn",)),
         (

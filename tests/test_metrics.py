@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -108,9 +109,12 @@ def planned(shelf: Shelf, age: int) -> PlannedSequence:
 
 
 def test_a_step_record_joins_what_learner_buffer_and_rollout_loop_know() -> None:
+    fresh = planned(Shelf.FRESH, 0)
+    filler = dataclasses.replace(fresh, token_weights=np.zeros(1, np.float32))  # of a third rank
     ranks = (
-        (MicroBatchPlan(sequences=(planned(Shelf.FRESH, 0), planned(Shelf.REPLAY, 9))),),
+        (MicroBatchPlan(sequences=(fresh, planned(Shelf.REPLAY, 9))),),
         (MicroBatchPlan(sequences=(planned(Shelf.FRESH, 3), planned(Shelf.DATASET, 0))),),
+        (MicroBatchPlan(sequences=(filler,)),),
     )
     mix = Mix(fresh=2, replay=1, dataset=1)
     plan = StepPlan(step=6, phi=0.6, psi=0.4, mix=mix, ranks=ranks)
@@ -129,6 +133,11 @@ def test_a_step_record_joins_what_learner_buffer_and_rollout_loop_know() -> None
     assert record.learn_seconds == 2.0
     expected = Counters(generated_tokens=80, scored_tokens=40, target_hits=1, generate_seconds=2.5)
     assert record.work == expected
+    assert {shelf: len(ids) for shelf, ids in record.rollout_ids.items()} == {
+        "fresh": 2,
+        "replay": 1,
+        "dataset": 1,
+    }
 
 
 def test_every_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from distillm_ray.config import Config
-from distillm_ray.errors import RunDirectoryError
-from distillm_ray.preflight import _check_run_directory
+from distillm_ray.config_files import dump_config
+from distillm_ray.errors import ConfigError, RunDirectoryError
+from distillm_ray.learner.checkpoint import CheckpointDirectory, CheckpointMeta
+from distillm_ray.preflight import _check_run_directory, check
 
 
 def make_config(directory: Path) -> Config:
@@ -45,3 +47,25 @@ def test_a_directory_with_something_else_is_not_overwritten(tmp_path: Path) -> N
         _check_run_directory(make_config(tmp_path))
     with pytest.raises(RunDirectoryError, match="it is a file"):
         _check_run_directory(make_config(tmp_path / "thesis.tex"))
+
+
+def test_a_run_made_shorter_than_what_it_has_done_is_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run")
+    directory = config.run.directory
+    directory.mkdir()
+    (directory / "config.yaml").write_text(dump_config(config))
+    checkpoints = CheckpointDirectory(directory / "checkpoints", keep=2)
+    checkpoints.prepare(6)
+    meta = CheckpointMeta(
+        step=6, phi=0.0, validation=None, zero_stage=0, num_ranks=1, config=config.model_dump()
+    )
+    checkpoints.commit(meta, b"")
+    with pytest.raises(RunDirectoryError, match=r"learner\.steps must be at least .* got 4 < 6"):
+        _check_run_directory(config)
+
+
+def test_a_scorer_on_several_devices_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    teacher = config.teacher.model_copy(update={"tensor_parallel": 2})
+    with pytest.raises(ConfigError, match=r"raise teacher\.actors"):
+        check(config.model_copy(update={"teacher": teacher}))

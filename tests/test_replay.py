@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillm_ray.replay.buffer import ReplayBuffer
+from distillm_ray.replay.buffer import ReplayBuffer, digest
 from distillm_ray.replay.draw import EpochOrder, Stream, slot_uniforms
 from distillm_ray.replay.schedule import ReferenceRule, ReplayRatio, Schedule
 from distillm_ray.replay.state import BufferState
@@ -714,6 +714,18 @@ def test_another_runs_state_is_refused_by_name(change: dict[str, int], name: str
     other = replace(run, **change)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=f"^{name} must be that of the saved buffer"):
         other.buffer().restore(run.buffer().state(0))
+
+
+def test_the_state_of_other_data_of_the_same_size_is_refused() -> None:
+    run = Run()
+    buffer = run.buffer()
+    state = BufferState.from_bytes(buffer.state(0))
+    identity = {**state.identity, "digest of the data": 0}
+    with pytest.raises(ValueError, match=r"^digest of the data must be that of the saved buffer"):
+        buffer.restore(replace(state, identity=identity).to_bytes())
+    edited = make_demonstrations(3)
+    edited[1] = replace(edited[1], response_ids=edited[1].response_ids + 1)
+    assert digest([], edited) != digest([], make_demonstrations(3))
 
 
 def test_other_prompts_than_the_saved_ones_are_refused() -> None:

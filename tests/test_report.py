@@ -193,7 +193,7 @@ def test_another_run_becomes_a_row_of_the_table(finished: Path, tmp_path: Path) 
 
 
 def test_a_run_to_compare_with_needs_an_evaluation(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunDirectoryError, match=r"holds no evaluation\.json .* evaluate"):
+    with pytest.raises(RunDirectoryError, match=r"holds no evaluation\.json .*at_end"):
         write_report(finished, compare=[tmp_path])
 
 
@@ -205,7 +205,7 @@ def test_a_directory_without_a_log_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_evaluation_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path, num_steps=2)
     (tmp_path / "evaluation.json").write_text('{"models": 3}')
-    with pytest.raises(RunDirectoryError, match=r"is no evaluation .* again"):
+    with pytest.raises(RunDirectoryError, match=r"is no evaluation .* delete it"):
         read_run(tmp_path)
 
 

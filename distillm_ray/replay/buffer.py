@@ -93,7 +93,7 @@ class ReplayBuffer:
             "learner.batch_size": batch_size,
             "prompts": len(prompts),
             "data-set responses": len(demonstrations),
-            "digest of the data": _digest(prompts, demonstrations),
+            "digest of the data": digest(prompts, demonstrations),
         }
 
         self._shelves = Shelves(
@@ -363,11 +363,11 @@ class ReplayBuffer:
         return made
 
 
-def _digest(prompts: Sequence[Prompt], demonstrations: Sequence[Rollout]) -> int:
+def digest(prompts: Sequence[Prompt], demonstrations: Sequence[Rollout]) -> int:
     """Of all token ids in order: other data of the same size is other data."""
-    digest = 0
+    value = 0
     for prompt in prompts:
-        digest = zlib.crc32(prompt.token_ids.tobytes(), digest)
+        value = zlib.crc32(prompt.token_ids.tobytes(), value)
     for demonstration in demonstrations:
-        digest = zlib.crc32(demonstration.response_ids.tobytes(), digest)
-    return digest
+        value = zlib.crc32(demonstration.response_ids.tobytes(), value)
+    return value

@@ -39,7 +39,7 @@ _NEVER_SUPERSEDED = ("start", "event")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """Sums over the steps of a run that still count. Seconds of a pool are over its actors."""
+    """Sums over the steps of a run that still count; a pool's seconds are those with a call."""
 
     steps: int = 0
     skipped_steps: int = 0

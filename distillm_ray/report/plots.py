@@ -220,7 +220,7 @@ def draw_seconds(ax: Axes, records: Sequence[Record]) -> None:
         ax.plot(at, values, color=color, alpha=0.2, linewidth=1)
         ax.plot(at, running_mean(values, _SMOOTHING_STEPS), color=color, label=label)
     ax.set_ylim(bottom=0)
-    ax.set_ylabel("seconds a step, summed over actors")
+    ax.set_ylabel("seconds a step, by role")
     ax.legend(loc="upper right")
     _finish(ax, "Seconds by role", records)
 

@@ -45,8 +45,8 @@ class Counters:
     dropped: int = 0  # by the filter
     lost: int = 0  # ordinals given out again
     duplicates: int = 0
-    late: int = 0  # trained on above rollout.max_staleness
-    generate_seconds: float = 0.0  # summed over the actors of the role
+    late: int = 0  # trained on at an age above rollout.lookahead + rollout.sync_interval - 2
+    generate_seconds: float = 0.0  # with at least one call to the role under way
     score_seconds: float = 0.0
     sync_seconds: float = 0.0  # generators taking new weights
 

@@ -55,7 +55,7 @@ def write_report(directory: Path, *, compare: Sequence[Path] = ()) -> Renderable
         if evaluation is None or STUDENT_AFTER not in evaluation.models:
             raise RunDirectoryError(
                 f"{other} holds no {EVALUATION_FILE} with a trained student to compare with:"
-                " run `distillm-ray evaluate` on it first"
+                " a run that ended, with evaluation.at_end, has one"
             )
         others[f"student after ({other.name})"] = evaluation.models[STUDENT_AFTER]
     summary = summarize(run)

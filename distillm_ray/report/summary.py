@@ -162,7 +162,7 @@ def read_evaluation(directory: Path) -> Evaluation | None:
     except ValidationError as error:
         raise RunDirectoryError(
             f"{path} is no evaluation ({error.error_count()} problems, the first:"
-            f" {error.errors()[0]['msg']}): run `distillm-ray evaluate` again"
+            f" {error.errors()[0]['msg']}): restore it, or delete it to see the run without"
         ) from error
 
 
@@ -224,7 +224,9 @@ def _notes(totals: Totals, superseded_steps: int) -> tuple[str, ...]:
             " one model only"
         )
     if totals.late:
-        notes.append(f"{totals.late} samples were older than rollout.max_staleness allows")
+        notes.append(
+            f"{totals.late} samples were older than rollout.lookahead + rollout.sync_interval - 2"
+        )
     if superseded_steps:
         notes.append(f"{superseded_steps} steps were computed again after a restart")
     return tuple(notes)

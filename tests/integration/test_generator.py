@@ -144,6 +144,7 @@ def greedy(model: LlamaForCausalLM, prompt: Prompt, max_tokens: int) -> list[int
             do_sample=False,
             eos_token_id=list(END_TOKENS),
             pad_token_id=0,
+            suppress_tokens=list(range(VOCABULARY_SIZE, NUM_ROWS)),
         ),
     )
     assert isinstance(output, torch.Tensor)
