@@ -57,7 +57,12 @@ def test_a_run_made_shorter_than_what_it_has_done_is_refused(tmp_path: Path) -> 
     checkpoints = CheckpointDirectory(directory / "checkpoints", keep=2)
     checkpoints.prepare(6)
     meta = CheckpointMeta(
-        step=6, phi=0.0, validation=None, zero_stage=0, num_ranks=1, config=config.model_dump()
+        step=6,
+        phi=0.0,
+        validation=None,
+        zero_stage=0,
+        num_ranks=1,
+        config=config.model_dump(mode="json"),
     )
     checkpoints.commit(meta, b"")
     with pytest.raises(RunDirectoryError, match=r"learner\.steps must be at least .* got 4 < 6"):
