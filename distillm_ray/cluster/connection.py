@@ -35,9 +35,6 @@ def connect(config: Config, *, namespace: str = "distillm-ray") -> None:
     if not os.environ.get("RAY_ADDRESS"):
         # A cluster of our own: nobody else is meant to reach it, and it needs no web page.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        # When the driver is killed, Ray's agents first look this long for the control store that
-        # went with it (60 s by default), and only then end.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
         settings = {
             # Without an address Ray joins whatever cluster was started here last.
             "address": "local",
