@@ -41,6 +41,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(4 *
 
 STEPS, BATCH_SIZE = 48, 8
 SCALED_STEPS = 12
+# Without their node they first try for minutes to report that it died, and then end.
+RAYS_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 POOLS = ("GeneratorActor", "ScorerActor", "TargetStoreActor", "RayTrainWorker")
 VLLM = ("rollout.engine={type: vllm, max_num_seqs: 8}",)
 EVALUATED = ("evaluation.at_end=true", "evaluation.max_prompts=4")
@@ -69,6 +71,7 @@ class Disturbed:
 
     run: Path
     left_by_the_killed: list[Process]
+    agents_left_by_the_killed: list[Process]
     step_of_the_killed: int
     code_of_the_stopped: int
     steps_of_the_stopped: tuple[int, int]  # that it trained: first, last
@@ -116,7 +119,8 @@ def disturbed(config: Path) -> Disturbed:
         driver.find("EngineCore")
         driver.send(signal.SIGKILL)
         driver.wait(10)
-        left = wait_until_gone(driver.mark, 60)  # Ray looks after its own in turns
+        left = wait_until_gone(driver.mark, 30, besides=RAYS_AGENTS)
+        agents_left = wait_until_gone(driver.mark, 240)
     killed_at = newest_checkpoint(run)
     with Driver(*command, log=config.parent / "stopped.log") as driver:
         driver.wait_for(lambda: checkpointed(run, killed_at + 2), LIMIT_S)
@@ -143,6 +147,7 @@ def disturbed(config: Path) -> Disturbed:
     return Disturbed(
         run=run,
         left_by_the_killed=left,
+        agents_left_by_the_killed=agents_left,
         step_of_the_killed=killed_at,
         code_of_the_stopped=stopped_code,
         steps_of_the_stopped=(killed_at + 1, max(steps)),
@@ -321,6 +326,7 @@ def test_two_ranks_see_the_loss_that_one_sees(whole: Whole, scaled: Scaled) -> N
 
 def test_nothing_is_left_of_a_run_whose_driver_is_killed(disturbed: Disturbed) -> None:
     assert disturbed.left_by_the_killed == []
+    assert disturbed.agents_left_by_the_killed == []
 
 
 def test_sigterm_leaves_a_checkpoint_of_the_last_step_and_exit_code_3(

@@ -215,12 +215,14 @@ def kill_marked(mark: str) -> None:
             continue
 
 
-def wait_until_gone(mark: str, grace_s: float) -> list[Process]:
-    """What is left of the marked processes after at most `grace_s`."""
+def wait_until_gone(mark: str, grace_s: float, *, besides: tuple[str, ...] = ()) -> list[Process]:
+    """What is left of the marked processes after at most `grace_s`, besides some by title."""
     deadline = time.monotonic() + grace_s
-    while (left := marked_processes(mark)) and time.monotonic() < deadline:
+    while True:
+        left = [process for process in marked_processes(mark) if process.title not in besides]
+        if not left or time.monotonic() > deadline:
+            return left
         time.sleep(POLL_S)
-    return left
 
 
 def checkpointed(run: Path, step: int) -> bool:
