@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillm_ray.replay.buffer import ReplayBuffer, digest
+from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.draw import EpochOrder, Stream, slot_uniforms
 from distillm_ray.replay.schedule import ReferenceRule, ReplayRatio, Schedule
-from distillm_ray.replay.state import BufferState
+from distillm_ray.replay.state import BufferState, digest
 from distillm_ray.types import (
     Demand,
     Draw,

@@ -72,8 +72,8 @@ def score_answers(
     config: Config,
     *,
     tokenizer: PreTrainedTokenizerBase,
-) -> tuple[ModelScores, list[Rollout]]:
-    """ROUGE-L and BLEU over the seeds of `evaluation`, and the first seed's answers."""
+) -> tuple[ModelScores, list[list[Rollout]]]:
+    """ROUGE-L and BLEU over the seeds of `evaluation`, and the answers, seed by seed."""
     sampling = config.evaluation.sampling
     limit = sampling.max_tokens or config.data.max_response_tokens
     sampling = sampling.model_copy(update={"max_tokens": limit})
@@ -94,7 +94,7 @@ def score_answers(
         rouge_l=Score(mean=result.rouge_l.mean, std=result.rouge_l.std),
         bleu=Score(mean=result.bleu.mean, std=result.bleu.std),
     )
-    return scores, by_seed[seeds[0]]
+    return scores, list(by_seed.values())
 
 
 def score_model(
@@ -107,13 +107,11 @@ def score_model(
     *,
     tokenizer: PreTrainedTokenizerBase,
     end_token_id: int,
-) -> tuple[ModelScores, list[Rollout]]:
-    """All scores of a model directory, and its answers to the first seed.
+) -> tuple[ModelScores, list[list[Rollout]]]:
+    """All scores of a model directory, and its answers, seed by seed.
 
-    Answers and held-out loss are computed at the same time.
-
-    `section` says how the model is loaded for the loss. Needs the resources of a generator pool,
-    and those of a learner at the same time or afterwards.
+    Answers and held-out loss are computed at the same time, where the cluster has room for both a
+    generator pool and a learner. `section` says how the model is loaded.
     """
     source = Source.TEACHER if isinstance(section, TeacherConfig) else Source.STUDENT
     with answering(

@@ -70,7 +70,7 @@ class RunEvaluator:
                     before=answer.text,
                     after="",
                 )
-                for prompt, answer in list(zip(self.prompts, answers, strict=True))[:shown]
+                for prompt, answer in list(zip(self.prompts, answers[0], strict=True))[:shown]
             ),
             num_prompts=len(self.prompts),
             seeds=inference.evaluation_seeds(self._config),
@@ -85,9 +85,10 @@ class RunEvaluator:
         scores, answers = inference.score_answers(
             loop, self.prompts, self._config, tokenizer=self._tokenizer
         )
-        if any(answer.version != self._config.learner.steps for answer in answers):
+        steps = self._config.learner.steps
+        if any(answer.version != steps for by_prompt in answers for answer in by_prompt):
             return None
-        return self._completed(evaluation, scores, answers)
+        return self._completed(evaluation, scores, answers[0])
 
     def exported(self, cluster: Cluster, evaluation: Evaluation) -> Evaluation:
         """The trained student, from `model/`; needs what `inference.score_model` does."""
@@ -105,7 +106,7 @@ class RunEvaluator:
             tokenizer=self._tokenizer,
             end_token_id=self._end_token_id,
         )
-        return self._completed(evaluation, scores, answers)
+        return self._completed(evaluation, scores, answers[0])
 
     def _completed(
         self, evaluation: Evaluation, scores: ModelScores, answers: Sequence[Rollout]

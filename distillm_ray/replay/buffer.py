@@ -11,7 +11,6 @@ slot, so the fresh rollouts of every coming step are known, and demanded, before
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ import numpy as np
 from distillm_ray.replay.draw import promise_fresh, slot_uniforms
 from distillm_ray.replay.schedule import Schedule
 from distillm_ray.replay.shelves import Position, Shelves, Taken
-from distillm_ray.replay.state import BufferState
+from distillm_ray.replay.state import BufferState, digest
 from distillm_ray.types import Demand, Draw, Mix, Prompt, Rollout, Validation
 
 
@@ -361,13 +360,3 @@ class ReplayBuffer:
         oldest = self._lookahead + self._sync_interval - 2
         self._late += sum(step - rollout.version > oldest for rollout in taken.fresh)
         return made
-
-
-def digest(prompts: Sequence[Prompt], demonstrations: Sequence[Rollout]) -> int:
-    """Of all token ids in order: other data of the same size is other data."""
-    value = 0
-    for prompt in prompts:
-        value = zlib.crc32(prompt.token_ids.tobytes(), value)
-    for demonstration in demonstrations:
-        value = zlib.crc32(demonstration.response_ids.tobytes(), value)
-    return value

@@ -72,8 +72,8 @@ class Schedule:
         if math.isnan(loss):
             raise UserError(
                 f"the validation loss must be a number, got nan at step {validation.step}: the"
-                " student's weights are broken; start another run with a lower"
-                " learner.learning_rate"
+                " student's weights are broken; go on from the last checkpoint by the same command"
+                " with a lower learner.learning_rate"
             )
         if self.increment == 0.0:
             return self

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distillm_ray.types import FinishReason, Rollout, Source
+from distillm_ray.types import FinishReason, Prompt, Rollout, Source
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -164,3 +165,13 @@ def _rollouts(
         )
         for one in descriptions
     ]
+
+
+def digest(prompts: Sequence[Prompt], demonstrations: Sequence[Rollout]) -> int:
+    """Of all token ids in order: other data of the same size is other data."""
+    value = 0
+    for prompt in prompts:
+        value = zlib.crc32(prompt.token_ids.tobytes(), value)
+    for demonstration in demonstrations:
+        value = zlib.crc32(demonstration.response_ids.tobytes(), value)
+    return value

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distillm_ray.atomic_file import write_atomically
 from distillm_ray.errors import RunDirectoryError
 from distillm_ray.report.board import scalars, texts
 from distillm_ray.report.records import (
@@ -269,11 +269,5 @@ def _supersede(path: Path, resume_step: int) -> None:
     text = "".join(
         json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n" for value in objects
     )
-    if text.encode() == path.read_bytes():
-        return
-    temporary = path.with_suffix(".jsonl.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    if text.encode() != path.read_bytes():
+        write_atomically(path, text.encode())
