@@ -28,6 +28,7 @@ from distillm_ray.report.summary import (
     Evaluation,
     ModelScores,
     Score,
+    has_trained_student,
     read_run,
     summarize,
 )
@@ -195,6 +196,17 @@ def test_another_run_becomes_a_row_of_the_table(finished: Path, tmp_path: Path) 
 def test_a_run_to_compare_with_needs_an_evaluation(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match=r"holds no evaluation\.json .*at_end"):
         write_report(finished, compare=[tmp_path])
+
+
+def test_a_neighbour_is_compared_with_once_its_student_is_trained(
+    finished: Path, tmp_path: Path
+) -> None:
+    assert has_trained_student(finished)
+    assert not has_trained_student(tmp_path)
+    Evaluation(models={"student before": ModelScores()}).write(tmp_path)
+    assert not has_trained_student(tmp_path)
+    (tmp_path / "evaluation.json").write_text('{"models": 3}')
+    assert not has_trained_student(tmp_path)
 
 
 def test_a_directory_without_a_log_is_refused(tmp_path: Path) -> None:
