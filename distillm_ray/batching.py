@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -92,11 +93,17 @@ def plan_step(
     Raises ValueError for a sequence longer than a micro-batch, or a draw without loss tokens.
     """
     weights = token_weights([drawn.rollout for drawn in draw.sequences], normalize)
+    is_data = [drawn.shelf is Shelf.DATASET for drawn in draw.sequences]
+    data_share = sum(float(weight.sum()) for weight in compress(weights, is_data))
     sequences = [
         PlannedSequence(
-            rollout=drawn.rollout, shelf=drawn.shelf, age=drawn.age, token_weights=weight
+            rollout=drawn.rollout,
+            shelf=drawn.shelf,
+            age=drawn.age,
+            token_weights=weight,
+            cross_entropy_weights=weight / data_share if data else np.zeros_like(weight),
         )
-        for drawn, weight in zip(draw.sequences, weights, strict=True)
+        for drawn, weight, data in zip(draw.sequences, weights, is_data, strict=True)
     ]
     return StepPlan(
         step=draw.step,
@@ -114,14 +121,16 @@ def plan_validation(
 
     Every loss token weighs 1, a filler's 0: the weights' sum is the number of tokens.
     """
+    ones = [np.ones(rollout.num_loss_tokens, dtype=np.float32) for rollout in demonstrations]
     sequences = [
         PlannedSequence(
             rollout=rollout,
             shelf=Shelf.DATASET,
             age=0,
-            token_weights=np.ones(rollout.num_loss_tokens, dtype=np.float32),
+            token_weights=weights,
+            cross_entropy_weights=weights,
         )
-        for rollout in demonstrations
+        for rollout, weights in zip(demonstrations, ones, strict=True)
     ]
     return _plan(sequences, num_ranks, max_micro_batch_tokens)
 
@@ -164,6 +173,9 @@ def pack(micro_batch: MicroBatchPlan, targets: Mapping[str, TeacherTargets] | No
             [rollout.response_ids[rollout.loss_mask] for rollout in rollouts]
         ).astype(np.int32, copy=False),
         token_weights_N=np.concatenate([sequence.token_weights for sequence in sequences]),
+        cross_entropy_weights_N=np.concatenate(
+            [sequence.cross_entropy_weights for sequence in sequences]
+        ),
         sequence_index_N=np.repeat(
             np.arange(len(rollouts), dtype=np.int32), [len(part) for part in positions]
         ),
@@ -181,7 +193,8 @@ def _plan(
     lengths = [sequence.rollout.num_tokens for sequence in sequences]
     ranks = split(lengths, num_ranks=num_ranks, max_tokens=max_tokens)
     shortest = sequences[lengths.index(min(lengths))]
-    filler = replace(shortest, token_weights=np.zeros_like(shortest.token_weights))
+    zeros = np.zeros_like(shortest.token_weights)
+    filler = replace(shortest, token_weights=zeros, cross_entropy_weights=zeros)
     return tuple(
         tuple(
             MicroBatchPlan(sequences=tuple(sequences[index] for index in one) or (filler,))

@@ -111,7 +111,9 @@ class LossConfig(Section):
 
     divergence: Divergence | None = SkewKL()
     divergence_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    cross_entropy_weight: Annotated[float, Field(ge=0.0)] = 0.0  # data-set tokens only
+    cross_entropy_weight: Annotated[float, Field(ge=0.0)] = (
+        0.0  # of the mean over the data-set tokens
+    )
     temperature: Annotated[float, Field(gt=0.0)] = 1.0  # of both distributions in the divergence
     normalize: Literal["source", "tokens", "sequence"] = "source"
     implementation: Literal["fused", "plain"] = "fused"  # plain: the reference, for checking

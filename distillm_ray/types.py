@@ -201,12 +201,13 @@ class Draw:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlannedSequence:
-    """A drawn sequence with the weight of each of its loss tokens in the global loss."""
+    """A drawn sequence with the weights of its loss tokens in the two terms of the global loss."""
 
     rollout: Rollout
     shelf: Shelf
     age: int
     token_weights: Float32Array  # [num_loss_tokens]; over the global batch they sum to 1
+    cross_entropy_weights: Float32Array  # the same over its data-set tokens; 0 on all others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -240,6 +241,7 @@ class LearnerBatch:
     loss_positions_N: Int32Array
     labels_N: Int32Array
     token_weights_N: Float32Array
+    cross_entropy_weights_N: Float32Array
     sequence_index_N: Int32Array  # which of the S sequences a loss position belongs to
     rollout_ids: tuple[str, ...]  # S of them
     shelves: tuple[Shelf, ...]

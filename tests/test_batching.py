@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from distillm_ray.batching import (
     Normalize,
@@ -87,7 +88,13 @@ def draw_of(rollouts: list[Rollout]) -> Draw:
 
 def planned(one: Rollout, weight: float = 0.1) -> PlannedSequence:
     weights = np.full(one.num_loss_tokens, weight, dtype=np.float32)
-    return PlannedSequence(rollout=one, shelf=Shelf.REPLAY, age=2, token_weights=weights)
+    return PlannedSequence(
+        rollout=one,
+        shelf=Shelf.REPLAY,
+        age=2,
+        token_weights=weights,
+        cross_entropy_weights=2 * weights,
+    )
 
 
 def predicted(batch: LearnerBatch) -> list[tuple[int, int]]:
@@ -145,6 +152,7 @@ def test_a_row_is_whole_sequences_without_padding_and_positions_restart() -> Non
     assert batch.loss_positions_N.tolist() == [1, 2, 5]
     assert batch.labels_N.tolist() == [6, END, 9]
     assert batch.token_weights_N.tolist() == [0.25, 0.25, 0.5]
+    assert batch.cross_entropy_weights_N.tolist() == [0.5, 0.5, 1.0]
     assert batch.sequence_index_N.tolist() == [0, 0, 1]
     assert (batch.rollout_ids, batch.ages) == (("a", "b"), (2, 2))
     assert batch.shelves == (Shelf.REPLAY, Shelf.REPLAY)
@@ -257,6 +265,13 @@ def test_a_sequence_without_a_loss_token_is_no_slot() -> None:
         token_weights([silent], "source")
 
 
+def test_cross_entropy_is_a_mean_over_the_data_sets_tokens_alone() -> None:
+    plan = plan_step(draw_of(MIXED), num_ranks=1, max_micro_batch_tokens=100, normalize="source")
+    [[row]] = plan.ranks
+    weights = {one.rollout.rollout_id: one.cross_entropy_weights.tolist() for one in row.sequences}
+    assert weights == {"d1": [0.25], "d3": [0.25] * 3, "s2": [0.0] * 2, "s10": [0.0] * 10}
+
+
 batches = st.lists(
     st.tuples(st.integers(1, 20), st.integers(1, 60), st.sampled_from(list(Source))),
     min_size=1,
@@ -267,6 +282,24 @@ batches = st.lists(
         for index, (prompt, response, source) in enumerate(shapes)
     ]
 )
+
+
+def by_hand(
+    rollouts: list[Rollout], losses: dict[str, NDArray[np.float64]], normalize: Normalize
+) -> float:
+    chosen = [losses[one.rollout_id] for one in rollouts]
+    if not chosen:
+        return 0.0
+    if normalize == "tokens":
+        return float(np.concatenate(chosen).mean())
+    if normalize == "sequence":
+        return float(np.mean([values.mean() for values in chosen]))
+    expected = 0.0
+    for source in Source:
+        of_source = [losses[one.rollout_id] for one in rollouts if one.source is source]
+        if of_source:
+            expected += len(of_source) / len(rollouts) * float(np.concatenate(of_source).mean())
+    return expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -290,24 +323,16 @@ def test_the_loss_is_the_hand_computed_one_whatever_the_split(
         one.rollout_id: np.sin(1.7 * index + 0.3 * np.arange(one.num_loss_tokens))
         for index, one in enumerate(rollouts)
     }
-    total = 0.0
+    total = cross_entropy = 0.0
     for micro_batch in (one for rank in plan.ranks for one in rank):
         row = pack(micro_batch, None)
         values = np.concatenate([losses[name] for name in row.rollout_ids])
         total += float((row.token_weights_N.astype(np.float64) * values).sum())
+        cross_entropy += float((row.cross_entropy_weights_N.astype(np.float64) * values).sum())
 
-    if normalize == "tokens":
-        expected = np.concatenate(list(losses.values())).mean()
-    elif normalize == "sequence":
-        expected = np.mean([values.mean() for values in losses.values()])
-    else:
-        expected = 0.0
-        for source in Source:
-            of_source = [losses[one.rollout_id] for one in rollouts if one.source is source]
-            if of_source:
-                share = len(of_source) / len(rollouts)
-                expected += share * np.concatenate(of_source).mean()
-    assert total == pytest.approx(expected, abs=1e-6)
+    assert total == pytest.approx(by_hand(rollouts, losses, normalize), abs=1e-6)
+    data = [one for one in rollouts if one.source is not Source.STUDENT]
+    assert cross_entropy == pytest.approx(by_hand(data, losses, normalize), abs=1e-6)
     weights = [one.token_weights for rank in plan.ranks for row in rank for one in row.sequences]
     assert np.concatenate(weights).astype(np.float64).sum() == pytest.approx(1.0, abs=1e-6)
 

@@ -105,7 +105,13 @@ def planned(shelf: Shelf, age: int) -> PlannedSequence:
         finish_reason=FinishReason.STOP,
     )
     weights = np.ones(1, np.float32)
-    return PlannedSequence(rollout=rollout, shelf=shelf, age=age, token_weights=weights)
+    return PlannedSequence(
+        rollout=rollout,
+        shelf=shelf,
+        age=age,
+        token_weights=weights,
+        cross_entropy_weights=weights,
+    )
 
 
 def test_a_step_record_joins_what_learner_buffer_and_rollout_loop_know() -> None:

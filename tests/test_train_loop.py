@@ -66,7 +66,11 @@ def plan_of(step: int) -> RankPlan:
         ordinal=step,
     )
     sequence = PlannedSequence(
-        rollout=rollout, shelf=Shelf.FRESH, age=0, token_weights=np.ones(1, dtype=np.float32)
+        rollout=rollout,
+        shelf=Shelf.FRESH,
+        age=0,
+        token_weights=np.ones(1, dtype=np.float32),
+        cross_entropy_weights=np.zeros(1, dtype=np.float32),
     )
     return RankPlan(
         facts=DrawFacts(phi=0.1 * step, psi=0.0, mix=Mix(fresh=1), fresh_ages=(0,)),
@@ -175,7 +179,6 @@ class FakeLearner:
     """Its weights are one number: how many steps it took."""
 
     rank = 0
-    num_ranks = 1
 
     def __init__(self) -> None:
         self.steps_taken = 0
@@ -219,9 +222,6 @@ class FakeLearner:
 
     def collect(self, value: Any) -> list[Any]:
         return [value]
-
-    def barrier(self) -> None:
-        pass
 
 
 def run(services: Services, learner: FakeLearner, config: Config, *, resume: bool = False) -> int:

@@ -45,7 +45,7 @@ from distillm_ray.loss.head_loss import DivergenceTerm, HeadLoss, LossRequest
 from distillm_ray.loss.teacher_tensors import teacher_tensors
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead
-from distillm_ray.types import LearnerBatch, Shelf, TrainStep
+from distillm_ray.types import LearnerBatch, TrainStep
 from distillm_ray.weights.export import export_model
 from distillm_ray.weights.files import Bucket
 from distillm_ray.weights.gather import gather
@@ -269,7 +269,8 @@ class Learner:
             teacher = teacher_tensors(batch.targets, self._teacher_head, self.device)
         cross_entropy_N = None
         if loss.cross_entropy_weight > 0.0:
-            cross_entropy_N = self._cross_entropy_scale(batch) * token_weights_N
+            weights_N = self._to_device(batch.cross_entropy_weights_N, torch.float32)
+            cross_entropy_N = loss.cross_entropy_weight * weights_N
         return LossRequest(
             terms=terms,
             teacher=teacher,
@@ -278,12 +279,6 @@ class Learner:
             temperature=loss.temperature,
         )
 
-    def _cross_entropy_scale(self, batch: LearnerBatch) -> Tensor:
-        """`[N]`: `cross_entropy_weight` on data-set tokens, 0 on what the student wrote itself."""
-        is_data_S = np.array([shelf is Shelf.DATASET for shelf in batch.shelves])
-        is_data_N = is_data_S[batch.sequence_index_N].astype(np.float32)
-        return self._loss.cross_entropy_weight * self._to_device(is_data_N, torch.float32)
-
     def _token_losses(self, batch: LearnerBatch, answer: HeadLoss) -> Tensor:
         """`[N]`, each token's loss without its weight; infinite ones stay infinite."""
         assert answer.log_probs_N is not None
@@ -291,7 +286,9 @@ class Learner:
         for values_N in answer.divergences:
             losses_N = losses_N + self._loss.divergence_weight * values_N
         if self._loss.cross_entropy_weight > 0.0:
-            losses_N = losses_N - self._cross_entropy_scale(batch) * answer.log_probs_N
+            is_data_N = self._to_device(batch.cross_entropy_weights_N, torch.float32) > 0
+            entropy_N = -answer.log_probs_N
+            losses_N = losses_N + self._loss.cross_entropy_weight * entropy_N.where(is_data_N, 0.0)
         return losses_N
 
     def _to_device(self, array: NDArray[Any], dtype: torch.dtype) -> Tensor:

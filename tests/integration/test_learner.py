@@ -250,7 +250,11 @@ def reference(directory: Path) -> tuple[list[float], list[float], dict[str, torc
         model.zero_grad()
         loss = torch.zeros(())
         [micro_batches] = plans(step, 1)
-        for sequence in (one for micro_batch in micro_batches for one in micro_batch.sequences):
+        sequences = [one for micro_batch in micro_batches for one in micro_batch.sequences]
+        num_data_tokens = sum(
+            one.rollout.num_loss_tokens for one in sequences if one.shelf is Shelf.DATASET
+        )
+        for sequence in sequences:
             rollout = sequence.rollout
             token_ids = torch.tensor(np.concatenate([rollout.prompt_ids, rollout.response_ids]))
             logits_LV = model(input_ids=token_ids.long()[None], use_cache=False).logits[0]
@@ -261,9 +265,10 @@ def reference(directory: Path) -> tuple[list[float], list[float], dict[str, torc
             labels_T = torch.from_numpy(rollout.response_ids).long()
             entropy_T = torch.nn.functional.cross_entropy(student_TV, labels_T, reduction="none")
             token_weights_T = torch.from_numpy(sequence.token_weights)
+            loss = loss + (token_weights_T * values_T).sum()
             # Cross-entropy is for the data set's words, never for the student's own.
-            weight = 0.3 if sequence.shelf is Shelf.DATASET else 0.0
-            loss = loss + (token_weights_T * (values_T + weight * entropy_T)).sum()
+            if sequence.shelf is Shelf.DATASET:
+                loss = loss + 0.3 * entropy_T.sum() / num_data_tokens
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
         rate = 0.5 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 9)))
