@@ -13,9 +13,7 @@ from distillm_ray.types import Validation
 
 def meta(step: int, loss: float | None = None) -> CheckpointMeta:
     validation = None if loss is None else Validation(step=step, loss=loss, tokens=10)
-    return CheckpointMeta(
-        step=step, phi=0.3, validation=validation, zero_stage=1, num_ranks=1, config={"run": {}}
-    )
+    return CheckpointMeta(step=step, phi=0.3, validation=validation, config={"run": {}})
 
 
 def write(directory: CheckpointDirectory, step: int, loss: float | None = None) -> None:

@@ -60,8 +60,6 @@ def test_a_run_made_shorter_than_what_it_has_done_is_refused(tmp_path: Path) -> 
         step=6,
         phi=0.0,
         validation=None,
-        zero_stage=0,
-        num_ranks=1,
         config=config.model_dump(mode="json"),
     )
     checkpoints.commit(meta, b"")

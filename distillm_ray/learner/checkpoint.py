@@ -42,8 +42,6 @@ class CheckpointMeta:
     step: int  # completed optimizer steps
     phi: float
     validation: Validation | None  # the newest one at that step
-    zero_stage: int
-    num_ranks: int
     config: dict[str, Any]  # the resolved tree, as JSON
 
     def to_json(self) -> str:

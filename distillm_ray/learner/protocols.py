@@ -77,7 +77,6 @@ class LearnerRank(Protocol):
     """What the loop needs of a `learner.Learner`; all methods are collectives."""
 
     rank: int
-    num_ranks: int
 
     def train_step(
         self, batches: Sequence[LearnerBatch], step: int, *, wait_seconds: float
@@ -115,8 +114,4 @@ class LearnerRank(Protocol):
 
     def collect(self, value: Any) -> list[Any]:
         """See `Learner.collect`."""
-        ...
-
-    def barrier(self) -> None:
-        """See `Learner.barrier`."""
         ...

@@ -254,8 +254,6 @@ class _TrainLoop:
                     step=completed,
                     phi=self._phi,
                     validation=self._validation,
-                    zero_stage=self._config.learner.zero_stage,
-                    num_ranks=self._learner.num_ranks,
                     config=self._config.model_dump(mode="json"),
                 )
                 path = checkpoints.commit(meta, self._services.buffer_state(completed)).path

@@ -121,9 +121,8 @@ def line(record: Record, total_steps: int) -> str:
             return f"resumed from step {record.step}" if resumed else "run started"
         case EventRecord(name=name, detail=detail):
             return f"{name} (step {record.step}){f': {detail}' if detail else ''}"
-        case DoneRecord(status=status, reason=reason):
-            text = f"{status} at step {record.step} after {duration(record.seconds)}"
-            return f"{text}: {reason}" if reason else text
+        case DoneRecord(status=status):
+            return f"{status} at step {record.step} after {duration(record.seconds)}"
 
 
 def duration(seconds: float) -> str:

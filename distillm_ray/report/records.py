@@ -250,15 +250,14 @@ class EventRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoneRecord:
-    """The job ended, one way or another."""
+    """The job ended as it was asked to. A job that failed leaves no such record."""
 
     kind: Literal["done"] = "done"
     step: int
     time: float = 0.0
-    status: Literal["complete", "stopped", "failed"]
+    status: Literal["complete", "stopped"]
     seconds: float = 0.0  # wall-clock of this attempt
     phase_seconds: dict[str, float] = field(default_factory=dict)
-    reason: str = ""
 
 
 Record: TypeAlias = (
