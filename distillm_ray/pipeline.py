@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distillm_ray.atomic_file import write_atomically
 from distillm_ray.cluster import resources
@@ -47,7 +47,7 @@ from distillm_ray.report.summary import (
     Evaluation,
     read_evaluation,
 )
-from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE
+from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
 from distillm_ray.types import Rollout, Source
 
 _POLL_S = 0.5
@@ -104,7 +104,7 @@ class _Job:
         self._started = time.monotonic()
 
     def run(self) -> Status:
-        config, resume_from = self._config, self._preflight.resume_from
+        config = self._config
         with self._phase("connecting to Ray"):
             connect(config)
             device = resolve_device(config)
@@ -116,8 +116,13 @@ class _Job:
             splits = load_splits(config.data, tokenizer, config.run.seed)
             for line in _describe(splits):
                 self._view.note(line)
+        config.run.directory.mkdir(parents=True, exist_ok=True)
+        with held(config.run.directory):
+            return self._work(device, tokenizer, splits)
+
+    def _work(self, device: Device, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> Status:
+        config, resume_from = self._config, self._preflight.resume_from
         directory = config.run.directory
-        directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / CONFIG_FILE, dump_config(config).encode())
         cluster = Cluster(config, device)
         roles = self._make_roles(cluster, splits)

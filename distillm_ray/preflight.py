@@ -22,7 +22,7 @@ from distillm_ray.models.directory import (
 )
 from distillm_ray.report.metrics import FILE_NAME, read_records
 from distillm_ray.report.records import DoneRecord
-from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE
+from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
 
 _RAY_UPLOADS = "runtime_resources"  # Ray's folder for what comes with a job
 
@@ -67,7 +67,8 @@ def _check_run_directory(config: Config) -> Checkpoint | None:
     """A new or empty directory, or one that holds this run.
 
     Raises:
-        RunDirectoryError: it belongs to something else, to another run, or cannot be written.
+        RunDirectoryError: it belongs to something else, to another run, to a job that is at work,
+            or cannot be written.
     """
     directory = config.run.directory
     if directory.exists() and not directory.is_dir():
@@ -80,6 +81,9 @@ def _check_run_directory(config: Config) -> Checkpoint | None:
             " run.directory=/shared/runs/NAME"
         )
     _check_writable(directory)
+    if directory.is_dir():
+        with held(directory):
+            pass
     saved = directory / CONFIG_FILE
     if not saved.is_file():
         if directory.is_dir() and any(directory.iterdir()):

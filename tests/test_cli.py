@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from distillm_ray.cli import EXIT_USER_ERROR, app
 from distillm_ray.config_files import dump_config, load_config
+from distillm_ray.run_directory import held
 from tests.integration.tiny import make_config
 
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "matplotlib")
@@ -289,6 +290,14 @@ def test_a_directory_of_something_else_is_not_touched(
     run_directory.mkdir()
     (run_directory / "thesis.tex").write_text("years of work")
     assert "it is no run of this program" in refused()
+
+
+def test_a_directory_in_which_another_job_is_at_work_is_left_alone(
+    refused: Callable[..., str], run_directory: Path
+) -> None:
+    run_directory.mkdir()
+    with held(run_directory):
+        assert f"another job is at work in {run_directory}" in refused()
 
 
 def test_a_file_in_the_way_of_the_run_directory_is_named(tiny_job: Path, tmp_path: Path) -> None:

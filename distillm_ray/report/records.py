@@ -57,10 +57,10 @@ class Counters:
         )
 
     def since(self, earlier: Counters) -> Counters:
-        """The work between two readings."""
+        """The work between two readings. A role that was replaced in between counts from zero."""
         return Counters(
             **{
-                item.name: getattr(self, item.name) - getattr(earlier, item.name)
+                item.name: max(0, getattr(self, item.name) - getattr(earlier, item.name))
                 for item in dataclasses.fields(self)
             }
         )

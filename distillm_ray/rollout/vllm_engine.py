@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from distillm_ray.config import VllmEngine, cpu_threads
+from distillm_ray.directory_lock import locked
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.rollout.generator import Generator, Request, Response
 from distillm_ray.types import FinishReason
@@ -25,6 +28,7 @@ from distillm_ray.weights.files import Bucket, receive
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+_WEIGHTS_PREFIX = "distillm-ray-weights-"
 FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
@@ -66,6 +70,7 @@ class VllmGenerator(Generator):
         on_cpu = self.device == "cpu"
         num_threads = cpu_threads(self.config)
         os.environ.update(vllm_environment(device=self.device, num_threads=num_threads))
+        remove_abandoned_weights(node_local_memory())
         # Imported here: vLLM reads its environment when it is imported.
         from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
@@ -145,16 +150,23 @@ class VllmGenerator(Generator):
 
     async def _load(self, buckets: Sequence[Bucket]) -> None:
         assert self._engine is not None, "call start() first"
-        with tempfile.TemporaryDirectory(
-            prefix="distillm-ray-weights-", dir=node_local_memory()
-        ) as parent:
-            directory = await asyncio.to_thread(receive, buckets, Path(parent) / "new")
+        parent = tempfile.TemporaryDirectory(prefix=_WEIGHTS_PREFIX, dir=node_local_memory())
+        with parent as name, locked(Path(name)):
+            directory = await asyncio.to_thread(receive, buckets, Path(name) / "new")
             await self._engine.pause_generation(mode="keep", clear_cache=False)
             await self._engine.collective_rpc("take_weights", args=(str(directory),))
             await self._engine.resume_generation()
 
 
-def node_local_memory() -> str | None:
-    """A directory in shared memory where the system has one; None: the temporary directory."""
+def node_local_memory() -> Path:
+    """A directory in shared memory where the system has one, else the temporary directory."""
     shared_memory = Path("/dev/shm")
-    return str(shared_memory) if shared_memory.is_dir() else None
+    return shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())
+
+
+def remove_abandoned_weights(parent: Path) -> None:
+    """Weights that a generator was killed over still take up memory. Those in use are locked."""
+    for directory in parent.glob(f"{_WEIGHTS_PREFIX}*"):
+        with suppress(OSError), locked(directory) as free:  # another user's, or gone by now
+            if free:
+                shutil.rmtree(directory)

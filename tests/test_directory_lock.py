@@ -1,0 +1,54 @@
+"""One holder at a time, and none after its process has gone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distillm_ray.directory_lock import locked
+from distillm_ray.errors import RunDirectoryError
+from distillm_ray.rollout.vllm_engine import remove_abandoned_weights
+from distillm_ray.run_directory import held
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from distillm_ray.directory_lock import locked
+with locked(Path(sys.argv[1])) as free:
+    print(free, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_directory_is_held_by_one_until_it_lets_go(tmp_path: Path) -> None:
+    with locked(tmp_path) as first, locked(tmp_path) as second:
+        assert (first, second) == (True, False)
+    with locked(tmp_path) as free:
+        assert free
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "True\n"
+    with pytest.raises(RunDirectoryError, match="another job is at work"), held(tmp_path):
+        pass
+    holder.kill()
+    holder.communicate()
+    with held(tmp_path):
+        pass
+
+
+def test_only_weights_that_nobody_holds_are_removed(tmp_path: Path) -> None:
+    for name in ("distillm-ray-weights-used", "distillm-ray-weights-left", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard").touch()
+    with locked(tmp_path / "distillm-ray-weights-used"):
+        remove_abandoned_weights(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"distillm-ray-weights-used", "other"}
