@@ -140,14 +140,6 @@ def is_filler(sequence: PlannedSequence) -> bool:
     return not sequence.token_weights.any()
 
 
-def real_token_share(ranks: Sequence[Sequence[MicroBatchPlan]]) -> float:
-    """Tokens that count / tokens computed. Rows hold no padding, so only fillers lower it."""
-    sequences = [one for rank in ranks for micro_batch in rank for one in micro_batch.sequences]
-    computed = sum(one.rollout.num_tokens for one in sequences)
-    fillers = sum(one.rollout.num_tokens for one in sequences if is_filler(one))
-    return (computed - fillers) / computed
-
-
 def pack(micro_batch: MicroBatchPlan, targets: Mapping[str, TeacherTargets] | None) -> LearnerBatch:
     """One row of whole sequences. `targets`: by rollout id, every sequence's; None: no teacher.
 

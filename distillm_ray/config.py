@@ -111,9 +111,7 @@ class LossConfig(Section):
 
     divergence: Divergence | None = SkewKL()
     divergence_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    cross_entropy_weight: Annotated[float, Field(ge=0.0)] = (
-        0.0  # of the mean over the data-set tokens
-    )
+    cross_entropy_weight: Annotated[float, Field(ge=0.0)] = 0.0  # over the data-set slots alone
     temperature: Annotated[float, Field(gt=0.0)] = 1.0  # of both distributions in the divergence
     normalize: Literal["source", "tokens", "sequence"] = "source"
     implementation: Literal["fused", "plain"] = "fused"  # plain: the reference, for checking

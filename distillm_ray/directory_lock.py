@@ -14,7 +14,8 @@ from pathlib import Path
 def locked(directory: Path) -> Iterator[bool]:
     """Hold a directory; gives False where somebody else holds it.
 
-    Nothing is written. Where the file system has no such locks, everybody may hold it.
+    Nothing is written. It holds among the processes of one machine; network file systems mostly
+    keep such a lock to the machine that took it, and where there are none everybody may hold it.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

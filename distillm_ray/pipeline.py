@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, Literal, TypeAlias
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayActorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distillm_ray.atomic_file import write_atomically
@@ -38,8 +38,8 @@ from distillm_ray.config_files import dump_config
 from distillm_ray.data.splits import Splits, load_splits
 from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.evaluation.run_evaluator import RunEvaluator
-from distillm_ray.learner.checkpoint import CheckpointDirectory
-from distillm_ray.preflight import Preflight
+from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
+from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.report.console import ConsoleView
 from distillm_ray.report.records import DoneRecord, StepRecord, ValidationRecord
 from distillm_ray.report.report import git_commit
@@ -52,6 +52,7 @@ from distillm_ray.types import Rollout, Source
 
 _POLL_S = 0.5
 _ASK_S = 120.0  # limit of small calls
+_LOOP, _LOG = "the rollout loop", "the log"
 
 Status: TypeAlias = Literal["complete", "stopped"]
 
@@ -118,18 +119,30 @@ class _Job:
                 self._view.note(line)
         config.run.directory.mkdir(parents=True, exist_ok=True)
         with held(config.run.directory):
-            return self._work(device, tokenizer, splits)
+            # Looked at only now: until here another job may have been at work in it.
+            resume_from = check_run_directory(config)
+            return self._work(device, tokenizer, splits, resume_from)
 
-    def _work(self, device: Device, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> Status:
-        config, resume_from = self._config, self._preflight.resume_from
+    def _work(
+        self,
+        device: Device,
+        tokenizer: PreTrainedTokenizerBase,
+        splits: Splits,
+        resume_from: Checkpoint | None,
+    ) -> Status:
+        config = self._config
         directory = config.run.directory
         write_atomically(directory / CONFIG_FILE, dump_config(config).encode())
         cluster = Cluster(config, device)
-        roles = self._make_roles(cluster, splits)
+        roles = self._make_roles(cluster, splits, resume_from)
         with self._stopping_on_signals():
             learners = self._start_learners(cluster, roles, splits, device)
             with self._phase("starting generators, scorers and learners"):
-                ask(roles.loop.start.remote(), timeout_s=2 * config.run.startup_timeout_s)
+                ask(
+                    roles.loop.start.remote(),
+                    "generators and scorers that start (twice run.startup_timeout_s)",
+                    timeout_s=2 * config.run.startup_timeout_s,
+                )
             evaluation = read_evaluation(directory) if resume_from else None
             evaluator = RunEvaluator(config, self._preflight, tokenizer, splits)
             if evaluation is None and evaluator.prompts:
@@ -147,9 +160,10 @@ class _Job:
 
     # ---- phases ----------------------------------------------------------------------------------
 
-    def _make_roles(self, cluster: Cluster, splits: Splits) -> _Roles:
+    def _make_roles(
+        self, cluster: Cluster, splits: Splits, resume_from: Checkpoint | None
+    ) -> _Roles:
         config, preflight = self._config, self._preflight
-        resume_from = preflight.resume_from
         metrics = cluster.metrics(
             resume_step=resume_from.meta.step if resume_from else None,
             commit=git_commit(config.run.directory),
@@ -212,11 +226,11 @@ class _Job:
             if failure is not None:
                 raise UserError(failure)
             if ray.wait([rollouts], timeout=0)[0] and learners.is_alive():
-                ask(rollouts, timeout_s=_ASK_S)  # it only returns early by raising
+                ask(rollouts, _LOOP, timeout_s=_ASK_S)  # it only returns early by raising
         self._follow(roles, position)
         learners.raise_failure()
         self._ask_buffer(roles.buffer.finish.remote())
-        ask(rollouts, timeout_s=_ASK_S)
+        ask(rollouts, _LOOP, timeout_s=_ASK_S)
         folder = self._config.run.directory / CHECKPOINT_FOLDER
         last = CheckpointDirectory(folder, keep=self._config.checkpoint.keep).latest()
         assert last is not None, "every end of the learners leaves a checkpoint"
@@ -244,18 +258,19 @@ class _Job:
             seconds=time.monotonic() - self._started,
             phase_seconds=self._seconds,
         )
-        ask(roles.metrics.add.remote(record), timeout_s=_ASK_S)
+        ask(roles.metrics.add.remote(record), _LOG, timeout_s=_ASK_S)
         self._view.update(record)
-        ask(roles.metrics.close.remote(), timeout_s=_ASK_S)
+        ask(roles.metrics.close.remote(), _LOG, timeout_s=_ASK_S)
 
     # ---- helpers ---------------------------------------------------------------------------------
 
     def _follow(self, roles: _Roles, position: int) -> int:
         """Show what the log has that we have not seen; returns how far we have read."""
         try:
-            records, position = ray.get(roles.metrics.since.remote(position), timeout=_ASK_S)
+            call = roles.metrics.since.remote(position)
+            records, position = ask(call, _LOG, timeout_s=_ASK_S)
         except RayActorError:
-            return position  # it is being restarted; the file is complete
+            return position  # the learners, which write to it, fail by its death
         for record in records:
             self._view.update(record)
         if not any(isinstance(record, StepRecord | ValidationRecord) for record in records):
@@ -271,11 +286,10 @@ class _Job:
         """
         limit = self._config.run.startup_timeout_s
         try:
-            return ask(call, timeout_s=limit)
-        except (GetTimeoutError, RayActorError) as error:
+            return ask(call, "the replay buffer (run.startup_timeout_s)", timeout_s=limit)
+        except RayActorError as error:
             raise ClusterError(
-                f"the replay buffer did not answer within run.startup_timeout_s = {limit:g} s: its"
-                " process hangs, or died and does not come back; see the log of the driver's node"
+                "the replay buffer died and does not come back; see the log of the driver's node"
                 f" for the reason, then give the same command to resume ({error})"
             ) from error
 

@@ -34,7 +34,6 @@ class Preflight:
     teacher: ModelFacts
     student: ModelFacts
     vocabulary_size: int  # shared; rows of the heads from here on are padding
-    resume_from: Checkpoint | None
 
 
 def check(config: Config) -> Preflight:
@@ -55,20 +54,18 @@ def check(config: Config) -> Preflight:
     check_lengths(config, teacher, student)
     check_targets(config.targets, vocabulary_size)
     check_files(config.data)
-    return Preflight(
-        teacher=teacher,
-        student=student,
-        vocabulary_size=vocabulary_size,
-        resume_from=_check_run_directory(config),
-    )
+    check_run_directory(config)
+    if config.run.directory.is_dir():
+        with held(config.run.directory):
+            pass
+    return Preflight(teacher=teacher, student=student, vocabulary_size=vocabulary_size)
 
 
-def _check_run_directory(config: Config) -> Checkpoint | None:
-    """A new or empty directory, or one that holds this run.
+def check_run_directory(config: Config) -> Checkpoint | None:
+    """The newest checkpoint of a directory that holds this run; None in one that is new or empty.
 
     Raises:
-        RunDirectoryError: it belongs to something else, to another run, to a job that is at work,
-            or cannot be written.
+        RunDirectoryError: it belongs to something else or to another run, or cannot be written.
     """
     directory = config.run.directory
     if directory.exists() and not directory.is_dir():
@@ -81,12 +78,10 @@ def _check_run_directory(config: Config) -> Checkpoint | None:
             " run.directory=/shared/runs/NAME"
         )
     _check_writable(directory)
-    if directory.is_dir():
-        with held(directory):
-            pass
     saved = directory / CONFIG_FILE
     if not saved.is_file():
-        if directory.is_dir() and any(directory.iterdir()):
+        begun = f"{CONFIG_FILE}.tmp"  # by a job that was killed at its very start
+        if directory.is_dir() and any(path.name != begun for path in directory.iterdir()):
             raise RunDirectoryError(
                 f"run.directory: {directory} is not empty and holds no {CONFIG_FILE}: it is no run"
                 " of this program, and nothing in it shall be overwritten; choose another"
@@ -110,9 +105,10 @@ def _check_writable(directory: Path) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise RunDirectoryError(f"run.directory: {directory} cannot be made ({existing} is a file)")
-    if not os.access(existing, os.W_OK):
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         raise RunDirectoryError(
-            f"run.directory: {directory} cannot be written ({existing} is read-only for this user)"
+            f"run.directory: {directory} cannot be read and written ({existing} does not let this"
+            " user)"
         )
 
 

@@ -16,7 +16,7 @@ CHECKPOINT_FOLDER = "checkpoints"
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """One job at a time writes to a run directory.
+    """One job of a machine at a time writes to a run directory.
 
     Raises:
         RunDirectoryError: another job is at work in it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import get_args
 
@@ -18,7 +19,6 @@ from distillm_ray.batching import (
     pack,
     plan_step,
     plan_validation,
-    real_token_share,
     token_weights,
 )
 from distillm_ray.packing import split
@@ -84,6 +84,14 @@ def draw_of(rollouts: list[Rollout]) -> Draw:
             for one in rollouts
         ),
     )
+
+
+def real_token_share(ranks: Sequence[Sequence[MicroBatchPlan]]) -> float:
+    """Tokens that count / tokens computed. Rows hold no padding, so only fillers lower it."""
+    sequences = [one for rank in ranks for micro_batch in rank for one in micro_batch.sequences]
+    computed = sum(one.rollout.num_tokens for one in sequences)
+    fillers = sum(one.rollout.num_tokens for one in sequences if is_filler(one))
+    return (computed - fillers) / computed
 
 
 def planned(one: Rollout, weight: float = 0.1) -> PlannedSequence:

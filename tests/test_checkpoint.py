@@ -1,6 +1,7 @@
 """A checkpoint is complete or it does not count."""
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ def test_what_was_committed_is_found_again(tmp_path: Path) -> None:
     assert found.meta == meta(100, 1.5)
     assert found.buffer_state() == b"buffer of 100"
     assert (found.learner_path / "state").read_bytes() == b"weights"
+
+
+def test_what_another_version_wrote_beside_it_is_left_out() -> None:
+    text = json.dumps({**json.loads(meta(3, 1.5).to_json()), "zero_stage": 1})
+    assert CheckpointMeta.from_json(text) == meta(3, 1.5)
 
 
 def test_the_newest_ones_and_the_best_one_are_kept(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,10 @@ def test_only_weights_that_nobody_holds_are_removed(tmp_path: Path) -> None:
     for name in ("distillm-ray-weights-used", "distillm-ray-weights-left", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "shard").touch()
+        hour_ago = time.time() - 3600
+        os.utime(tmp_path / name, (hour_ago, hour_ago))
+    (tmp_path / "distillm-ray-weights-young").mkdir()
     with locked(tmp_path / "distillm-ray-weights-used"):
         remove_abandoned_weights(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"distillm-ray-weights-used", "other"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"distillm-ray-weights-used", "distillm-ray-weights-young", "other"}

@@ -132,7 +132,7 @@ def test_a_step_record_joins_what_learner_buffer_and_rollout_loop_know() -> None
         buffer=BufferSizes(replay=40),
         work=after.since(before),
     )
-    assert before.since(after) == Counters(), "a role that was replaced counts from zero"
+    assert before.since(after) == Counters(), "an actor that was replaced"
     assert (record.step, record.phi, record.psi, record.mix) == (7, 0.6, 0.4, mix)
     assert record.fresh_age_mean == 1.5
     assert record.fresh_age_max == 3

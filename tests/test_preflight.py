@@ -10,7 +10,7 @@ from distillm_ray.config import Config
 from distillm_ray.config_files import dump_config
 from distillm_ray.errors import ConfigError, RunDirectoryError
 from distillm_ray.learner.checkpoint import CheckpointDirectory, CheckpointMeta
-from distillm_ray.preflight import _check_run_directory, check
+from distillm_ray.preflight import check, check_run_directory
 
 
 def make_config(directory: Path) -> Config:
@@ -32,21 +32,23 @@ def test_a_run_directory_inside_of_an_uploaded_working_directory_is_refused(
     uploaded = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
     uploaded.mkdir(parents=True)
     with pytest.raises(RunDirectoryError, match="give an absolute path") as caught:
-        _check_run_directory(make_config(uploaded / "runs" / "one"))
+        check_run_directory(make_config(uploaded / "runs" / "one"))
     assert "deletes after the job" in str(caught.value)
 
 
 def test_a_new_and_an_empty_directory_begin_a_run(tmp_path: Path) -> None:
-    assert _check_run_directory(make_config(tmp_path / "new")) is None
-    assert _check_run_directory(make_config(tmp_path)) is None
+    assert check_run_directory(make_config(tmp_path / "new")) is None
+    assert check_run_directory(make_config(tmp_path)) is None
+    (tmp_path / "config.yaml.tmp").touch()  # a job was killed while it wrote its first file
+    assert check_run_directory(make_config(tmp_path)) is None
 
 
 def test_a_directory_with_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RunDirectoryError, match="it is no run of this program"):
-        _check_run_directory(make_config(tmp_path))
+        check_run_directory(make_config(tmp_path))
     with pytest.raises(RunDirectoryError, match="it is a file"):
-        _check_run_directory(make_config(tmp_path / "thesis.tex"))
+        check_run_directory(make_config(tmp_path / "thesis.tex"))
 
 
 def test_a_run_made_shorter_than_what_it_has_done_is_refused(tmp_path: Path) -> None:
@@ -64,7 +66,7 @@ def test_a_run_made_shorter_than_what_it_has_done_is_refused(tmp_path: Path) -> 
     )
     checkpoints.commit(meta, b"")
     with pytest.raises(RunDirectoryError, match=r"learner\.steps must be at least .* got 4 < 6"):
-        _check_run_directory(config)
+        check_run_directory(config)
 
 
 def test_a_scorer_on_several_devices_is_refused_before_anything_starts(tmp_path: Path) -> None:

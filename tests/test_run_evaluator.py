@@ -90,7 +90,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def decode(_: object, rollout: Rollout) -> str:
         return str(rollout.version)
 
-    monkeypatch.setattr(inference, "ask", lambda answer, **_: answer)
+    monkeypatch.setattr(inference, "ask", lambda answer, *_, **__: answer)
     monkeypatch.setattr(inference, "release", lambda actors: None)
     monkeypatch.setattr(inference, "decode", decode)
 

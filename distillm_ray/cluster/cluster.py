@@ -12,12 +12,13 @@ No actor is detached: when the driver goes, by whatever signal, everything goes 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -35,7 +36,7 @@ from distillm_ray.cluster.learners import LearnerJob
 from distillm_ray.cluster.loop_actor import LoopPeers, RolloutLoopActor
 from distillm_ray.cluster.resources import Device
 from distillm_ray.config import Config, Dtype, RolloutConfig, TeacherConfig, cpu_threads
-from distillm_ray.errors import UserError
+from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.models.directory import ModelFacts
 from distillm_ray.types import Rollout, Source
 
@@ -137,7 +138,7 @@ class Cluster:
                 worker_runtime_env={
                     "env_vars": {
                         "DS_ACCELERATOR": self._device,
-                        **_thread_settings(cpu_threads(config)),
+                        **_thread_settings(cpu_threads(config), self._device),
                     }
                 },
             ),
@@ -195,7 +196,7 @@ class Cluster:
             max_restarts=-1,
             max_task_retries=0,
             max_concurrency=_LOOP_CONCURRENCY,
-            runtime_env={"env_vars": _thread_settings(cpu_threads(section))},
+            runtime_env={"env_vars": _thread_settings(cpu_threads(section), self._device)},
         )(role)
 
     def _beside_driver(
@@ -217,10 +218,19 @@ class Cluster:
         return actor.remote(*arguments, **settings)
 
 
-def ask(call: Any, *, timeout_s: float) -> Any:
-    """`ray.get` with a limit that hands on a user's error as itself."""
+def ask(call: Any, what: str, *, timeout_s: float) -> Any:
+    """`ray.get` with a limit that hands on a user's error as itself.
+
+    Raises:
+        ClusterError: no answer in time; it names `what`.
+    """
     try:
         return ray.get(call, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise ClusterError(
+            f"no answer within {timeout_s:g} s: {what}; the process hangs, or the cluster is"
+            " overloaded; see the log of the driver's node"
+        ) from error
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from error
@@ -250,17 +260,20 @@ def _learner_worker(settings: dict[str, Any]) -> None:
         raise
 
 
-def _thread_settings(num_threads: int) -> dict[str, str]:
+def _thread_settings(num_threads: int, device: Device) -> dict[str, str]:
     """Roles share cores and memory on a CPU-only machine.
 
-    A thread that waits must not spin on a core. glibc is not to keep a heap for every thread, and
-    backs what it allocates by huge pages: a step on a CPU takes a fifth less time, since torch's
-    tensors are mapped anew at every use.
+    A thread that waits must not spin on a core. glibc is not to keep a heap for every thread. On
+    the CPU it asks for huge pages (from 2.35 on), because torch's tensors are mapped anew at every
+    use, and the faults of small pages are a good part of a step.
     """
-    return {
+    settings = {
         "MALLOC_ARENA_MAX": "2",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "OMP_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
     }
+    if device == "cpu":
+        tunables = (os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1")
+        settings["GLIBC_TUNABLES"] = ":".join(filter(None, tunables))
+    return settings

@@ -40,7 +40,11 @@ def answering(
     )
     loop = cluster.loop(LoopPeers(generators=generators))
     try:
-        ask(loop.start.remote(), timeout_s=2 * config.run.startup_timeout_s)
+        ask(
+            loop.start.remote(),
+            "generators that start (twice run.startup_timeout_s)",
+            timeout_s=2 * config.run.startup_timeout_s,
+        )
         yield loop
     finally:
         release([loop, *generators])
@@ -56,7 +60,9 @@ def answer_all(
     timeout_s: float,
 ) -> list[Rollout]:
     """One answer a prompt, in order, with its text."""
-    rollouts = ask(loop.answer.remote(prompts, sampling, seed), timeout_s=timeout_s)
+    call = loop.answer.remote(prompts, sampling, seed)
+    what = f"answers to {len(prompts)} prompts (a multiple of rollout.timeout_s)"
+    rollouts = ask(call, what, timeout_s=timeout_s)
     return [dataclasses.replace(rollout, text=decode(tokenizer, rollout)) for rollout in rollouts]
 
 
@@ -131,4 +137,5 @@ def score_model(
         )
         scores, answers = score_answers(loop, prompts, config, tokenizer=tokenizer)
     seconds = config.learner.data_timeout_s
-    return dataclasses.replace(scores, validation_loss=ask(loss, timeout_s=seconds)), answers
+    validation_loss = ask(loss, "the held-out loss (learner.data_timeout_s)", timeout_s=seconds)
+    return dataclasses.replace(scores, validation_loss=validation_loss), answers

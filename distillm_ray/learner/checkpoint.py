@@ -50,10 +50,15 @@ class CheckpointMeta:
 
     @classmethod
     def from_json(cls, text: str) -> CheckpointMeta:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. What this version does not know is left out."""
         values = json.loads(text)
-        validation = values.pop("validation")
-        return cls(**values, validation=Validation(**validation) if validation else None)
+        validation = values["validation"]
+        return cls(
+            step=values["step"],
+            phi=values["phi"],
+            validation=Validation(**validation) if validation else None,
+            config=values["config"],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

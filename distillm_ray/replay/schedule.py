@@ -70,10 +70,15 @@ class Schedule:
         """
         loss = validation.loss
         if math.isnan(loss):
+            cure = (
+                "check student.model"
+                if validation.step == 0
+                else "give the same command with a lower learner.learning_rate to go on from the"
+                " last checkpoint, or start another run if that one is broken too"
+            )
             raise UserError(
                 f"the validation loss must be a number, got nan at step {validation.step}: the"
-                " student's weights are broken; go on from the last checkpoint by the same command"
-                " with a lower learner.learning_rate"
+                f" student's weights are broken; {cure}"
             )
         if self.increment == 0.0:
             return self

@@ -30,7 +30,7 @@ UNKNOWN_STEP = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
-    """Work done by the roles beside the learner since the job started; it only grows."""
+    """Work done by the roles beside the learner since the job, or the actor, started."""
 
     generated_sequences: int = 0
     generated_tokens: int = 0  # response tokens
@@ -57,7 +57,7 @@ class Counters:
         )
 
     def since(self, earlier: Counters) -> Counters:
-        """The work between two readings. A role that was replaced in between counts from zero."""
+        """The work between two readings; none where a count fell because its actor was replaced."""
         return Counters(
             **{
                 item.name: max(0, getattr(self, item.name) - getattr(earlier, item.name))

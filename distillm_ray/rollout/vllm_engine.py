@@ -11,6 +11,7 @@ import itertools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _WEIGHTS_PREFIX = "distillm-ray-weights-"
+_YOUNG_S = 60.0
 FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
@@ -165,8 +167,13 @@ def node_local_memory() -> Path:
 
 
 def remove_abandoned_weights(parent: Path) -> None:
-    """Weights that a generator was killed over still take up memory. Those in use are locked."""
+    """Weights that a generator was killed over still take up memory.
+
+    Those in use are locked, and those so young that their owner may not have come to that are left.
+    """
     for directory in parent.glob(f"{_WEIGHTS_PREFIX}*"):
-        with suppress(OSError), locked(directory) as free:  # another user's, or gone by now
-            if free:
-                shutil.rmtree(directory)
+        with suppress(OSError):  # another user's, or gone by now
+            age_s = time.time() - directory.stat().st_mtime
+            with locked(directory) as free:
+                if free and age_s > _YOUNG_S:
+                    shutil.rmtree(directory)

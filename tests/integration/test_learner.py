@@ -281,6 +281,20 @@ def reference(directory: Path) -> tuple[list[float], list[float], dict[str, torc
     return losses, norms, {name: value.detach() for name, value in model.named_parameters()}
 
 
+@torch.no_grad()
+def cross_entropy(student: Path, of: list[Rollout]) -> float:
+    """Sum over the response tokens, in float64."""
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
+    total = 0.0
+    for rollout in of:
+        token_ids = torch.tensor(np.concatenate([rollout.prompt_ids, rollout.response_ids])).long()
+        logits_LV = model(input_ids=token_ids[None]).logits[0][:, :VOCABULARY]
+        first = len(rollout.prompt_ids)
+        log_q_LV = logits_LV.log_softmax(-1)
+        total -= log_q_LV[first - 1 : -1].gather(-1, token_ids[first:, None]).sum().item()
+    return total
+
+
 # ---- tests --------------------------------------------------------------------------------------
 
 
@@ -367,15 +381,17 @@ def test_a_restored_learner_goes_on_bit_for_bit(runs: Path, stage: int, num_rank
 def test_the_log_of_a_step_counts_over_all_ranks(runs: Path, stage: int) -> None:
     one, two = (facts_of(runs, num_ranks, stage)["steps"][0] for num_ranks in (1, 2))
     num_tokens = sum(prompt + response for prompt, response in LENGTHS)
+    data = [rollout for rollout in rollouts(0) if rollout.source is not Source.STUDENT]
+    entropy = cross_entropy(runs / "student", data) / sum(one.num_loss_tokens for one in data)
     for record in (one, two):
         assert record["tokens"] == record["positions"] == num_tokens
         assert record["loss_tokens"] == sum(response for _, response in LENGTHS)
         assert record["learning_rate"] == pytest.approx(0.5)
         assert record["infinite_tokens"] == 0
+        # Half of the slots each; cross-entropy has all of its weight on the data set's.
         shares = record["loss_by_shelf"]
-        assert 0.5 * (shares["fresh"] + shares["dataset"]) == pytest.approx(
-            record["loss"], rel=1e-5
-        )
+        divergences = 0.5 * (shares["fresh"] + shares["dataset"] - 0.3 * entropy)
+        assert record["loss"] == pytest.approx(divergences + 0.3 * entropy, rel=1e-5)
     assert one["loss_by_shelf"] == pytest.approx(two["loss_by_shelf"], rel=1e-5)
     assert one["logprob_gap"] == pytest.approx(two["logprob_gap"], rel=1e-5)
     assert (one["wait_seconds"], two["wait_seconds"]) == (0.0, 1.0)
@@ -386,14 +402,7 @@ def test_the_log_of_a_step_counts_over_all_ranks(runs: Path, stage: int) -> None
 def test_validation_is_the_cross_entropy_of_every_response_token_once(
     runs: Path, num_ranks: int
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(runs / "student", dtype=torch.float64)
-    expected = 0.0
-    for rollout in rollouts(50):
-        token_ids = torch.tensor(np.concatenate([rollout.prompt_ids, rollout.response_ids])).long()
-        logits_LV = model(input_ids=token_ids[None]).logits[0][:, :VOCABULARY]
-        first = len(rollout.prompt_ids)
-        log_q_LV = logits_LV.log_softmax(-1)
-        expected -= log_q_LV[first - 1 : -1].gather(-1, token_ids[first:, None]).sum().item()
+    expected = cross_entropy(runs / "student", rollouts(50))
     for stage in STAGES:
         loss, tokens = facts_of(runs, num_ranks, stage)["validation"]
         assert loss == pytest.approx(expected, rel=1e-5)

@@ -21,6 +21,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distillm_ray.directory_lock import locked
 from distillm_ray.learner.checkpoint import CheckpointDirectory
 from distillm_ray.replay.state import BufferState
 from distillm_ray.report.records import DoneRecord, EventRecord, PublishRecord, StepRecord
@@ -70,6 +71,7 @@ class Disturbed:
     """What was seen on the way of the other one."""
 
     run: Path
+    held_while_running: bool  # the run directory
     left_by_the_killed: list[Process]
     agents_left_by_the_killed: list[Process]
     step_of_the_killed: int
@@ -117,6 +119,8 @@ def disturbed(config: Path) -> Disturbed:
     with Driver(*command, *VLLM, log=config.parent / "killed.log") as driver:
         driver.wait_for(lambda: checkpointed(run, 4), LIMIT_S)
         driver.find("EngineCore")
+        with locked(run) as free:
+            held_while_running = not free
         driver.send(signal.SIGKILL)
         driver.wait(10)
         left = wait_until_gone(driver.mark, 30, besides=RAYS_AGENTS)
@@ -146,6 +150,7 @@ def disturbed(config: Path) -> Disturbed:
         assert last_code == 0, driver.output()
     return Disturbed(
         run=run,
+        held_while_running=held_while_running,
         left_by_the_killed=left,
         agents_left_by_the_killed=agents_left,
         step_of_the_killed=killed_at,
@@ -322,6 +327,12 @@ def test_two_ranks_see_the_loss_that_one_sees(whole: Whole, scaled: Scaled) -> N
 
 
 # ---- the disturbed run ---------------------------------------------------------------------------
+
+
+def test_a_run_directory_is_held_while_its_job_is_at_work(disturbed: Disturbed) -> None:
+    assert disturbed.held_while_running
+    with locked(disturbed.run) as free:
+        assert free
 
 
 def test_nothing_is_left_of_a_run_whose_driver_is_killed(disturbed: Disturbed) -> None:
