@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -49,8 +50,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit() -> str:
-    """The commit the numbers are from; `-dirty` where tracked files differ from it."""
+    """The commit the numbers are from; `-dirty` where tracked files differed when first asked.
+
+    A script that writes two files asks once: its first file is such a difference.
+    """
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
