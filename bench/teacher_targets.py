@@ -3,7 +3,8 @@
     python bench/teacher_targets.py [--student DIR]
 
 The quickstart's teacher and student on its prompts. Against the exact divergence in float32 it
-compares the mean over the tokens, each token's value, and the gradient of the student's hidden states.
+compares the mean over the tokens, each token's value, and the gradient that reaches the student's
+hidden states.
 
 Axes: N positions, V vocabulary, K top-k.
 """
