@@ -5,13 +5,12 @@
     Weights ──► between engine steps (in-flight requests continue), or after the last one finished
 
 A subclass brings the engine: `start`, `stop`, `_respond`, `_load`. This file decides what is
-counted, when weights may change and which seed a request has. It knows nothing of Ray.
+counted and which seed a request has, weight_gate when weights may change. It knows nothing of Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import numpy as np
 
 from distillm_ray.config import RolloutConfig, SamplingConfig
 from distillm_ray.rollout.responses import is_empty, is_looping
+from distillm_ray.rollout.weight_gate import WeightGate
 from distillm_ray.types import (
     Demand,
     FinishReason,
@@ -112,12 +112,7 @@ class Generator(ABC):
         self.device: Device = device
         self.vocabulary_size = vocabulary_size
         self.trust_remote_code = trust_remote_code
-        self._version = version
-        self._updating = False
-        self._broken = False  # an update failed: nobody knows which weights the engine holds
-        self._changed = asyncio.Condition()  # version, the flags or _in_flight changed
-        self._in_flight = 0
-        self._busy_since = 0.0
+        self._gate = WeightGate(version, config.timeout_s)
         self._counters = GeneratorCounters()
 
     # ---- the engine, by subclass ---------------------------------------------------------------
@@ -148,15 +143,13 @@ class Generator(ABC):
     @property
     def version(self) -> int:
         """Of the weights in use: completed optimizer steps."""
-        return self._version
+        return self._gate.version
 
     @property
     def counters(self) -> GeneratorCounters:
         """A snapshot."""
-        busy = self._counters.busy_seconds
-        if self._in_flight:
-            busy += time.monotonic() - self._busy_since
-        return replace(self._counters, in_flight=self._in_flight, busy_seconds=busy)
+        gate = self._gate
+        return replace(self._counters, in_flight=gate.in_flight, busy_seconds=gate.busy_seconds)
 
     async def generate(self, demand: Demand) -> Rollout:
         """Answer a demand as the config says, with weights of `demand.min_version` or newer.
@@ -206,35 +199,11 @@ class Generator(ABC):
         Raises TimeoutError after `rollout.timeout_s`. After any failure the engine's weights are
         unknown: every later call raises RuntimeError, and the generator must be replaced.
         """
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._broken or not self._updating)
-            self._check()
-            if weights.version <= self._version:
-                return 0.0
-            self._updating = True
-        start = time.monotonic()
-        loaded = False
-        try:
-            async with asyncio.timeout(self.config.timeout_s):
-                if not keep_in_flight:
-                    async with self._changed:
-                        await self._changed.wait_for(lambda: self._in_flight == 0)
-                await self._load(weights.buckets)
-            loaded = True
-        except TimeoutError as error:
-            raise TimeoutError(
-                f"weights of version {weights.version} were not in place after"
-                f" rollout.timeout_s = {self.config.timeout_s:g} s ({self._in_flight} requests in"
-                " flight)"
-            ) from error
-        finally:
-            async with self._changed:
-                self._updating = False
-                self._broken = not loaded
-                if loaded:
-                    self._version = weights.version
-                self._changed.notify_all()
-        seconds = time.monotonic() - start
+        seconds = await self._gate.update(
+            weights.version, lambda: self._load(weights.buckets), keep_in_flight=keep_in_flight
+        )
+        if seconds is None:
+            return 0.0
         self._counters = replace(
             self._counters,
             updates=self._counters.updates + 1,
@@ -256,26 +225,26 @@ class Generator(ABC):
         ordinal: int | None,
     ) -> Rollout:
         max_tokens = self._max_tokens(prompt, sampling)
-        version = await self._enter(rollout_id, min_version)
-        request = Request(
-            request_id=rollout_id,
-            prompt_ids=prompt.token_ids,
-            sampling=sampling,
-            max_tokens=max_tokens,
-            stop_token_ids=tuple(dict.fromkeys((*self.end_token_ids, *sampling.stop_token_ids))),
-            seed=seed,
-            version=version,
-        )
-        try:
-            async with asyncio.timeout(self.config.timeout_s):
-                response = await self._respond(request)
-        except TimeoutError as error:
-            raise TimeoutError(
-                f"{rollout_id} had no response after rollout.timeout_s ="
-                f" {self.config.timeout_s:g} s"
-            ) from error
-        finally:
-            await self._leave()
+        async with self._gate.request(rollout_id, min_version) as version:
+            request = Request(
+                request_id=rollout_id,
+                prompt_ids=prompt.token_ids,
+                sampling=sampling,
+                max_tokens=max_tokens,
+                stop_token_ids=tuple(
+                    dict.fromkeys((*self.end_token_ids, *sampling.stop_token_ids))
+                ),
+                seed=seed,
+                version=version,
+            )
+            try:
+                async with asyncio.timeout(self.config.timeout_s):
+                    response = await self._respond(request)
+            except TimeoutError as error:
+                raise TimeoutError(
+                    f"{rollout_id} had no response after rollout.timeout_s ="
+                    f" {self.config.timeout_s:g} s"
+                ) from error
         rollout = Rollout(
             rollout_id=rollout_id,
             prompt_id=prompt.prompt_id,
@@ -301,44 +270,6 @@ class Generator(ABC):
                 f" {len(prompt.token_ids)} + {max_tokens} > {self.max_model_len}"
             )
         return max_tokens
-
-    async def _enter(self, rollout_id: str, min_version: int) -> int:
-        """Wait until the request may start; returns the version that it starts with.
-
-        A request that an update overtakes before its first engine step is recorded as one update
-        older than it is: ages are never understated.
-        """
-        try:
-            async with asyncio.timeout(self.config.timeout_s), self._changed:
-                await self._changed.wait_for(
-                    lambda: self._broken or (not self._updating and self._version >= min_version)
-                )
-                self._check()
-                if self._in_flight == 0:
-                    self._busy_since = time.monotonic()
-                self._in_flight += 1
-                return self._version
-        except TimeoutError as error:
-            raise TimeoutError(
-                f"{rollout_id} waited rollout.timeout_s = {self.config.timeout_s:g} s for weights"
-                f" of version {min_version}; here is version {self._version}"
-                + (", an update is under way" if self._updating else "")
-            ) from error
-
-    def _check(self) -> None:
-        if self._broken:
-            raise RuntimeError(
-                f"a weight update after version {self._version} failed: this generator may hold a"
-                " mixture of weights and must be replaced"
-            )
-
-    async def _leave(self) -> None:
-        self._in_flight -= 1
-        if self._in_flight == 0:
-            busy = self._counters.busy_seconds + time.monotonic() - self._busy_since
-            self._counters = replace(self._counters, busy_seconds=busy)
-        async with self._changed:
-            self._changed.notify_all()
 
     def _count(self, rollout: Rollout) -> None:
         old = self._counters
