@@ -110,8 +110,10 @@ def test_ten_rises_of_a_tenth_make_exactly_one_and_no_more() -> None:
 
 def test_an_infinite_loss_raises_phi_and_nan_is_refused_by_name() -> None:
     assert phis(adaptive(), [1.0, float("inf")]) == pytest.approx([0.0, 0.1])
-    with pytest.raises(ValueError, match="must be a number, got nan at step 0"):
+    with pytest.raises(ValueError, match=r"got nan at step 0: .* check student\.model"):
         phis(adaptive(), [float("nan")])
+    with pytest.raises(ValueError, match=r"got nan at step 10: .* lower learner\.learning_rate"):
+        adaptive().after(Validation(step=10, loss=float("nan"), tokens=1))
 
 
 @given(
