@@ -212,9 +212,9 @@ def _notes(totals: Totals, superseded_steps: int) -> tuple[str, ...]:
     notes = []
     if totals.steps and totals.fresh + totals.replay == 0:
         notes.append(
-            "this run never drew a student-generated output: phi stayed 0, because validation loss"
-            " never asked for one; it was off-policy distillation. schedule.start above 0, or"
-            " schedule.reference, changes that"
+            "this run never drew a student-generated output, it trained off-policy: phi stayed 0,"
+            " as a fixed schedule says or because the validation loss of an adaptive one never"
+            " asked for more; schedule.phi or schedule.start above 0 changes that"
         )
     if totals.skipped_steps:
         notes.append(f"{totals.skipped_steps} steps were skipped: loss or gradient not finite")
