@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED := 1
 # in each of the many processes that a run or the tests start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup bench-setup lint format test test-quick quickstart quickstart-ablation lock clean
+.PHONY: help setup bench-setup lint format test test-quick test-kernels quickstart quickstart-ablation lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 22
@@ -51,6 +51,9 @@ test: $(INSTALLED) ## all tests, the quick ones first
 
 test-quick: $(INSTALLED) ## the tests that need no real engines
 	$(BIN)/pytest tests $(INTEGRATION_TESTS:%=--ignore %) $(PYTEST_ARGS)
+
+test-kernels: bench-setup ## the kernels generated for a GPU, interpreted on a CPU
+	TRITON_INTERPRET=1 .venv-bench/bin/python -m pytest tests/gpu/test_generated_kernels.py $(PYTEST_ARGS)
 
 quickstart: $(INSTALLED) ## distil SmolLM2-135M into a student of half its size
 	$(BIN)/python scripts/prepare_quickstart.py

@@ -37,7 +37,7 @@ from distillm_ray.config import (
     SkewReverseKL,
     TotalVariation,
 )
-from distillm_ray.loss.fused import fused_loss
+from distillm_ray.loss.fused import DEFAULT_MEMORY_BYTES, fused_loss
 from distillm_ray.loss.head_loss import DivergenceTerm, LossRequest, plain_loss
 from distillm_ray.loss.teacher_tensors import TeacherHidden
 from distillm_ray.models.heads import FrozenHead
@@ -314,7 +314,9 @@ def main() -> None:
     parser.add_argument("--memory-mb", type=int, help="budget of the fused walk's logits")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    budget = (arguments.memory_mb or (1024 if device.type == "cuda" else 64)) * 2**20
+    budget = DEFAULT_MEMORY_BYTES[device.type]
+    if arguments.memory_mb is not None:
+        budget = arguments.memory_mb * 2**20
     results = []
     for shape in GPU_SHAPES if device.type == "cuda" else CPU_SHAPES:
         results.append(measure(shape, device, arguments.repetitions, budget))

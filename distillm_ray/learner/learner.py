@@ -118,7 +118,7 @@ class Learner:
             model,
             vocabulary_size=vocabulary_size,
             implementation=loss.implementation,
-            memory_bytes=loss.chunk_megabytes * 2**20,
+            memory_bytes=None if loss.chunk_megabytes is None else loss.chunk_megabytes * 2**20,
         )
         self._model = model
         self._gradient_norm = math.nan

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distillm_ray.errors import ModelError
-from distillm_ray.loss.fused import DEFAULT_MEMORY_BYTES, fused_loss
+from distillm_ray.loss.fused import fused_loss
 from distillm_ray.loss.head_loss import HeadLoss, LossRequest, plain_loss
 from distillm_ray.models.heads import finish_logits
 from distillm_ray.models.logit_rules import LogitRule, logit_rule
@@ -36,7 +36,7 @@ class DistillationHead(nn.Linear):
         rule: LogitRule,
         vocabulary_size: int,
         implementation: Literal["fused", "plain"] = "fused",
-        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        memory_bytes: int | None = None,
     ) -> None:
         super().__init__(head.in_features, head.out_features, head.bias is not None, device="meta")
         self.weight = head.weight
@@ -78,7 +78,7 @@ def install_distillation_head(
     *,
     vocabulary_size: int,
     implementation: Literal["fused", "plain"] = "fused",
-    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    memory_bytes: int | None = None,
 ) -> DistillationHead:
     """Put a DistillationHead in the place of a causal LM's output head; LoRA layers may be there.
 

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from distillm_ray.loss.head_loss import HeadLoss, LossRequest, assemble, weighted_sum
 from distillm_ray.loss.teacher_tensors import TeacherHidden, TeacherLogits, TeacherTopK
-from distillm_ray.loss.token_losses import Recipe, Rows, token_losses_in_place
+from distillm_ray.loss.token_losses import Recipe, RowLosses, Rows, token_losses_in_place
 from distillm_ray.models.heads import PLAIN_RULE
 from distillm_ray.models.logit_rules import LogitRule
 
-DEFAULT_MEMORY_BYTES = 64 * 2**20
+# By device: a CPU's caches like small chunks; on a GPU every chunk reads and writes the head's
+# gradient once more, 2 GB in float32 for V = 128k and D = 4,096.
+DEFAULT_MEMORY_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}
 # Rows of the vocabulary whose head gradient is added at a time where it needs a temporary.
 SLAB_ROWS = 8_192
 
@@ -39,17 +41,18 @@ def fused_loss(
     rule: LogitRule,
     vocabulary_size: int,
     request: LossRequest,
-    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    memory_bytes: int | None = None,
 ) -> HeadLoss:
     """`plain_loss` in chunks: the logits of both sides take about `memory_bytes` at a time.
 
-    Only gradients that somebody asked for are computed; the head's is accumulated in float32.
+    None is the device's default. Only gradients that somebody asked for are computed; the head's
+    is accumulated in float32.
     """
     walk = _Walk(
         rule=rule,
         vocabulary_size=vocabulary_size,
         request=request,
-        memory_bytes=memory_bytes,
+        memory_bytes=memory_bytes or DEFAULT_MEMORY_BYTES[hidden_ND.device.type],
     )
     has_loss = bool(request.terms) or request.cross_entropy_weights_N is not None
     grad = torch.is_grad_enabled() and has_loss
@@ -91,7 +94,7 @@ class _Walk:
         chunk = self._chunk_size(num_tokens, head_VD)
         student_CV = head_VD.new_empty(chunk, self.vocabulary_size)
         teacher_CV = self._teacher_buffer(chunk)
-        answers = []
+        answers: list[RowLosses] = []
         for start in range(0, num_tokens, chunk):
             stop = min(start + chunk, num_tokens)
             products_CV = student_CV[: stop - start]
@@ -156,13 +159,11 @@ class _Walk:
             cross_entropy_weights_R=None if weights_N is None else weights_N[start:stop],
         )
 
-    def _collect(
-        self, answers: list[tuple[tuple[Tensor, ...], Tensor | None]], hidden_ND: Tensor
-    ) -> HeadLoss:
+    def _collect(self, answers: list[RowLosses], hidden_ND: Tensor) -> HeadLoss:
         """The blocks' values joined, weighted and summed."""
         empty = hidden_ND.new_zeros(0, dtype=torch.float32)
         divergences = tuple(
-            torch.cat([values[index] for values, _ in answers]) if answers else empty
+            torch.cat([answer.values[index] for answer in answers]) if answers else empty
             for index in range(len(self.request.terms))
         )
         losses = [
@@ -171,7 +172,7 @@ class _Walk:
         ]
         log_probs_N = None
         if self.request.labels_N is not None:
-            log_probs = [log_probs_R for _, log_probs_R in answers if log_probs_R is not None]
+            log_probs = [one.log_probs_R for one in answers if one.log_probs_R is not None]
             log_probs_N = torch.cat(log_probs) if log_probs else empty
             if self.request.cross_entropy_weights_N is not None:
                 losses.append(weighted_sum(self.request.cross_entropy_weights_N, -log_probs_N))
@@ -193,8 +194,11 @@ class _Gradients:
         dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         self._vocabulary_size = vocabulary_size
         self._hidden_ND = torch.empty_like(hidden_ND) if wants[0] else None
-        # Rows of padding beyond the vocabulary keep the gradient zero.
-        self._weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if wants[1] else None
+        self._weight_VD = None
+        if wants[1]:
+            self._weight_VD = torch.empty_like(weight_VD, dtype=dtype)
+            # The first chunk writes the vocabulary's rows; those of padding beyond it stay zero.
+            self._weight_VD[vocabulary_size if len(hidden_ND) else 0 :].zero_()
         self._bias_V = (
             torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and wants[2] else None
         )
@@ -220,16 +224,21 @@ class _Gradients:
             bias_V = self._bias_V[: self._vocabulary_size]
             bias_V.add_(gradient_CV.sum(0, dtype=bias_V.dtype))
         if self._weight_VD is not None:
-            self._add_weight(self._weight_VD[: self._vocabulary_size], gradient_CV, hidden_CD)
+            weight_VD = self._weight_VD[: self._vocabulary_size]
+            self._add_weight(weight_VD, gradient_CV, hidden_CD, beta=0 if start == 0 else 1)
 
-    def _add_weight(self, weight_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
+    def _add_weight(
+        self, weight_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor, *, beta: int
+    ) -> None:
+        """beta times what is there, plus the product; with 0 what is there is not read."""
         if weight_VD.dtype == gradient_CV.dtype:
-            weight_VD.addmm_(gradient_CV.T, hidden_CD)
+            weight_VD.addmm_(gradient_CV.T, hidden_CD, beta=beta)
         elif weight_VD.is_cuda:
             torch.addmm(
                 weight_VD,
                 gradient_CV.T,
                 hidden_CD,
+                beta=beta,
                 out_dtype=weight_VD.dtype,
                 out=weight_VD,
             )
@@ -239,7 +248,11 @@ class _Gradients:
                 rows_VD = weight_VD[first : first + SLAB_ROWS]
                 slab_VD = self._slab_VD[: len(rows_VD)]
                 slice_VC = gradient_CV[:, first : first + SLAB_ROWS].T
-                rows_VD.add_(torch.mm(slice_VC, hidden_CD, out=slab_VD))
+                torch.mm(slice_VC, hidden_CD, out=slab_VD)
+                if beta == 0:
+                    rows_VD.copy_(slab_VD)
+                else:
+                    rows_VD.add_(slab_VD)
 
     def finished(self) -> list[Tensor | None]:
         """Gradients of hidden states, weight and bias; None where nobody asked."""
@@ -268,10 +281,18 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, *loss_gradients: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the fused loss hands out its gradients once: call backward once")
-        scale = loss_gradients[0]
         scaled = [
-            None if gradient is None else gradient.mul_(scale.to(gradient.dtype)).to(dtype)
+            None if gradient is None else _scaled(gradient, loss_gradients[0], dtype)
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None
         return *scaled, None, None, None
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient times the scale, in a dtype; the gradient itself is lost."""
+    scale = scale.to(gradient.dtype)
+    if gradient.dtype != dtype and gradient.is_cuda:
+        # Rounded as it is written; on a CPU this would take a copy in between.
+        return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    return gradient.mul_(scale).to(dtype)

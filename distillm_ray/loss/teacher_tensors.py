@@ -91,8 +91,9 @@ def student_buckets(log_q_NV: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
 
     The second is the distribution given that the id is in the tail, FLOOR for the K ids.
     """
+    in_head_NV = torch.zeros_like(log_q_NV, dtype=torch.bool).scatter_(-1, ids_NK, True)
     # Summed over the tail itself: 1 minus the head's mass would lose a small tail to rounding.
-    tail_NV = log_q_NV.scatter(-1, ids_NK, FLOOR)
+    tail_NV = log_q_NV.masked_fill(in_head_NV, FLOOR)
     tail_N1 = tail_NV.logsumexp(-1, keepdim=True).clamp_min(FLOOR)
     buckets = torch.cat((log_q_NV.gather(-1, ids_NK), tail_N1), dim=-1)
     within_NV = (tail_NV - tail_N1).masked_fill(tail_NV <= FLOOR, FLOOR)
