@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distillm_ray import __version__
-from distillm_ray.errors import RunFailed, UserError
+from distillm_ray.errors import DISK_FULL, RunFailed, UserError
 
 if TYPE_CHECKING:
     from distillm_ray.config import Config
@@ -196,6 +196,11 @@ def _user_errors() -> Iterator[None]:
         yield
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_USER_ERROR) from error
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        typer.echo(f"error: {error}; free some space and give the same command again", err=True)
         raise typer.Exit(EXIT_USER_ERROR) from error
     except RunFailed as failure:
         typer.echo(f"failed: {failure}", err=True)

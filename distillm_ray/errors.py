@@ -1,8 +1,15 @@
 """What a user can cause, and what a cluster can. The rest is a bug and may show its stack trace.
 
-The command line prints the message of a `UserError` and exits with code 2. A message names the key,
-file or line, the rule, the value, and the consequence or the remedy. `RunFailed` exits with code 1.
+The command line prints the message of a `UserError` and exits with code 2; so it does with the
+OSError of a full disk. A message names the key, file or line, the rule, the value, and the
+consequence or the remedy. `RunFailed` exits with code 1.
 """
+
+from __future__ import annotations
+
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError
 
 
 class UserError(ValueError):

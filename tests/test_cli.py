@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from distillm_ray import config_files
 from distillm_ray.cli import EXIT_USER_ERROR, app
 from distillm_ray.config_files import dump_config, load_config
 from distillm_ray.run_directory import held
@@ -59,6 +61,22 @@ def refusal(*arguments: str) -> str:
     assert result.stderr.startswith("error: "), result.stderr
     assert "Traceback" not in result.output
     return result.stderr.removeprefix("error: ").strip()
+
+
+def test_a_full_disk_gets_a_message_and_another_broken_one_its_stack_trace(
+    tiny_job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(number: int) -> Callable[..., None]:
+        def load(*_: object) -> None:
+            raise OSError(number, os.strerror(number), "runs/one/config.yaml")
+
+        return load
+
+    monkeypatch.setattr(config_files, "load_config", fail(errno.ENOSPC))
+    message = refusal("show", str(tiny_job))
+    assert "No space left on device: 'runs/one/config.yaml'; free some space" in message
+    monkeypatch.setattr(config_files, "load_config", fail(errno.EIO))
+    assert isinstance(CliRunner().invoke(app, ["show", str(tiny_job)]).exception, OSError)
 
 
 # ---- within a second ----------------------------------------------------------------------------

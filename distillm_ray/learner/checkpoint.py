@@ -12,7 +12,6 @@ Every rank writes into `step-00000100.partial`; rank 0 makes it durable and rena
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillm_ray.errors import RunDirectoryError
+from distillm_ray.errors import DISK_FULL, RunDirectoryError
 from distillm_ray.types import Validation
 
 LEARNER_FOLDER = "learner"
@@ -32,7 +31,6 @@ META_FILE = "meta.json"
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _PARTIAL_SUFFIX = ".partial"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +179,7 @@ def _validation_loss(checkpoint: Checkpoint) -> float:
 def _is_disk_full(error: OSError | RuntimeError) -> bool:
     """torch's archive writer reports a failed write as a RuntimeError without an errno."""
     if isinstance(error, OSError):
-        return error.errno in _DISK_FULL
+        return error.errno in DISK_FULL
     return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
 
 

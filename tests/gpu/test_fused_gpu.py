@@ -11,21 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from distillm_ray.config import (
-    AdaptiveKL,
-    Divergence,
-    ForwardKL,
-    JensenShannon,
-    ReverseKL,
-    SkewKL,
-    SkewReverseKL,
-    TotalVariation,
-)
+from distillm_ray.config import Divergence, SkewKL
 from distillm_ray.loss.fused import fused_loss
 from distillm_ray.loss.head_loss import DivergenceTerm, HeadLoss, LossRequest, plain_loss
 from distillm_ray.loss.teacher_tensors import TeacherHidden, TeacherTopK
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.logit_rules import LogitRule
+from tests.test_fused import ALL
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,15 +26,6 @@ pytestmark = [
 
 N, V, D = 300, 4_001, 64
 RULE = LogitRule(soft_cap=20.0)
-ALL: tuple[Divergence, ...] = (
-    ForwardKL(),
-    ReverseKL(),
-    JensenShannon(beta=0.3),
-    SkewKL(),
-    SkewReverseKL(),
-    TotalVariation(),
-    AdaptiveKL(),
-)
 
 
 def normal(*shape: int, seed: int) -> Tensor:
