@@ -23,6 +23,7 @@ import numpy as np
 from distillm_ray.packing import split
 from distillm_ray.types import (
     Draw,
+    DrawFacts,
     Float32Array,
     HiddenTargets,
     Int32Array,
@@ -138,6 +139,27 @@ def plan_validation(
 def is_filler(sequence: PlannedSequence) -> bool:
     """Whether a sequence is there only so that its rank has something to compute."""
     return not sequence.token_weights.any()
+
+
+def draw_facts(plan: StepPlan) -> DrawFacts:
+    """The facts of a whole step, over all ranks; fillers are left out."""
+    ages: dict[Shelf, list[int]] = {shelf: [] for shelf in Shelf}
+    ids: dict[Shelf, list[str]] = {shelf: [] for shelf in Shelf}
+    for rank in plan.ranks:
+        for micro_batch in rank:
+            for sequence in micro_batch.sequences:
+                if is_filler(sequence):
+                    continue
+                ages[sequence.shelf].append(sequence.age)
+                ids[sequence.shelf].append(sequence.rollout.rollout_id)
+    return DrawFacts(
+        phi=plan.phi,
+        psi=plan.psi,
+        mix=plan.mix,
+        fresh_ages=tuple(ages[Shelf.FRESH]),
+        replay_ages=tuple(ages[Shelf.REPLAY]),
+        rollout_ids={shelf.value: tuple(sorted(ids[shelf])) for shelf in Shelf},
+    )
 
 
 def pack(micro_batch: MicroBatchPlan, targets: Mapping[str, TeacherTargets] | None) -> LearnerBatch:

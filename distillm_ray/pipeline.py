@@ -39,9 +39,9 @@ from distillm_ray.data.splits import Splits, load_splits
 from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.evaluation.run_evaluator import RunEvaluator
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
+from distillm_ray.log.records import DoneRecord, StepRecord, ValidationRecord
 from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.report.console import ConsoleView
-from distillm_ray.report.records import DoneRecord, StepRecord, ValidationRecord
 from distillm_ray.report.report import git_commit
 from distillm_ray.report.summary import (
     Evaluation,

@@ -12,6 +12,8 @@ from distillm_ray.data.files import check_files
 from distillm_ray.errors import RunDirectoryError
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.learner.resume import check_resume
+from distillm_ray.log.metrics import FILE_NAME, read_records
+from distillm_ray.log.records import DoneRecord
 from distillm_ray.models.directory import (
     ModelFacts,
     check_lengths,
@@ -20,8 +22,6 @@ from distillm_ray.models.directory import (
     check_parallelism,
     check_targets,
 )
-from distillm_ray.report.metrics import FILE_NAME, read_records
-from distillm_ray.report.records import DoneRecord
 from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
 
 _RAY_UPLOADS = "runtime_resources"  # Ray's folder for what comes with a job

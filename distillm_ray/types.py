@@ -250,6 +250,38 @@ class LearnerBatch:
     behaviour_logprobs_N: Float32Array | None = None  # the engine's; NaN where it gave none
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Work:
+    """What the replay buffer wants done: ordinals to generate, data-set sequences to score ahead.
+
+    `incarnation` grows with every restore. Work of an earlier incarnation is out of date.
+    """
+
+    incarnation: int
+    demand: tuple[Demand, ...]
+    dataset: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawFacts:
+    """What a step drew, without the sequences: for the log."""
+
+    phi: float
+    psi: float
+    mix: Mix
+    fresh_ages: tuple[int, ...] = ()
+    replay_ages: tuple[int, ...] = ()
+    rollout_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by shelf, sorted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankPlan:
+    """One rank's share of a step, with the facts of the whole step."""
+
+    facts: DrawFacts
+    micro_batches: tuple[MicroBatchPlan, ...]
+
+
 # ---- learner to the rest ----------------------------------------------------------------------
 
 

@@ -8,8 +8,7 @@ import math
 import pytest
 from rich.console import Console
 
-from distillm_ray.report.console import ConsoleView, View, duration, line, mix_bar, render
-from distillm_ray.report.records import (
+from distillm_ray.log.records import (
     BufferSizes,
     CheckpointRecord,
     Counters,
@@ -22,6 +21,7 @@ from distillm_ray.report.records import (
     StepRecord,
     ValidationRecord,
 )
+from distillm_ray.report.console import ConsoleView, View, duration, line, mix_bar, render
 from distillm_ray.types import Mix
 
 

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from distillm_ray.batching import draw_facts
 from distillm_ray.errors import RunDirectoryError
-from distillm_ray.report.metrics import (
+from distillm_ray.log.metrics import (
     FILE_NAME,
     MetricsLog,
     count_superseded_steps,
     read_records,
     wall_seconds,
 )
-from distillm_ray.report.records import (
+from distillm_ray.log.records import (
     BufferSizes,
     Counters,
-    DrawFacts,
     EventRecord,
     ProbeRecord,
     PublishRecord,
@@ -128,7 +128,7 @@ def test_a_step_record_joins_what_learner_buffer_and_rollout_loop_know() -> None
     after = Counters(generated_tokens=180, scored_tokens=90, target_hits=4, generate_seconds=4.0)
     record = StepRecord.build(
         TrainStep(step=7, loss=0.5, loss_by_shelf={"fresh": 0.7}, seconds=3.0, wait_seconds=1.0),
-        DrawFacts.of(plan),
+        draw_facts(plan),
         buffer=BufferSizes(replay=40),
         work=after.since(before),
     )

@@ -11,9 +11,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from distillm_ray.errors import RunDirectoryError
-from distillm_ray.report.metrics import MetricsLog
-from distillm_ray.report.plots import draw_all, draw_overview, running_mean
-from distillm_ray.report.records import (
+from distillm_ray.log.metrics import MetricsLog
+from distillm_ray.log.records import (
     BufferSizes,
     Counters,
     DoneRecord,
@@ -22,6 +21,7 @@ from distillm_ray.report.records import (
     StepRecord,
     ValidationRecord,
 )
+from distillm_ray.report.plots import draw_all, draw_overview, running_mean
 from distillm_ray.report.report import git_commit, render_report, write_report, write_samples
 from distillm_ray.report.summary import (
     ComparedSample,

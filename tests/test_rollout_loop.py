@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from distillm_ray.config import FilterConfig, SamplingConfig
-from distillm_ray.report.records import EventRecord, Record
-from distillm_ray.rollout.loop import MAX_REJECTED, ActorLost, BusyClock, RolloutLoop, Work
-from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Source, Weights
+from distillm_ray.log.records import EventRecord, Record
+from distillm_ray.rollout.loop import MAX_REJECTED, ActorLost, BusyClock, RolloutLoop
+from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Source, Weights, Work
 
 SOON = 5.0  # seconds; nothing here takes more than a few milliseconds
 LOOPING = [7] * 40

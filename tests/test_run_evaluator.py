@@ -15,10 +15,10 @@ from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.data.splits import Splits
 from distillm_ray.evaluation import inference, run_evaluator
 from distillm_ray.evaluation.run_evaluator import RunEvaluator
+from distillm_ray.log.metrics import MetricsLog
+from distillm_ray.log.records import ValidationRecord
 from distillm_ray.models.directory import ModelFacts
 from distillm_ray.preflight import Preflight
-from distillm_ray.report.metrics import MetricsLog
-from distillm_ray.report.records import ValidationRecord
 from distillm_ray.report.summary import Evaluation
 from distillm_ray.types import FinishReason, Prompt, Rollout, Source
 

@@ -17,16 +17,18 @@ from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError, RunDirectoryError, UserError
 from distillm_ray.learner.checkpoint import CheckpointDirectory
 from distillm_ray.learner.learner import StepOutcome
-from distillm_ray.learner.prefetch import Prefetcher, RankPlan
+from distillm_ray.learner.prefetch import Prefetcher
 from distillm_ray.learner.train_loop import train_loop
-from distillm_ray.report.records import DrawFacts, EventRecord, ProbeRecord, Record, Sample
+from distillm_ray.log.records import EventRecord, ProbeRecord, Record, Sample
 from distillm_ray.types import (
+    DrawFacts,
     FinishReason,
     HiddenTargets,
     LearnerBatch,
     MicroBatchPlan,
     Mix,
     PlannedSequence,
+    RankPlan,
     Rollout,
     Shelf,
     Source,

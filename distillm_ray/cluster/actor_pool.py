@@ -24,7 +24,7 @@ from ray.exceptions import (
 )
 
 from distillm_ray.errors import ClusterError, UserError
-from distillm_ray.report.records import EventRecord
+from distillm_ray.log.records import EventRecord
 from distillm_ray.rollout.loop import ActorLost, Log
 
 MAX_FAILURES = 3

@@ -15,11 +15,11 @@ from typing import Any
 import ray
 
 from distillm_ray.config import RolloutConfig, SamplingConfig, TargetsConfig, TeacherConfig
+from distillm_ray.log.metrics import MetricsLog
+from distillm_ray.log.records import BufferSizes, Record
 from distillm_ray.replay.buffer import BufferCounters
-from distillm_ray.report.metrics import MetricsLog
-from distillm_ray.report.records import BufferSizes, Record
 from distillm_ray.rollout.generator import Generator
-from distillm_ray.teacher.targets import StoreCounters, TargetStore
+from distillm_ray.teacher.target_store import StoreCounters, TargetStore
 from distillm_ray.types import (
     Demand,
     Prompt,

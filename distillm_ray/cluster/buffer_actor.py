@@ -8,15 +8,12 @@ from typing import Any
 
 import ray
 
-from distillm_ray.batching import plan_step
+from distillm_ray.batching import draw_facts, plan_step
 from distillm_ray.config import Config
 from distillm_ray.errors import RunDirectoryError
-from distillm_ray.learner.prefetch import RankPlan
 from distillm_ray.replay.buffer import BufferCounters, ReplayBuffer
 from distillm_ray.replay.schedule import Schedule
-from distillm_ray.report.records import DrawFacts
-from distillm_ray.rollout.loop import Work
-from distillm_ray.types import Prompt, Rollout, StepPlan, Validation
+from distillm_ray.types import Prompt, RankPlan, Rollout, StepPlan, Validation, Work
 
 
 class BufferLost(Exception):
@@ -146,7 +143,7 @@ class BufferActor:
             except TimeoutError:
                 return None
             plan = self._plan(step)
-        return RankPlan(facts=DrawFacts.of(plan), micro_batches=plan.ranks[rank])
+        return RankPlan(facts=draw_facts(plan), micro_batches=plan.ranks[rank])
 
     async def waiting_for(self, step: int) -> str:
         """See `ReplayBuffer.waiting_for`."""

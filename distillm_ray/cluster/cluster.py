@@ -244,7 +244,7 @@ def release(actors: Sequence[Actor]) -> None:
 
 
 def _held_out_loss(model: Path, demonstrations: Sequence[Rollout], **settings: Any) -> float:
-    from distillm_ray.learner.validation import held_out_loss  # noqa: PLC0415  not in the driver
+    from distillm_ray.learner.held_out_loss import held_out_loss  # noqa: PLC0415  not in the driver
 
     return held_out_loss(model, demonstrations, **settings)
 

@@ -11,10 +11,10 @@ from distillm_ray.cluster.actor_pool import Actor
 from distillm_ray.cluster.actors import buffer_sizes
 from distillm_ray.cluster.pools import GENERATOR_CALL_TIMEOUTS, Generators, Targets
 from distillm_ray.config import Config, SamplingConfig
+from distillm_ray.log.records import Counters, EventRecord, Record, StepRecord
 from distillm_ray.replay.buffer import BufferCounters
-from distillm_ray.report.records import Counters, DrawFacts, EventRecord, Record, StepRecord
-from distillm_ray.rollout.loop import RolloutLoop, Work
-from distillm_ray.types import Prompt, Rollout, TrainStep, Weights
+from distillm_ray.rollout.loop import RolloutLoop
+from distillm_ray.types import DrawFacts, Prompt, Rollout, TrainStep, Weights, Work
 
 _REQUESTS_PER_SCORER = 64  # queued at a scorer, so that its batches can fill
 

@@ -21,9 +21,17 @@ from distillm_ray.cluster.pools import GENERATOR_CALL_TIMEOUTS, store_index
 from distillm_ray.config import Config
 from distillm_ray.data.templates import decode
 from distillm_ray.errors import ClusterError, UserError
-from distillm_ray.learner.prefetch import RankPlan
-from distillm_ray.report.records import DrawFacts, Record, Sample
-from distillm_ray.types import Prompt, Rollout, TeacherTargets, TrainStep, Validation, Weights
+from distillm_ray.log.records import Record, Sample
+from distillm_ray.types import (
+    DrawFacts,
+    Prompt,
+    RankPlan,
+    Rollout,
+    TeacherTargets,
+    TrainStep,
+    Validation,
+    Weights,
+)
 from distillm_ray.weights.files import Bucket
 
 if TYPE_CHECKING:

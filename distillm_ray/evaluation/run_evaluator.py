@@ -15,10 +15,10 @@ from distillm_ray.cluster.cluster import Cluster
 from distillm_ray.config import Config
 from distillm_ray.data.splits import Splits
 from distillm_ray.evaluation import inference
+from distillm_ray.log.metrics import FILE_NAME, read_records
+from distillm_ray.log.records import ValidationRecord
 from distillm_ray.models.directory import check_model_directory
 from distillm_ray.preflight import Preflight
-from distillm_ray.report.metrics import FILE_NAME, read_records
-from distillm_ray.report.records import ValidationRecord
 from distillm_ray.report.summary import (
     STUDENT_AFTER,
     STUDENT_BEFORE,

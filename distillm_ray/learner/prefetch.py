@@ -17,18 +17,9 @@ from typing import Protocol, Self
 
 from distillm_ray.batching import pack
 from distillm_ray.errors import ClusterError
-from distillm_ray.report.records import DrawFacts
-from distillm_ray.types import LearnerBatch, MicroBatchPlan, Rollout, TeacherTargets
+from distillm_ray.types import DrawFacts, LearnerBatch, RankPlan, Rollout, TeacherTargets
 
 _POLL_S = 2.0  # how long a stopped prefetcher may still wait for a draw
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RankPlan:
-    """One rank's share of a step, with the facts of the whole step."""
-
-    facts: DrawFacts
-    micro_batches: tuple[MicroBatchPlan, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from distillm_ray.learner.learner import StepOutcome
 from distillm_ray.learner.prefetch import SampleSource
-from distillm_ray.report.records import DrawFacts, Record, Sample
-from distillm_ray.types import LearnerBatch, Rollout, TrainStep, Validation, Weights
+from distillm_ray.log.records import Record, Sample
+from distillm_ray.types import DrawFacts, LearnerBatch, Rollout, TrainStep, Validation, Weights
 from distillm_ray.weights.files import Bucket
 
 

@@ -35,7 +35,7 @@ from distillm_ray.learner.checkpoint import (
 from distillm_ray.learner.learner import StepOutcome
 from distillm_ray.learner.prefetch import Prefetcher, PreparedStep
 from distillm_ray.learner.protocols import LearnerRank, Services
-from distillm_ray.report.records import (
+from distillm_ray.log.records import (
     CheckpointRecord,
     EventRecord,
     ProbeRecord,

@@ -21,7 +21,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from distillm_ray.report.records import (
+from distillm_ray.log.records import (
     CheckpointRecord,
     DoneRecord,
     EventRecord,

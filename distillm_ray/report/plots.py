@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from distillm_ray.report.records import (
+from distillm_ray.log.records import (
     EventRecord,
     Record,
     StartRecord,

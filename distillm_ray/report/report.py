@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from distillm_ray.errors import RunDirectoryError
+from distillm_ray.log.metrics import FILE_NAME
 from distillm_ray.report.console import duration
-from distillm_ray.report.metrics import FILE_NAME
 from distillm_ray.report.plots import draw_all, draw_overview
 from distillm_ray.report.summary import (
     EVALUATION_FILE,

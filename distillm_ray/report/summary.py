@@ -10,14 +10,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from distillm_ray.atomic_file import write_atomically
 from distillm_ray.errors import RunDirectoryError
-from distillm_ray.report.metrics import (
+from distillm_ray.log.metrics import (
     FILE_NAME,
     Totals,
     count_superseded_steps,
     read_records,
     wall_seconds,
 )
-from distillm_ray.report.records import (
+from distillm_ray.log.records import (
     DoneRecord,
     Measured,
     Record,

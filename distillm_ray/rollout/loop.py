@@ -21,31 +21,18 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from distillm_ray.config import FilterConfig, SamplingConfig
-from distillm_ray.report.records import Counters, EventRecord, Record
+from distillm_ray.log.records import Counters, EventRecord, Record
 from distillm_ray.rollout.responses import is_empty, is_looping, verdict
-from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Weights
+from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Weights, Work
 
 MAX_REJECTED = 3
 
 
 class ActorLost(Exception):
     """An actor died or hung during a call; its pool has already dealt with the actor."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Work:
-    """What the buffer wants done: ordinals to generate, data-set sequences to score ahead.
-
-    `incarnation` grows with every restore: work from before one is no longer wanted after it.
-    """
-
-    incarnation: int
-    demand: tuple[Demand, ...]
-    dataset: tuple[Rollout, ...]
 
 
 class BufferClient(Protocol):

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from distillm_ray.learner.checkpoint import CheckpointDirectory
-from distillm_ray.report.records import DoneRecord, StepRecord
+from distillm_ray.log.records import DoneRecord, StepRecord
 from tests.integration.tiny import (
     LIMIT_S,
     MARK,

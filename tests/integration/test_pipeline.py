@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_ray.directory_lock import locked
 from distillm_ray.learner.checkpoint import CheckpointDirectory
+from distillm_ray.log.records import DoneRecord, EventRecord, PublishRecord, StepRecord
 from distillm_ray.replay.state import BufferState
-from distillm_ray.report.records import DoneRecord, EventRecord, PublishRecord, StepRecord
 from tests.integration.tiny import (
     LIMIT_S,
     Driver,

@@ -25,10 +25,18 @@ from distillm_ray.cluster.pools import Generators, Targets, store_index
 from distillm_ray.cluster.services import ActorServices, Wires
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.errors import ClusterError, ModelError, RunDirectoryError, RunFailed
+from distillm_ray.log.records import EventRecord, Record
 from distillm_ray.pipeline import _Job
-from distillm_ray.report.records import DrawFacts, EventRecord, Record
 from distillm_ray.rollout.loop import ActorLost
-from distillm_ray.types import HiddenTargets, Prompt, TeacherTargets, TrainStep, Validation, Weights
+from distillm_ray.types import (
+    DrawFacts,
+    HiddenTargets,
+    Prompt,
+    TeacherTargets,
+    TrainStep,
+    Validation,
+    Weights,
+)
 from tests.integration.fakes import (
     HIDDEN_SIZE,
     FakeGenerator,

@@ -24,8 +24,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from distillm_ray.report.metrics import FILE_NAME, read_records
-from distillm_ray.report.records import CheckpointRecord, Record, StepRecord
+from distillm_ray.log.metrics import FILE_NAME, read_records
+from distillm_ray.log.records import CheckpointRecord, Record, StepRecord
 
 MARK = "DISTILLM_TEST_MARK"
 POLL_S = 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from distillm_ray.report.records import (
+from distillm_ray.log.records import (
     EventRecord,
     ProbeRecord,
     PublishRecord,

@@ -19,8 +19,7 @@ from typing import Any
 
 from distillm_ray.atomic_file import write_atomically
 from distillm_ray.errors import RunDirectoryError
-from distillm_ray.report.board import scalars, texts
-from distillm_ray.report.records import (
+from distillm_ray.log.records import (
     UNKNOWN_STEP,
     EventRecord,
     PublishRecord,
@@ -30,6 +29,7 @@ from distillm_ray.report.records import (
     from_json,
     to_json,
 )
+from distillm_ray.log.tensorboard import scalars, texts
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

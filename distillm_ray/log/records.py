@@ -16,8 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 
-from distillm_ray.batching import is_filler
-from distillm_ray.types import Mix, Shelf, StepPlan, TrainStep
+from distillm_ray.types import DrawFacts, Mix, TrainStep
 
 Measured: TypeAlias = Annotated[
     float, BeforeValidator(lambda value: math.nan if value is None else value)
@@ -74,39 +73,6 @@ class BufferSizes:
     replay: int = 0
     in_flight: int = 0  # ordinals given out and not finished
     target_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrawFacts:
-    """What a step drew, without the sequences."""
-
-    phi: float
-    psi: float
-    mix: Mix
-    fresh_ages: tuple[int, ...] = ()
-    replay_ages: tuple[int, ...] = ()
-    rollout_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by shelf, sorted
-
-    @classmethod
-    def of(cls, plan: StepPlan) -> DrawFacts:
-        """The facts of a whole plan, over all ranks."""
-        ages: dict[Shelf, list[int]] = {shelf: [] for shelf in Shelf}
-        ids: dict[Shelf, list[str]] = {shelf: [] for shelf in Shelf}
-        for rank in plan.ranks:
-            for micro_batch in rank:
-                for sequence in micro_batch.sequences:
-                    if is_filler(sequence):
-                        continue
-                    ages[sequence.shelf].append(sequence.age)
-                    ids[sequence.shelf].append(sequence.rollout.rollout_id)
-        return cls(
-            phi=plan.phi,
-            psi=plan.psi,
-            mix=plan.mix,
-            fresh_ages=tuple(ages[Shelf.FRESH]),
-            replay_ages=tuple(ages[Shelf.REPLAY]),
-            rollout_ids={shelf.value: tuple(sorted(ids[shelf])) for shelf in Shelf},
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distillm_ray.teacher.targets import TargetStore
+from distillm_ray.teacher.target_store import TargetStore
 
 
 def test_the_least_recently_used_value_goes_first() -> None:
