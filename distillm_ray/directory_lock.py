@@ -1,4 +1,4 @@
-"""Is somebody at work in a directory? A lock that ends with its process, however that ends."""
+"""A lock on a directory that the operating system releases when its process ends."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def locked(directory: Path) -> Iterator[bool]:
-    """Hold a directory; gives False where somebody else holds it.
+    """Try to lock a directory; yields False if another process holds it.
 
-    Nothing is written. It holds among the processes of one machine; network file systems mostly
-    keep such a lock to the machine that took it, and where there are none everybody may hold it.
+    Writes nothing. The lock excludes processes of the same machine; most network file systems do
+    not extend it to others. On a file system without locks every process gets True.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -1,35 +1,35 @@
-"""What a user can cause, and what a cluster can. The rest is a bug and may show its stack trace.
+"""Exceptions whose message is shown to the user. Any other exception is a bug.
 
-The command line prints the message of a `UserError` and exits with code 2; so it does with the
-OSError of a full disk. A message names the key, file or line, the rule, the value, and the
-consequence or the remedy. `RunFailed` exits with code 1.
+The command line prints the message of a `UserError`, or of the OSError of a full disk, and exits
+with code 2; for a `RunFailed` it exits with code 1. A message gives the key, file or line, the
+rule, the value, and the consequence or the remedy.
 """
 
 from __future__ import annotations
 
 import errno
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # values of OSError.errno
 
 
 class UserError(ValueError):
-    """Bad input: the message is meant for the user, complete without a stack trace."""
+    """Bad input. The message is complete without a stack trace."""
 
 
 class ConfigError(UserError):
-    """A key of the config, alone or in combination with others."""
+    """A config key is invalid, alone or in combination with others."""
 
 
 class DataError(UserError):
-    """A data file: its rows, columns or encoding."""
+    """A data file has an invalid row, column or encoding."""
 
 
 class ModelError(UserError):
-    """A model directory, or a teacher and student that do not fit together."""
+    """A model directory is unusable, or a teacher and a student do not fit together."""
 
 
 class RunDirectoryError(UserError):
-    """A run directory that belongs to another run, or cannot be written or resumed."""
+    """A run directory belongs to another run, or cannot be written or resumed."""
 
 
 class ClusterError(UserError):
@@ -37,4 +37,4 @@ class ClusterError(UserError):
 
 
 class RunFailed(RuntimeError):
-    """What restarts could not mend: the message says what failed and where more is known."""
+    """Restarts could not repair a failure. The message says what failed and where to look."""

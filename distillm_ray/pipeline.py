@@ -24,7 +24,6 @@ import ray
 from ray.exceptions import RayActorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from distillm_ray.atomic_file import write_atomically
 from distillm_ray.cluster import resources
 from distillm_ray.cluster.actor_pool import Actor
 from distillm_ray.cluster.cluster import Cluster, ask, release
@@ -38,6 +37,7 @@ from distillm_ray.config_files import dump_config
 from distillm_ray.data.splits import Splits, load_splits
 from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.evaluation.run_evaluator import RunEvaluator
+from distillm_ray.files import write_atomically
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.log.records import DoneRecord, StepRecord, ValidationRecord
 from distillm_ray.preflight import Preflight, check_run_directory

@@ -1,4 +1,4 @@
-"""What a run directory holds, by name, and who may write it."""
+"""Names of the files in a run directory, and the lock of the job that writes it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ CHECKPOINT_FOLDER = "checkpoints"
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """One job of a machine at a time writes to a run directory.
+    """Exclude other jobs on this machine from a run directory.
 
     Raises:
-        RunDirectoryError: another job is at work in it.
+        RunDirectoryError: another job holds it.
     """
     with locked(directory) as free:
         if not free:
             raise RunDirectoryError(
-                f"run.directory: another job is at work in {directory}: wait until it has ended,"
-                " or set run.directory to a new directory to start another run"
+                f"run.directory: another job is running in {directory}; wait until it ends, or set"
+                " run.directory to a new directory to start another run"
             )
         yield

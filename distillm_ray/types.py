@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -285,16 +285,25 @@ class RankPlan:
 # ---- learner to the rest ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Weights:
-    """Published student weights: buckets of named tensors in the object store.
+Bucket: TypeAlias = dict[str, tuple[tuple[int, ...], str, NDArray[np.uint8]]]
+"""Part of a model's weights: parameter name -> (shape, dtype name such as "bfloat16", flat bytes).
 
-    Each reference resolves to a `dict[str, (shape, dtype name, uint8 array)]`, which
-    weights/files.py reads.
+Ray passes a bucket on without copying it, and reading one requires neither torch nor pickle.
+"""
+
+BucketT = TypeVar("BucketT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Weights(Generic[BucketT]):
+    """Published student weights.
+
+    The learner publishes `Weights[ObjectRef[Bucket]]`, whose buckets are in Ray's object store; a
+    generator loads `Weights[Bucket]`.
     """
 
-    version: int
-    buckets: tuple[Any, ...]  # Ray object references, or the dictionaries themselves in a test
+    version: int  # completed optimizer steps
+    buckets: tuple[BucketT, ...]
     nbytes: int
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or it does not count."""
+"""Incomplete checkpoints are ignored; complete ones are found, ordered and pruned."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from distillm_ray.types import Validation
 
 def meta(step: int, loss: float | None = None) -> CheckpointMeta:
     validation = None if loss is None else Validation(step=step, loss=loss, tokens=10)
-    return CheckpointMeta(step=step, phi=0.3, validation=validation, config={"run": {}})
+    return CheckpointMeta(step=step, phi=0.3, validation=validation)
 
 
 def write(directory: CheckpointDirectory, step: int, loss: float | None = None) -> None:
@@ -27,7 +27,7 @@ def steps(directory: CheckpointDirectory) -> list[int]:
     return [found.meta.step for found in directory.complete()]
 
 
-def test_what_was_committed_is_found_again(tmp_path: Path) -> None:
+def test_a_committed_checkpoint_is_found_with_its_content(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path / "checkpoints", keep=2)
     assert directory.latest() is None
     write(directory, 100, loss=1.5)
@@ -39,12 +39,12 @@ def test_what_was_committed_is_found_again(tmp_path: Path) -> None:
     assert (found.learner_path / "state").read_bytes() == b"weights"
 
 
-def test_what_another_version_wrote_beside_it_is_left_out() -> None:
+def test_unknown_keys_of_the_meta_data_are_ignored() -> None:
     text = json.dumps({**json.loads(meta(3, 1.5).to_json()), "zero_stage": 1})
     assert CheckpointMeta.from_json(text) == meta(3, 1.5)
 
 
-def test_the_newest_ones_and_the_best_one_are_kept(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path, keep=2)
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.4)):
         write(directory, step, loss)
@@ -53,14 +53,14 @@ def test_the_newest_ones_and_the_best_one_are_kept(tmp_path: Path) -> None:
     assert best is not None and best.meta.step == 2
 
 
-def test_without_validation_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_without_validation_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path, keep=1)
     for step in (1, 2, 3):
         write(directory, step)
     assert steps(directory) == [3]
 
 
-def test_a_half_written_checkpoint_is_never_taken_and_goes_with_the_next(tmp_path: Path) -> None:
+def test_a_partial_checkpoint_is_ignored_and_removed_by_the_next_one(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path, keep=2)
     write(directory, 1)
     directory.prepare(2)
@@ -72,14 +72,14 @@ def test_a_half_written_checkpoint_is_never_taken_and_goes_with_the_next(tmp_pat
     assert not directory.partial_path(2).exists()
 
 
-def test_a_directory_without_meta_data_does_not_count(tmp_path: Path) -> None:
+def test_a_directory_without_meta_data_is_ignored(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path, keep=2)
     write(directory, 1)
     (tmp_path / "step-00000002").mkdir()
     assert steps(directory) == [1]
 
 
-def test_a_complete_checkpoint_of_the_same_step_stays(tmp_path: Path) -> None:
+def test_a_complete_checkpoint_of_the_same_step_is_kept(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path, keep=2)
     write(directory, 1, loss=1.0)
     write(directory, 1, loss=2.0)
@@ -88,7 +88,7 @@ def test_a_complete_checkpoint_of_the_same_step_stays(tmp_path: Path) -> None:
     assert not directory.partial_path(1).exists()
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint_and_says_so(
+def test_a_full_disk_keeps_the_previous_checkpoint_and_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = CheckpointDirectory(tmp_path, keep=2)
@@ -102,23 +102,23 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_says_so(
     with pytest.raises(RunDirectoryError) as caught:
         directory.commit(meta(2), b"buffer")
     assert "no space left for the checkpoint of step 2" in str(caught.value)
-    assert "step-00000001 stays good" in str(caught.value)
+    assert "step-00000001 remains valid" in str(caught.value)
     assert not directory.partial_path(2).exists()
     assert steps(directory) == [1]
 
 
-def test_torchs_writer_on_a_full_device_counts_as_a_full_disk(tmp_path: Path) -> None:
+def test_torchs_error_for_a_full_device_is_reported_as_a_full_disk(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path, keep=2)
     directory.prepare(1)
     with (
-        pytest.raises(RunDirectoryError, match="there is none before it"),
+        pytest.raises(RunDirectoryError, match="there is no earlier one"),
         directory.removing_partial_on_failure(1),
     ):
         torch.save({"weights": torch.zeros(10_000_000)}, "/dev/full")
     assert not directory.partial_path(1).exists()
 
 
-def test_another_error_is_passed_on_and_leaves_no_partial_directory(tmp_path: Path) -> None:
+def test_other_errors_propagate_and_leave_no_partial_directory(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path, keep=2)
     directory.prepare(1)
     with (

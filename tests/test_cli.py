@@ -315,7 +315,7 @@ def test_a_directory_in_which_another_job_is_at_work_is_left_alone(
 ) -> None:
     run_directory.mkdir()
     with held(run_directory):
-        assert f"another job is at work in {run_directory}" in refused()
+        assert f"another job is running in {run_directory}" in refused()
 
 
 def test_a_file_in_the_way_of_the_run_directory_is_named(tiny_job: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One holder at a time, and none after its process has gone."""
+"""A directory has one holder at a time, and none after the holder's process ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ with locked(Path(sys.argv[1])) as free:
 """
 
 
-def test_a_directory_is_held_by_one_until_it_lets_go(tmp_path: Path) -> None:
+def test_a_directory_has_one_holder_until_it_is_released(tmp_path: Path) -> None:
     with locked(tmp_path) as first, locked(tmp_path) as second:
         assert (first, second) == (True, False)
     with locked(tmp_path) as free:
@@ -33,13 +33,13 @@ def test_a_directory_is_held_by_one_until_it_lets_go(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_is_released(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "True\n"
-    with pytest.raises(RunDirectoryError, match="another job is at work"), held(tmp_path):
+    with pytest.raises(RunDirectoryError, match="another job is running"), held(tmp_path):
         pass
     holder.kill()
     holder.communicate()
@@ -47,7 +47,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
         pass
 
 
-def test_only_weights_that_nobody_holds_are_removed(tmp_path: Path) -> None:
+def test_only_old_weights_without_a_holder_are_removed(tmp_path: Path) -> None:
     for name in ("distillm-ray-weights-used", "distillm-ray-weights-left", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "shard").touch()

@@ -58,12 +58,7 @@ def test_a_run_made_shorter_than_what_it_has_done_is_refused(tmp_path: Path) -> 
     (directory / "config.yaml").write_text(dump_config(config))
     checkpoints = CheckpointDirectory(directory / "checkpoints", keep=2)
     checkpoints.prepare(6)
-    meta = CheckpointMeta(
-        step=6,
-        phi=0.0,
-        validation=None,
-        config=config.model_dump(mode="json"),
-    )
+    meta = CheckpointMeta(step=6, phi=0.0, validation=None)
     checkpoints.commit(meta, b"")
     with pytest.raises(RunDirectoryError, match=r"learner\.steps must be at least .* got 4 < 6"):
         check_run_directory(config)

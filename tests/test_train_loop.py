@@ -21,6 +21,7 @@ from distillm_ray.learner.prefetch import Prefetcher
 from distillm_ray.learner.train_loop import train_loop
 from distillm_ray.log.records import EventRecord, ProbeRecord, Record, Sample
 from distillm_ray.types import (
+    Bucket,
     DrawFacts,
     FinishReason,
     HiddenTargets,
@@ -37,7 +38,6 @@ from distillm_ray.types import (
     Validation,
     Weights,
 )
-from distillm_ray.weights.files import Bucket
 
 
 def make_config(directory: Path, **learner: Any) -> Config:
@@ -310,7 +310,6 @@ def test_checkpoints_hold_step_phi_and_the_newest_validation(tmp_path: Path) -> 
     assert kept[0].meta.validation == Validation(step=3, loss=2.7, tokens=10)
     assert kept[0].meta.phi == pytest.approx(0.3)  # drawn with it
     assert kept[1].meta.phi == 0.5  # what the validation after step 6 set
-    assert Config.model_validate(kept[1].meta.config) == config
 
 
 def test_a_stopped_run_leaves_a_checkpoint_and_goes_on_from_it(tmp_path: Path) -> None:
@@ -370,7 +369,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path
     config = make_config(tmp_path)
     learner = FakeLearner()
     learner.full_at = 4
-    with pytest.raises(RunDirectoryError, match="step-00000002 stays good"):
+    with pytest.raises(RunDirectoryError, match="step-00000002 remains valid"):
         run(Services(config), learner, config)
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert names == ["step-00000002"]

@@ -1,4 +1,4 @@
-"""Student weights into buckets and files, without ZeRO-3 (integration/test_learner.py has that)."""
+"""Student weights in buckets and files, without ZeRO-3 (see integration/test_learner.py)."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distillm_ray.config import LoraConfig
 from distillm_ray.learner.student_model import add_adapters
-from distillm_ray.weights.export import write_weights
-from distillm_ray.weights.files import read, receive, to_tensors
+from distillm_ray.weights.buckets import read_tensors, to_tensors
+from distillm_ray.weights.export import export_model
 from distillm_ray.weights.gather import gather
 
 
@@ -41,7 +41,7 @@ def gathered(
 def test_names_and_values_are_those_of_the_saved_checkpoint(tied: bool, tmp_path: Path) -> None:
     model = tiny_model(tied=tied)
     model.save_pretrained(tmp_path)
-    saved = dict(read(tmp_path))
+    saved = dict(read_tensors(tmp_path))
     found = gathered(model, torch.float32)
     assert found.keys() == saved.keys()
     assert ("lm_head.weight" in found) == (not tied)
@@ -56,7 +56,7 @@ def test_bfloat16_survives_bit_for_bit() -> None:
         assert torch.equal(tensor, model.get_parameter(name).detach().bfloat16())
 
 
-def test_buckets_stay_below_their_size_and_only_larger_tensors_stand_alone() -> None:
+def test_only_a_tensor_larger_than_a_bucket_exceeds_its_size_and_has_it_alone() -> None:
     buckets = list(gather(tiny_model(), torch.float32, keep=True, bucket_elements=500))
     assert len(buckets) > 2
     for bucket in buckets:
@@ -64,7 +64,7 @@ def test_buckets_stay_below_their_size_and_only_larger_tensors_stand_alone() -> 
         assert elements <= 500 or len(bucket) == 1
 
 
-def test_a_rank_that_keeps_nothing_passes_the_same_number_of_buckets() -> None:
+def test_a_rank_without_keep_gets_the_same_number_of_empty_buckets() -> None:
     model = tiny_model()
     kept = list(gather(model, torch.float32, keep=True, bucket_elements=500))
     passed = list(gather(model, torch.float32, keep=False, bucket_elements=500))
@@ -103,26 +103,32 @@ def test_lora_is_merged_under_the_names_of_the_plain_model() -> None:
     assert torch.allclose(found[name], expected_weight, atol=1e-6)
 
 
-def test_received_files_hold_the_buckets_and_replace_the_older_ones(tmp_path: Path) -> None:
-    model = tiny_model()
-    directory = tmp_path / "weights"
-    many = gather(model, torch.bfloat16, keep=True, bucket_elements=500)
-    receive(many, directory)
-    with torch.no_grad():
-        model.model.norm.weight.add_(1.0)
-    receive(gather(model, torch.bfloat16, keep=True), directory)
-    found = dict(read(directory))
-    assert len(list(directory.iterdir())) == 1
-    assert found.keys() == gathered(model, torch.bfloat16).keys()
-    assert torch.equal(found["model.norm.weight"], model.model.norm.weight.detach().bfloat16())
-
-
 @pytest.mark.parametrize("bucket_elements", [500, 10**9])
-def test_model_files_load_in_plain_transformers(bucket_elements: int, tmp_path: Path) -> None:
+def test_an_exported_model_loads_in_plain_transformers(
+    bucket_elements: int, tmp_path: Path
+) -> None:
     model = tiny_model()
-    model.config.save_pretrained(tmp_path)
-    buckets = gather(model, torch.float32, keep=True, bucket_elements=bucket_elements)
-    write_weights(buckets, tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    student, directory = tmp_path / "student", tmp_path / "model"
+    model.config.save_pretrained(student)
+    (student / "README.md").write_text("describes the student before training")
+    directory.mkdir()
+    (directory / "earlier.safetensors").touch()
+    buckets = gather(model, torch.bfloat16, keep=True, bucket_elements=bucket_elements)
+    export_model(buckets, student, directory, torch.bfloat16)
+    assert dict(read_tensors(directory)).keys() == gathered(model, torch.bfloat16).keys()
+    assert not (directory / "README.md").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    assert loaded.dtype == torch.bfloat16
     token_ids = torch.arange(1, 9)[None]
-    assert torch.equal(loaded(input_ids=token_ids).logits, model.eval()(input_ids=token_ids).logits)
+    expected = model.bfloat16().eval()(input_ids=token_ids).logits
+    assert torch.equal(loaded(input_ids=token_ids).logits, expected)
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "model.safetensors").write_bytes(b"earlier")
+    with pytest.raises(FileNotFoundError):
+        export_model([], tmp_path / "no student", directory, torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (directory / "model.safetensors").read_bytes() == b"earlier"

@@ -23,6 +23,7 @@ from distillm_ray.data.templates import decode
 from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.log.records import Record, Sample
 from distillm_ray.types import (
+    Bucket,
     DrawFacts,
     Prompt,
     RankPlan,
@@ -32,7 +33,6 @@ from distillm_ray.types import (
     Validation,
     Weights,
 )
-from distillm_ray.weights.files import Bucket
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

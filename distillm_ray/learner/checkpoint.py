@@ -1,28 +1,28 @@
-"""Checkpoints on disk: a directory is either complete or does not count.
+"""Checkpoints on disk. Incomplete ones are ignored.
 
     checkpoints/step-00000100/
       learner/     DeepSpeed's files and each rank's random state
       buffer.bin   the replay buffer as of draw 100
       meta.json    CheckpointMeta
 
-Every rank writes into `step-00000100.partial`; rank 0 makes it durable and renames it. The newest
-`keep` stay, and besides them the one with the lowest validation loss.
+Every rank writes into `step-00000100.partial`; rank 0 syncs it to disk and renames it. The module
+does not use `files.new_directory`, which assumes a single writer. The newest `keep` checkpoints
+and the one with the lowest validation loss are kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distillm_ray.errors import DISK_FULL, RunDirectoryError
+from distillm_ray.files import rename_durably
 from distillm_ray.types import Validation
 
 LEARNER_FOLDER = "learner"
@@ -35,27 +35,25 @@ _PARTIAL_SUFFIX = ".partial"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointMeta:
-    """What can be said about a checkpoint without loading it."""
+    """Facts of a checkpoint that are read without loading it."""
 
     step: int  # completed optimizer steps
     phi: float
-    validation: Validation | None  # the newest one at that step
-    config: dict[str, Any]  # the resolved tree, as JSON
+    validation: Validation | None  # the latest one
 
     def to_json(self) -> str:
-        """Readable text for `meta.json`."""
+        """Return the content of `meta.json`."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> CheckpointMeta:
-        """The inverse of `to_json`. What this version does not know is left out."""
+        """Inverse of `to_json`. Unknown keys are ignored."""
         values = json.loads(text)
         validation = values["validation"]
         return cls(
             step=values["step"],
             phi=values["phi"],
             validation=Validation(**validation) if validation else None,
-            config=values["config"],
         )
 
 
@@ -68,24 +66,24 @@ class Checkpoint:
 
     @property
     def learner_path(self) -> Path:
-        """Where `Learner.load` reads."""
+        """The directory that `Learner.load` reads."""
         return self.path / LEARNER_FOLDER
 
     def buffer_state(self) -> bytes:
-        """What `ReplayBuffer.restore` takes."""
+        """Read the state that `ReplayBuffer.restore` takes."""
         return (self.path / BUFFER_FILE).read_bytes()
 
 
 class CheckpointDirectory:
-    """The `checkpoints/` of a run. Constructing it reads and writes nothing."""
+    """The `checkpoints/` of a run. The constructor does not access the disk."""
 
     def __init__(self, path: Path, *, keep: int) -> None:
-        assert keep >= 1, f"at least one checkpoint has to stay, got keep = {keep}"
+        assert keep >= 1, f"keep must be at least 1, got {keep}"
         self._path = path
         self._keep = keep
 
     def complete(self) -> list[Checkpoint]:
-        """All complete checkpoints, oldest first."""
+        """Return all complete checkpoints, oldest first."""
         if not self._path.is_dir():
             return []
         found = []
@@ -96,23 +94,23 @@ class CheckpointDirectory:
         return found
 
     def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint."""
+        """Return the newest complete checkpoint."""
         return max(self.complete(), key=lambda found: found.meta.step, default=None)
 
     def best(self) -> Checkpoint | None:
-        """The complete checkpoint with the lowest validation loss; of equal ones the earliest."""
+        """Return the complete checkpoint with the lowest validation loss, the earliest on ties."""
         scored = [found for found in self.complete() if found.meta.validation is not None]
         return min(scored, key=_validation_loss, default=None)
 
     def partial_path(self, step: int) -> Path:
-        """Where all ranks write the checkpoint of `step` until it is complete."""
+        """Return the directory that all ranks write the checkpoint of `step` into."""
         return self._path / f"step-{step:08d}{_PARTIAL_SUFFIX}"
 
     def prepare(self, step: int) -> None:
-        """Make an empty partial directory; what a killed writer left behind is removed. Rank 0.
+        """Make an empty partial directory and remove those that killed writers left. Rank 0 only.
 
         Raises:
-            RunDirectoryError: the directory cannot be made.
+            RunDirectoryError: the disk is full.
         """
         partial = self.partial_path(step)
         with self.removing_partial_on_failure(step):
@@ -122,9 +120,9 @@ class CheckpointDirectory:
             (partial / LEARNER_FOLDER).mkdir(parents=True)
 
     def commit(self, meta: CheckpointMeta, buffer_state: bytes) -> Checkpoint:
-        """Add buffer and meta data, make all of it durable, rename, prune. Rank 0, after all wrote.
+        """Add buffer and meta data, sync, rename, and prune. Rank 0 only, after all ranks wrote.
 
-        A checkpoint of the same step that is already complete holds the same state and stays.
+        A complete checkpoint of the same step holds the same state and is kept instead.
 
         Raises:
             RunDirectoryError: the disk is full; earlier checkpoints are untouched.
@@ -137,18 +135,16 @@ class CheckpointDirectory:
             if final.exists():
                 shutil.rmtree(partial)
             else:
-                _make_durable(partial)
-                partial.rename(final)
-                _sync(self._path)
+                rename_durably(partial, final)
         self._prune()
         return Checkpoint(path=final, meta=meta)
 
     @contextmanager
     def removing_partial_on_failure(self, step: int) -> Iterator[None]:
-        """A failed write leaves no partial directory; a full disk gets a message.
+        """Remove the partial directory of `step` if the block fails to write.
 
         Raises:
-            RunDirectoryError: instead of the error of a full disk.
+            RunDirectoryError: in place of the error of a full disk.
         """
         try:
             yield
@@ -157,10 +153,10 @@ class CheckpointDirectory:
             if not _is_disk_full(error):
                 raise
             previous = self.latest()
-            stays = f"{previous.path} stays good" if previous else "there is none before it"
+            kept = f"{previous.path} remains valid" if previous else "there is no earlier one"
             raise RunDirectoryError(
-                f"no space left for the checkpoint of step {step} in {self._path}: {stays};"
-                " free some space and run the same command again, or lower checkpoint.keep"
+                f"no space left for the checkpoint of step {step} in {self._path}; {kept}. Free"
+                " some space and run the same command again, or lower checkpoint.keep"
             ) from error
 
     def _prune(self) -> None:
@@ -177,22 +173,7 @@ def _validation_loss(checkpoint: Checkpoint) -> float:
 
 
 def _is_disk_full(error: OSError | RuntimeError) -> bool:
-    """torch's archive writer reports a failed write as a RuntimeError without an errno."""
+    """torch's archive writer reports a failed write as a RuntimeError without errno."""
     if isinstance(error, OSError):
         return error.errno in DISK_FULL
     return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
-
-
-def _make_durable(directory: Path) -> None:
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

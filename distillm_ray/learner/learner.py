@@ -45,9 +45,8 @@ from distillm_ray.loss.head_loss import DivergenceTerm, HeadLoss, LossRequest
 from distillm_ray.loss.teacher_tensors import teacher_tensors
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead
-from distillm_ray.types import LearnerBatch, TrainStep
+from distillm_ray.types import Bucket, LearnerBatch, TrainStep
 from distillm_ray.weights.export import export_model
-from distillm_ray.weights.files import Bucket
 from distillm_ray.weights.gather import gather
 
 _ENGINE_TAG = "engine"

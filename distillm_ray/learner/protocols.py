@@ -13,8 +13,15 @@ from numpy.typing import NDArray
 from distillm_ray.learner.learner import StepOutcome
 from distillm_ray.learner.prefetch import SampleSource
 from distillm_ray.log.records import Record, Sample
-from distillm_ray.types import DrawFacts, LearnerBatch, Rollout, TrainStep, Validation, Weights
-from distillm_ray.weights.files import Bucket
+from distillm_ray.types import (
+    Bucket,
+    DrawFacts,
+    LearnerBatch,
+    Rollout,
+    TrainStep,
+    Validation,
+    Weights,
+)
 
 
 class Services(SampleSource, Protocol):

@@ -254,7 +254,6 @@ class _TrainLoop:
                     step=completed,
                     phi=self._phi,
                     validation=self._validation,
-                    config=self._config.model_dump(mode="json"),
                 )
                 path = checkpoints.commit(meta, self._services.buffer_state(completed)).path
                 seconds = time.monotonic() - started

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillm_ray.atomic_file import write_atomically
 from distillm_ray.errors import RunDirectoryError
+from distillm_ray.files import write_atomically
 from distillm_ray.log.records import (
     UNKNOWN_STEP,
     EventRecord,

@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from distillm_ray.errors import ModelError
-from distillm_ray.models.students import new_directory
+from distillm_ray.files import new_directory
 
 _NOT_IN_A_CLEAN_CONFIG = (
     "quantization_config",

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distillm_ray.errors import ModelError
+from distillm_ray.files import new_directory
 from distillm_ray.models.directory import ModelFacts, check_model_directory
 from distillm_ray.models.safetensors_files import TensorInfo, write_tensors
 
@@ -66,20 +65,6 @@ def init_student(
         num_parameters=sum(tensor.num_elements for tensor in tensors.values()),
         num_teacher_parameters=facts.num_parameters,
     )
-
-
-@contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A temporary directory beside `out` that becomes `out` when the block succeeds."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        temporary.chmod(0o755)  # mkdtemp's 0700 would keep others from reading a shared model
-        yield temporary
-        temporary.rename(out)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
 
 
 def _check_layers(layers: Sequence[int], facts: ModelFacts) -> tuple[int, ...]:

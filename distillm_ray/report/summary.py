@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from distillm_ray.atomic_file import write_atomically
 from distillm_ray.errors import RunDirectoryError
+from distillm_ray.files import write_atomically
 from distillm_ray.log.metrics import (
     FILE_NAME,
     Totals,

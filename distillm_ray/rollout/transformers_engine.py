@@ -29,8 +29,8 @@ from distillm_ray.config import SamplingConfig, TransformersEngine, cpu_threads
 from distillm_ray.dynamic_batching import DynamicBatcher
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.rollout.generator import Generator, Request, Response
-from distillm_ray.types import FinishReason
-from distillm_ray.weights.files import Bucket, to_tensors
+from distillm_ray.types import Bucket, FinishReason
+from distillm_ray.weights.buckets import to_tensors
 
 
 class SamplingProcessor(LogitsProcessor):

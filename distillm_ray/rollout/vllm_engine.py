@@ -23,8 +23,8 @@ from distillm_ray.config import VllmEngine, cpu_threads
 from distillm_ray.directory_lock import locked
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.rollout.generator import Generator, Request, Response
-from distillm_ray.types import FinishReason
-from distillm_ray.weights.files import Bucket, receive
+from distillm_ray.types import Bucket, FinishReason
+from distillm_ray.weights.buckets import write_buckets
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -154,9 +154,9 @@ class VllmGenerator(Generator):
         assert self._engine is not None, "call start() first"
         parent = tempfile.TemporaryDirectory(prefix=_WEIGHTS_PREFIX, dir=node_local_memory())
         with parent as name, locked(Path(name)):
-            directory = await asyncio.to_thread(receive, buckets, Path(name) / "new")
+            await asyncio.to_thread(write_buckets, buckets, Path(name))
             await self._engine.pause_generation(mode="keep", clear_cache=False)
-            await self._engine.collective_rpc("take_weights", args=(str(directory),))
+            await self._engine.collective_rpc("take_weights", args=(name,))
             await self._engine.resume_generation()
 
 

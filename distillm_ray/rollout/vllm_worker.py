@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from distillm_ray.weights.files import read
+from distillm_ray.weights.buckets import read_tensors
 
 
 class WorkerExtension:
@@ -41,7 +41,7 @@ class WorkerExtension:
 
         `reload_weights` repacks them as the backend needs; `model.load_weights` alone would not.
         """
-        self.reload_weights(weights_iterator=read(Path(directory)))
+        self.reload_weights(weights_iterator=read_tensors(Path(directory)))
         # A tied head is not in the checkpoint, so nothing repacked it: on CPUs it would go on
         # multiplying with the old weights.
         for layer in self.model_runner.get_model().modules():

@@ -1,1 +1,1 @@
-"""Student weights on their way out: gathered, written, exported, read again by generators."""
+"""Student weights on their way out of the learners: gathered, handed over, exported."""

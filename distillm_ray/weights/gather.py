@@ -1,8 +1,4 @@
-"""Student weights on their way out of the learners, in buckets (files.py has the format).
-
-Names are those of the Hugging Face checkpoint: tied weights appear once, LoRA adapters are merged
-into the weights that they adapt.
-"""
+"""Gather a student's weights from the learners' ranks, in buckets (`types.Bucket`)."""
 
 from __future__ import annotations
 
@@ -16,12 +12,12 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from distillm_ray.weights.files import Bucket
+from distillm_ray.types import Bucket
 
 BUCKET_ELEMENTS = 20_000_000
-"""A bucket is full at so many elements. A larger tensor has a bucket of its own."""
+"""Largest number of elements in a bucket. A larger tensor gets a bucket of its own."""
 
-_ADAPTED = ".base_layer"
+_ADAPTED = ".base_layer"  # peft inserts it into the names of adapted weights
 
 
 def gather(
@@ -31,11 +27,14 @@ def gather(
     keep: bool,
     bucket_elements: int = BUCKET_ELEMENTS,
 ) -> Iterator[Bucket]:
-    """The weights of a Hugging Face model under any ZeRO stage, bucket by bucket.
+    """Yield the weights of a Hugging Face model under any ZeRO stage, bucket by bucket.
 
-    A collective: all ranks iterate to the end, but only those with `keep` get tensors, the others
-    get empty buckets. Memory beyond the model's is one gathered bucket and its copy.
-    Floating-point tensors are converted to `dtype`.
+    A collective: every rank must iterate to the end. Memory beyond the model's own is one gathered
+    bucket and its copy.
+
+    Args:
+        dtype: floating-point tensors are converted to it.
+        keep: whether this rank gets tensors; otherwise its buckets are empty.
     """
     adapters = _adapters(model)
     for names in _plan(model, bucket_elements):
@@ -58,7 +57,7 @@ def gather(
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; tied ones once, adapters left out."""
+    """Return parameters and persistent buffers by name: tied ones once, no adapters."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -70,7 +69,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _plan(model: nn.Module, bucket_elements: int) -> list[list[str]]:
-    """The same buckets on every rank: full sizes are known where the values are partitioned."""
+    """Split the tensor names into buckets, identically on every rank: it uses full sizes."""
     plan: list[list[str]] = [[]]
     filled = 0
     for name, tensor in _tensors(model).items():
@@ -84,23 +83,23 @@ def _plan(model: nn.Module, bucket_elements: int) -> list[list[str]]:
 
 
 def _adapters(model: nn.Module) -> dict[str, nn.Module]:
-    """peft's layers by name. They are LoraLayers beside being modules."""
+    """Return peft's LoRA layers by module name."""
     modules = dict(model.named_modules())
     return {name: modules[name] for name in modules if isinstance(modules[name], LoraLayer)}
 
 
 def _full_size(tensor: Tensor) -> int:
-    """Elements of a parameter; under ZeRO-3 its own shape is empty."""
+    """Return the number of elements; a parameter that ZeRO-3 partitioned has an empty shape."""
     return tensor.ds_numel if hasattr(tensor, "ds_numel") else tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _adapted_module(name: str) -> str:
-    """`a.b.base_layer.weight` to `a.b`; a weight without an adapter has none by that name."""
+    """Map `a.b.base_layer.weight` to `a.b`, and a weight without an adapter to ''."""
     return name.removesuffix(f"{_ADAPTED}.weight") if name.endswith(f"{_ADAPTED}.weight") else ""
 
 
 def _merged(tensor: Tensor, adapter: nn.Module | None) -> Tensor:
-    """The weight with its adapter added, in float32."""
+    """Return the weight with its adapter's update added, in float32."""
     if adapter is None:
         return tensor.detach()
     assert isinstance(adapter, LoraLinear)

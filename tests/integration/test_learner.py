@@ -34,7 +34,7 @@ from distillm_ray.types import (
     Shelf,
     Source,
 )
-from distillm_ray.weights.files import to_tensors
+from distillm_ray.weights.buckets import to_tensors
 
 pytestmark = pytest.mark.integration
 

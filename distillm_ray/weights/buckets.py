@@ -1,0 +1,59 @@
+"""Buckets of weights as tensors and as safetensors files, for generators and the export.
+
+`types.Bucket` describes the format. Parameter names are those of the Hugging Face checkpoint: a
+tied weight appears once, LoRA adapters are merged into the weights that they adapt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distillm_ray.types import Bucket
+
+
+def to_tensors(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a bucket by name.
+
+    They are copies: the arrays may be read-only views of shared memory.
+    """
+    for name, (shape, dtype_name, values) in bucket.items():
+        dtype = getattr(torch, dtype_name)
+        yield name, torch.from_numpy(values.copy()).view(dtype).reshape(shape)
+
+
+def write_buckets(buckets: Iterable[Bucket], directory: Path) -> None:
+    """Write each bucket as one safetensors file, and an index if there are several.
+
+    The result is the weights of a model directory that transformers and vLLM load.
+    """
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    paths = []
+    for index, bucket in enumerate(buckets):
+        path = directory / f"model-{index + 1:05d}.safetensors"
+        save_file(dict(to_tensors(bucket)), path, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(bucket, path.name)
+        total_bytes += sum(values.nbytes for _, _, values in bucket.values())
+        paths.append(path)
+    if len(paths) == 1:
+        paths[0].rename(directory / "model.safetensors")
+        return
+    index_text = json.dumps(
+        {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2
+    )
+    (directory / "model.safetensors.index.json").write_text(index_text)
+
+
+def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of all safetensors files in a directory, one at a time."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a handle, not a dictionary)
+                yield name, file.get_tensor(name)
