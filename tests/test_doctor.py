@@ -1,4 +1,4 @@
-"""The doctor's probes, with what they look at made up."""
+"""The doctor's probes on made-up machines."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from distillm_ray.doctor import (
     probe_bfloat16,
     probe_cluster,
     probe_package,
+    probe_peft,
     probe_python,
     probe_shared_memory,
     probe_torchvision,
@@ -44,33 +45,33 @@ def test_this_machine_can_train() -> None:
     ("version", "status"),
     [((3, 10), "missing"), ((3, 11), "ok"), ((3, 12), "ok"), ((3, 13), "missing")],
 )
-def test_only_python_3_11_and_3_12_will_do(version: tuple[int, int], status: str) -> None:
+def test_only_python_3_11_and_3_12_are_supported(version: tuple[int, int], status: str) -> None:
     assert probe_python(version).status == status
 
 
-def test_a_missing_library_is_missing_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_installed(monkeypatch, {"peft": "0.21.2"})
-    finding = probe_package("deepspeed", "0.19", required=True)
+    finding = probe_package("deepspeed", "0.19")
     assert (finding.status, finding.detail) == ("missing", "not installed")
     assert "make setup" in finding.remedy
 
 
 def test_an_untested_version_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_installed(monkeypatch, {"ray": "2.6.0", "transformers": "5.19.3"})
-    assert probe_package("ray", "2.60", required=True).status == "warn"
-    assert probe_package("transformers", "5.19", required=True).status == "ok"
+    assert probe_package("ray", "2.60").status == "warn"
+    assert probe_package("transformers", "5.19").status == "ok"
 
 
-def test_an_optional_library_names_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_optional_library_is_a_warning_that_names_its_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pretend_installed(monkeypatch, {})
-    finding = probe_package("peft", None, required=False, without="LoRA students")
-    assert (finding.status, finding.remedy) == (
-        "warn",
-        "pip install peft, if you want LoRA students",
-    )
+    finding = probe_peft()
+    assert finding.status == "warn"
+    assert finding.remedy == "pip install peft for LoRA students (student.lora)"
 
 
-def test_without_vllm_the_other_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vllm_the_transformers_engine_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_installed(monkeypatch, {})
     finding = probe_vllm()
     assert finding.status == "warn"
@@ -101,12 +102,12 @@ def test_bfloat16_is_read_from_the_processor(tmp_path: Path) -> None:
     assert probe_bfloat16(info).detail == "native: amx_bf16, avx512_bf16"
 
 
-def test_a_system_without_shared_memory_is_fine(tmp_path: Path) -> None:
+def test_a_system_without_shared_memory_is_ok(tmp_path: Path) -> None:
     assert probe_shared_memory(tmp_path / "none").status == "ok"
     assert "GiB free" in probe_shared_memory(tmp_path).detail
 
 
-def test_a_cluster_that_does_not_answer_is_missing() -> None:
+def test_an_unreachable_cluster_is_missing() -> None:
     finding = probe_cluster("127.0.0.1:1")
     assert finding.status == "missing"
     assert "ray start --head" in finding.remedy

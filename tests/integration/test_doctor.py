@@ -1,4 +1,4 @@
-"""What the doctor finds in a cluster that runs."""
+"""The doctor's probe of a running cluster."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ print(finding.status, finding.detail, finding.remedy, sep="; ")
 """
 
 
-def test_a_cluster_without_a_dashboard_trains_but_takes_no_jobs() -> None:
-    """Ray goes on without one where the dashboard's port is taken."""
+def test_a_cluster_without_a_dashboard_can_train_but_not_accept_jobs() -> None:
+    """Ray starts without a dashboard if its port is taken."""
     address = ray.get_runtime_context().gcs_address
     found = subprocess.run(
         [sys.executable, "-c", PROBE, address],
@@ -33,4 +33,4 @@ def test_a_cluster_without_a_dashboard_trains_but_takes_no_jobs() -> None:
     assert status == "warn"
     assert "16 of 16 CPUs free" in detail
     assert detail.endswith("no dashboard")
-    assert remedy.startswith("training works; `ray job submit` does not")
+    assert remedy.startswith("training works, `ray job submit` does not")
