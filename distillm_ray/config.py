@@ -282,6 +282,10 @@ class TargetsConfig(Section):
 
 # ---- schedule and buffer -----------------------------------------------------------------------
 
+ReferenceRule: TypeAlias = Literal["best", "last_increase", "previous"]
+ReplayRatio: TypeAlias = Literal["decreasing", "constant", "increasing"]
+FixedReplayRatio: TypeAlias = Literal[ReplayRatio, "none"]
+
 
 class AdaptiveSchedule(Section):
     """phi rises by `increment` when validation loss >= reference + tolerance; it never falls."""
@@ -290,8 +294,8 @@ class AdaptiveSchedule(Section):
     start: Fraction = 0.0
     increment: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     tolerance: Annotated[float, Field(ge=0.0)] = 0.0
-    reference: Literal["best", "last_increase", "previous"] = "best"
-    replay_ratio: Literal["decreasing", "constant", "increasing"] = "decreasing"
+    reference: ReferenceRule = "best"
+    replay_ratio: ReplayRatio = "decreasing"
 
 
 class FixedSchedule(Section):
@@ -299,7 +303,7 @@ class FixedSchedule(Section):
 
     type: Literal["fixed"] = "fixed"
     phi: Fraction = 0.0
-    replay_ratio: Literal["decreasing", "constant", "increasing", "none"] = "none"
+    replay_ratio: FixedReplayRatio = "none"
 
 
 ScheduleConfig: TypeAlias = Annotated[AdaptiveSchedule | FixedSchedule, Field(discriminator="type")]

@@ -1,6 +1,8 @@
-"""Calls that came while a batch was computed are the next batch: for roles with one model.
+"""Dynamic batching: requests that arrive while a batch runs form the next one.
 
-call ──► waiting ──► the oldest, and what `fits` beside it ──► answer, in a thread ──► callers
+call ──► queue ──► the oldest request and those that fit with it ──► compute, in a thread
+  ▲                                                                         │
+  └──────────────────────────────── results ◄───────────────────────────────┘
 """
 
 from __future__ import annotations
@@ -10,82 +12,87 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 Request = TypeVar("Request")
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-class DynamicBatcher(Generic[Request, Answer]):
-    """Answers single requests in batches, one batch at a time.
+class DynamicBatcher(Generic[Request, Result]):
+    """Computes single requests in batches, one batch at a time.
 
     Args:
-        answer: computes a batch, outside of the event loop; as many answers as requests. What it
-            raises reaches every caller of the batch.
-        fits: whether a request may join a batch that begins with others. The oldest request always
-            begins one, so that none waits forever.
+        compute: computes one batch outside of the event loop and returns one result per request.
+            An exception reaches every caller of the batch.
+        fits: whether a request may join the given batch. The oldest request always starts one, so
+            no request waits forever.
     """
 
     def __init__(
         self,
-        answer: Callable[[list[Request]], Sequence[Answer]],
+        compute: Callable[[list[Request]], Sequence[Result]],
         fits: Callable[[list[Request], Request], bool],
     ) -> None:
-        self._answer = answer
+        self._compute = compute
         self._fits = fits
-        self._waiting: list[tuple[Request, asyncio.Future[Answer]]] = []
+        self._waiting: list[tuple[Request, asyncio.Future[Result]]] = []
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.between_batches = asyncio.Lock()
-        """Whoever holds it has the model to itself."""
+        """No batch runs while this is held."""
 
     def start(self) -> None:
-        """Begin to answer, in the running event loop."""
-        self._task = asyncio.create_task(self._answer_batches())
+        """Begin to compute, in the running event loop."""
+        self._task = asyncio.create_task(self._run_batches())
 
     async def stop(self) -> None:
-        """End after the running batch; requests that still wait are cancelled."""
+        """Stop after the running batch; queued requests are cancelled."""
         async with self.between_batches:
             if self._task is not None:
                 self._task.cancel()
-            for _, answer in self._waiting:
-                answer.cancel()
+                self._task = None
+            for _, future in self._waiting:
+                future.cancel()
             self._waiting.clear()
 
-    async def call(self, request: Request) -> Answer:
-        """The answer to one request; waits for the batch that it is in."""
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, answer))
+    async def call(self, request: Request) -> Result:
+        """The result of one request; waits for the batch that contains it."""
+        assert self._task is not None, "the batcher is not running: nothing would compute this"
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
         self._arrived.set()
-        return await answer
+        return await future
 
-    async def _answer_batches(self) -> None:
+    async def _run_batches(self) -> None:
         while True:
             await self._arrived.wait()
             async with self.between_batches:
                 batch = self._take()
                 if batch:
-                    await self._answer_batch(batch)
+                    await self._run_batch(batch)
             if not self._waiting:
                 self._arrived.clear()
 
-    def _take(self) -> list[tuple[Request, asyncio.Future[Answer]]]:
-        batch: list[tuple[Request, asyncio.Future[Answer]]] = []
-        left: list[tuple[Request, asyncio.Future[Answer]]] = []
-        for request, answer in self._waiting:
-            if answer.done():
-                continue  # the caller gave up
+    def _take(self) -> list[tuple[Request, asyncio.Future[Result]]]:
+        batch: list[tuple[Request, asyncio.Future[Result]]] = []
+        left: list[tuple[Request, asyncio.Future[Result]]] = []
+        for request, future in self._waiting:
+            if future.done():
+                continue  # its caller was cancelled
             chosen = not batch or self._fits([other for other, _ in batch], request)
-            (batch if chosen else left).append((request, answer))
+            (batch if chosen else left).append((request, future))
         self._waiting = left
         return batch
 
-    async def _answer_batch(self, batch: Sequence[tuple[Request, asyncio.Future[Answer]]]) -> None:
+    async def _run_batch(self, batch: Sequence[tuple[Request, asyncio.Future[Result]]]) -> None:
         requests = [request for request, _ in batch]
-        work = asyncio.get_running_loop().run_in_executor(None, self._answer, requests)
+        work = asyncio.get_running_loop().run_in_executor(None, self._compute, requests)
         await asyncio.wait((work,))
         error = work.exception()
-        for index, (_, answer) in enumerate(batch):
-            if answer.done():
-                continue  # the caller gave up meanwhile
+        results = [] if error is not None else work.result()
+        if error is None and len(results) != len(batch):
+            error = RuntimeError(f"a batch of {len(batch)} requests got {len(results)} results")
+        for index, (_, future) in enumerate(batch):
+            if future.done():
+                continue  # its caller was cancelled meanwhile
             if error is not None:
-                answer.set_exception(error)
+                future.set_exception(error)
             else:
-                answer.set_result(work.result()[index])
+                future.set_result(results[index])

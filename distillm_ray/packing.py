@@ -1,6 +1,9 @@
-"""Splitting whole sequences over ranks and micro-batches: only lengths, no tokens.
+"""Splits whole sequences over ranks and micro-batches, by their lengths alone.
 
-Few micro-batches first, equal tokens second. Deterministic. A bin is one micro-batch.
+Minimizes the number of micro-batches first and the ranks' token imbalance second. Deterministic. A
+bin is one micro-batch.
+
+Axes: G sequences of the rank that gives, R sequences of the rank that receives.
 """
 
 from __future__ import annotations
@@ -18,20 +21,27 @@ Bin: TypeAlias = list[int]  # indices of sequences
 def split(
     lengths: Sequence[int], *, num_ranks: int, max_tokens: int
 ) -> tuple[tuple[Bin, ...], ...]:
-    """Bins for each rank, the same number everywhere, each of at most `max_tokens`.
+    """Sequence indices by rank and bin; every rank has as many bins, each of at most `max_tokens`.
 
-    Bins are largest first, so that the ranks' i-th ones are alike and memory peaks at once. Where
-    there are fewer sequences than bins (three full rows on two ranks), the bins that are left over
-    are empty. Raises ValueError for a sequence longer than a row.
+    A rank's bins are sorted by tokens, largest first, so that the ranks compute similar bins at the
+    same time and memory peaks in the first one. If there are fewer sequences than bins, as with
+    three full rows on two ranks, the remaining bins are empty.
+
+    Example:
+        >>> split([4, 3, 3, 2], num_ranks=2, max_tokens=6)
+        (([0, 3],), ([1, 2],))
+
+    Raises:
+        ValueError: there is no sequence, or one is longer than `max_tokens`.
     """
     if not lengths:
-        raise ValueError("there must be a sequence to split over ranks, got none")
+        raise ValueError("there must be at least one sequence to split over ranks, got none")
     if max(lengths) > max_tokens:
         raise ValueError(
             f"learner.max_micro_batch_tokens must hold the longest sequence, got {max_tokens} <"
             f" {max(lengths)}: sequences are never cut"
         )
-    # Longest first; ties in the order given.
+    # Longest first; ties keep their order.
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     packed = _best_fit(lengths, order, max_tokens)
     most = -(-len(packed) // num_ranks)
@@ -59,7 +69,7 @@ def _load(lengths: Sequence[int], one: Bin) -> int:
 def _even_fit(
     lengths: Sequence[int], order: Sequence[int], max_tokens: int, num_bins: int
 ) -> list[Bin] | None:
-    """Longest first, each into the emptiest bin; None if one does not fit."""
+    """Each sequence of `order` into the emptiest bin; None if one does not fit."""
     bins: list[Bin] = [[] for _ in range(num_bins)]
     heap = [(0, number) for number in range(num_bins)]
     for index in order:
@@ -73,7 +83,7 @@ def _even_fit(
 
 
 def _best_fit(lengths: Sequence[int], order: Sequence[int], max_tokens: int) -> list[Bin]:
-    """Longest first, each into the fullest bin that takes it: few bins, unequal ones."""
+    """Each sequence of `order` into the fullest bin with room: few bins of unequal size."""
     bins: list[Bin] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for index in order:
@@ -89,7 +99,7 @@ def _best_fit(lengths: Sequence[int], order: Sequence[int], max_tokens: int) -> 
 
 
 def _fill_empty_bins(lengths: Sequence[int], bins: list[Bin], num_bins: int) -> list[Bin]:
-    """More bins, each with a sequence of the fullest bin that can spare one."""
+    """Extend to `num_bins`: each new bin takes a sequence from the fullest bin that has several."""
     while len(bins) < num_bins:
         spare = [one for one in bins if len(one) > 1]
         if not spare:
@@ -103,7 +113,7 @@ def _fill_empty_bins(lengths: Sequence[int], bins: list[Bin], num_bins: int) -> 
 def _group(
     lengths: Sequence[int], bins: Sequence[Bin], num_ranks: int, per_rank: int
 ) -> list[list[Bin]]:
-    """Largest bin first, each to the rank with the fewest tokens that still takes one."""
+    """Assign bins, largest first, each to the rank with the fewest tokens and room for a bin."""
     ranks: list[list[Bin]] = [[] for _ in range(num_ranks)]
     heap = [(0, rank) for rank in range(num_ranks)]
     for one in sorted(bins, key=lambda one: -_load(lengths, one)):
@@ -115,12 +125,12 @@ def _group(
 
 
 def _balance(lengths: Sequence[int], ranks: list[list[Bin]], max_tokens: int) -> None:
-    """Move or swap sequences between two ranks while that brings them closer, in place."""
+    """Move or swap sequences between ranks, in place, while that reduces the imbalance."""
     loads = [sum(_load(lengths, one) for one in rank) for rank in ranks]
     for _ in range(8 * len(ranks)):
         by_load = sorted(range(len(ranks)), key=lambda rank: loads[rank])
         low, high = by_load[0], by_load[-1]
-        # Below one percent nobody waits; this also keeps large batches cheap.
+        # An imbalance below one percent costs nothing; stopping here keeps large batches cheap.
         if (loads[high] - loads[low]) * 100 <= loads[high]:
             return
         moved = next(
@@ -150,12 +160,12 @@ def _exchange(
     taker: int,
     max_tokens: int,
 ) -> int:
-    """The best move or swap between two ranks, done; tokens that went over, 0 if none helps."""
+    """Make the best move or swap between two ranks; returns the tokens moved, 0 if none helps."""
     gap = loads[giver] - loads[taker]
     if gap < 2:
         return 0
     given = [(index, one) for one in ranks[giver] for index in one]
-    # None stands for taking nothing back.
+    # None: a move, which takes nothing back.
     returned = [(index, one) for one in ranks[taker] for index in one]
     returned_or_none = [*returned, *((None, one) for one in ranks[taker])]
     given_G = np.array([lengths[index] for index, _ in given])

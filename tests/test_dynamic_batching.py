@@ -1,4 +1,4 @@
-"""Requests wait for a batch together; nobody waits forever, and one failure is its batch's own."""
+"""Requests are batched, none waits forever, and a failure reaches only its own batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIMIT_S = 20
 
 
 class Model:
-    """Doubles numbers, one batch at a time, each when the test lets it."""
+    """Doubles numbers; each batch returns when the test releases it."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -31,7 +31,7 @@ class Model:
         return [2 * number for number in numbers]
 
     async def running(self) -> None:
-        """Returns when the next batch has begun."""
+        """Wait until the next batch has begun."""
         assert await asyncio.to_thread(self.begun.acquire, timeout=LIMIT_S)
 
     def release(self, batches: int) -> None:
@@ -55,13 +55,13 @@ async def started(model: Model) -> AsyncIterator[DynamicBatcher[int, int]]:
 
 
 async def ask(batcher: DynamicBatcher[int, int], *numbers: int) -> list[asyncio.Task[int]]:
-    """Calls that have all arrived when this returns."""
+    """Start calls; all are queued when this returns."""
     calls = [asyncio.create_task(batcher.call(number)) for number in numbers]
     await asyncio.sleep(0)
     return calls
 
 
-async def test_what_waits_while_a_batch_runs_is_answered_together_as_far_as_it_fits() -> None:
+async def test_requests_that_arrive_during_a_batch_form_the_next_one_as_far_as_they_fit() -> None:
     model = Model()
     async with started(model) as batcher:
         calls = await ask(batcher, 1)
@@ -72,7 +72,7 @@ async def test_what_waits_while_a_batch_runs_is_answered_together_as_far_as_it_f
     assert model.batches == [[1], [4, 5, 1], [3]]
 
 
-async def test_a_request_that_fits_beside_nothing_is_answered_alone_when_it_is_the_oldest() -> None:
+async def test_a_request_that_fits_with_no_other_runs_alone_when_it_is_the_oldest() -> None:
     model = Model()
     async with started(model) as batcher:
         calls = await ask(batcher, 1)
@@ -83,19 +83,19 @@ async def test_a_request_that_fits_beside_nothing_is_answered_alone_when_it_is_t
     assert model.batches == [[1], [50], [2]]
 
 
-async def test_a_failure_reaches_all_callers_of_its_batch_and_no_other() -> None:
+async def test_a_failure_reaches_the_callers_of_its_batch_and_no_others() -> None:
     model = Model()
     async with started(model) as batcher:
         calls = await ask(batcher, 1)
         await model.running()
         calls += await ask(batcher, 13, -4, 2)
         model.release(3)
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        assert [str(answer) for answer in answers] == ["2", "13", "13", "4"]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert [str(result) for result in results] == ["2", "13", "13", "4"]
     assert model.batches == [[1], [13, -4], [2]]
 
 
-async def test_a_caller_that_gave_up_is_not_computed_for_and_holds_nobody_up() -> None:
+async def test_a_cancelled_request_is_not_computed_and_does_not_delay_others() -> None:
     model = Model()
     async with started(model) as batcher:
         gone_early, gone_late, patient = await ask(batcher, 2, 3, 4)
@@ -107,7 +107,7 @@ async def test_a_caller_that_gave_up_is_not_computed_for_and_holds_nobody_up() -
     assert model.batches == [[3, 4]]
 
 
-async def test_stop_lets_the_running_batch_end_and_cancels_what_waits() -> None:
+async def test_stop_finishes_the_running_batch_and_cancels_queued_requests() -> None:
     model = Model()
     batcher = DynamicBatcher(model, at_most_ten)
     batcher.start()
@@ -125,7 +125,7 @@ async def test_stop_lets_the_running_batch_end_and_cancels_what_waits() -> None:
     assert model.batches == [[1]]
 
 
-async def test_whoever_holds_the_lock_has_the_model_to_itself() -> None:
+async def test_no_batch_runs_while_the_lock_is_held() -> None:
     model = Model()
     async with started(model) as batcher:
         async with batcher.between_batches:
@@ -134,3 +134,16 @@ async def test_whoever_holds_the_lock_has_the_model_to_itself() -> None:
             assert model.batches == []
         model.release(1)
         assert await call == 2
+
+
+async def test_a_wrong_number_of_results_fails_the_batch_and_not_the_batcher() -> None:
+    batcher: DynamicBatcher[int, int] = DynamicBatcher(
+        lambda numbers: [0] if numbers == [3] else [], lambda _batch, _number: False
+    )
+    batcher.start()
+    with pytest.raises(RuntimeError, match="a batch of 1 requests got 0 results"):
+        await asyncio.wait_for(batcher.call(2), LIMIT_S)
+    assert await asyncio.wait_for(batcher.call(3), LIMIT_S) == 0
+    await batcher.stop()
+    with pytest.raises(AssertionError, match="not running"):
+        await batcher.call(3)

@@ -1,4 +1,4 @@
-"""The replay buffer against the whole protocol: DESIGN.md section 3, played at random."""
+"""The replay buffer under random but legal orders of events, and each of its rules alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distillm_ray.config import FixedReplayRatio, ReferenceRule
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.draw import EpochOrder, Stream, slot_uniforms
-from distillm_ray.replay.schedule import ReferenceRule, ReplayRatio, Schedule
+from distillm_ray.replay.schedule import Schedule
 from distillm_ray.replay.state import BufferState, digest
 from distillm_ray.types import (
     Demand,
@@ -36,7 +37,7 @@ def make_prompts(count: int) -> list[Prompt]:
             token_ids=IDS,
             reference_ids=(IDS,),
             text="question",
-            references=("answer",),
+            references=("response",),
         )
         for index in range(count)
     ]
@@ -58,7 +59,7 @@ def make_demonstrations(count: int) -> list[Rollout]:
     ]
 
 
-def answer(demand: Demand, version: int | None = None) -> Rollout:
+def rollout_of(demand: Demand, version: int | None = None) -> Rollout:
     """A rollout whose tokens and log-probabilities depend on the ordinal."""
     ordinal = demand.ordinal
     num_tokens = 1 + ordinal % 3
@@ -79,10 +80,10 @@ def answer(demand: Demand, version: int | None = None) -> Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run's settings, and the validation losses that it will see."""
+    """The settings of a run, and its validation losses."""
 
     phi: float = 0.5
-    ratio: ReplayRatio = "decreasing"
+    ratio: FixedReplayRatio = "decreasing"
     increment: float = 0.0
     rule: ReferenceRule = "best"
     batch_size: int = 4
@@ -114,7 +115,6 @@ class Run:
             lookahead=self.lookahead,
             sync_interval=self.sync_interval,
             validation_interval=self.validation_interval,
-            total_steps=self.total_steps,
             seed=self.seed,
         )
 
@@ -123,23 +123,23 @@ class Run:
         return Validation(step=step, loss=self.losses[index % len(self.losses)], tokens=10)
 
 
-def answer_all(buffer: ReplayBuffer) -> list[Demand]:
+def finish_all(buffer: ReplayBuffer) -> list[Demand]:
     demands = buffer.take_demand()
     for demand in demands:
-        buffer.add(answer(demand))
+        buffer.add(rollout_of(demand))
     return demands
 
 
 def play(
     run: Run, buffer: ReplayBuffer | None = None, *, start: int = 0, stop: int | None = None
 ) -> list[Draw]:
-    """Steps start to stop - 1 without a disturbance: everything is answered at once."""
+    """Draw steps start to stop - 1; every demanded rollout finishes at once."""
     buffer = buffer or run.buffer()
     draws = []
     for step in range(start, run.total_steps if stop is None else stop):
         if step % run.validation_interval == 0:
             buffer.report(run.validation(step))
-        answer_all(buffer)
+        finish_all(buffer)
         draws.append(buffer.draw(step))
         buffer.advance(step + 1)
     return draws
@@ -149,7 +149,7 @@ def slots(draw: Draw) -> list[tuple[str, Shelf]]:
     return [(one.rollout.rollout_id, one.shelf) for one in draw.sequences]
 
 
-# ---- the whole protocol, with everything that can happen ---------------------------------------
+# ---- random orders of events --------------------------------------------------------------------
 
 runs = st.builds(
     lambda batch_size, extra_min, extra_capacity, **other: Run(
@@ -178,7 +178,7 @@ runs = st.builds(
 
 @dataclass
 class World:
-    """Generators and learners around a buffer; the next event is drawn at random."""
+    """Generators and learners around a buffer; each event is chosen at random."""
 
     run: Run
     rng: random.Random
@@ -198,14 +198,14 @@ class World:
         self.saved = self.buffer.state(0)
 
     def play(self) -> list[Draw]:
-        """Until the last step is completed. Deadlock: nothing can happen any more."""
+        """Run until the last step is completed. No possible event means a deadlock."""
         while self.completed < self.run.total_steps:
             events = [event for event in self.possible() for _ in range(WEIGHTS[event])]
             assert events, self.buffer.waiting_for(len(self.draws))
             getattr(self, self.rng.choice(events))()
             self.check()
             self.events += 1
-            assert self.events < 20_000, "the run does not get anywhere"
+            assert self.events < 20_000, "the run makes no progress"
         return [self.draws[step] for step in range(self.run.total_steps)]
 
     def possible(self) -> list[str]:
@@ -237,16 +237,16 @@ class World:
         assert self.known == self.buffer.counters.outstanding
 
     def start(self) -> None:
-        """A generator begins with the newest weights; it would wait for min_version."""
+        """A generator starts with the newest weights, which must be min_version or newer."""
         demand = self.queued.pop(self.rng.randrange(len(self.queued)))
-        assert demand.min_version <= self.published, "a generation waits for ever"
+        assert demand.min_version <= self.published, "a generation waits forever"
         self.in_flight.append((demand, self.published))
 
     def finish(self) -> None:
         demand, version = self.in_flight.pop(self.rng.randrange(len(self.in_flight)))
-        self.buffer.add(answer(demand, version))
+        self.buffer.add(rollout_of(demand, version))
         if self.rng.random() < 0.1:
-            self.buffer.add(answer(demand, version))
+            self.buffer.add(rollout_of(demand, version))
 
     def lose(self) -> None:
         demand, _ = self.in_flight.pop(self.rng.randrange(len(self.in_flight)))
@@ -260,11 +260,11 @@ class World:
     def validate(self) -> None:
         schedule = self.buffer.report(self.run.validation(self.completed))
         assert schedule is self.buffer.report(self.run.validation(self.completed))
-        # What a rise demands may want weights that nobody wanted, and nobody published, before it.
+        # A rise of phi may demand weights that were not published because there was no demand.
         self.publish()
 
     def train(self) -> None:
-        """A step is completed; its validation may be told before or after `advance`."""
+        """A step is completed; its validation is reported before or after `advance`."""
         self.completed += 1
         if self.completed % self.run.sync_interval == 0:
             self.publish()
@@ -274,7 +274,7 @@ class World:
             self.validate()
 
     def publish(self) -> None:
-        """No demand, no weight sync."""
+        """Publish weights, only if there is demand for them."""
         if self.buffer.wants_weights:
             self.published = self.completed
 
@@ -282,7 +282,7 @@ class World:
         self.saved = self.buffer.state(self.completed)
 
     def restart(self) -> None:
-        """Everything dies; the newest checkpoint's step and weights are there again."""
+        """All processes die; the run continues from the newest checkpoint."""
         self.buffer = self.run.buffer()
         self.buffer.restore(self.saved)
         self.completed = BufferState.from_bytes(self.saved).step
@@ -295,7 +295,7 @@ class World:
         counters = self.buffer.counters
         assert counters.replay <= self.run.capacity
         drawn = sum(draw.mix.fresh for draw in self.draws.values())
-        # In flight or finished: no more than what is demanded and not drawn, and no fewer.
+        # What is in flight or finished is exactly what is demanded and not drawn.
         assert counters.outstanding + counters.fresh == counters.demanded - drawn
         assert counters.late == 0
 
@@ -324,16 +324,16 @@ def test_no_sequence_of_events_deadlocks_and_each_ordinal_is_fresh_exactly_once(
     fresh = fresh_ordinals(draws)
     assert fresh == list(range(len(fresh)))
     counters = world.buffer.counters
-    # The demand was exactly what the steps took.
+    # Every demanded rollout was drawn.
     assert (counters.demanded, counters.outstanding, counters.fresh) == (len(fresh), 0, 0)
     for draw in draws:
         check_draw(run, draw)
-    # Neither the order of events nor restarts nor prefetching decide what is trained on.
+    # The order of events, restarts and prefetching do not change what is trained on.
     assert [slots(draw) for draw in draws] == [slots(draw) for draw in play(run)]
 
 
 def fresh_ordinals(draws: list[Draw]) -> list[int | None]:
-    """Of the fresh slots: step after step, in slots from the smallest to the largest ordinal."""
+    """The ordinals of the fresh slots, by step and sorted within a step."""
     return [
         ordinal
         for draw in draws
@@ -385,7 +385,7 @@ def test_while_phi_stays_the_demand_is_what_a_slot_by_slot_computation_says(run:
     for step in range(run.total_steps):
         if step % run.validation_interval == 0:
             buffer.report(run.validation(step))
-        ordinals = [demand.ordinal for demand in answer_all(buffer)]
+        ordinals = [demand.ordinal for demand in finish_all(buffer)]
         window_end = sum(num_fresh[: min(step + run.lookahead, run.total_steps)])
         assert ordinals == list(range(seen, window_end))
         seen = window_end
@@ -403,7 +403,7 @@ def test_every_dataset_sequence_is_announced_before_its_step_and_in_order(run: R
         if step % run.validation_interval == 0:
             buffer.report(run.validation(step))
         announced += [rollout.rollout_id for rollout in buffer.upcoming_dataset()]
-        answer_all(buffer)
+        finish_all(buffer)
         drawn += [name for name, shelf in slots(buffer.draw(step)) if shelf is Shelf.DATASET]
         assert announced[: len(drawn)] == drawn
         buffer.advance(step + 1)
@@ -426,7 +426,7 @@ def test_a_slots_u_depends_on_seed_step_and_slot_only() -> None:
 
 def test_u_is_uniform_and_uncorrelated_between_slots_and_steps() -> None:
     u = np.stack([slot_uniforms(0, step, 256) for step in range(400)])
-    # The largest distance from the uniform distribution function: 1.63 / sqrt(n) at 1 %.
+    # Kolmogorov-Smirnov: the critical distance at the 1 % level is 1.63 / sqrt(n).
     ordered = np.sort(u.ravel())
     distance = np.abs(ordered - (np.arange(len(ordered)) + 0.5) / len(ordered)).max()
     assert distance < 1.63 / np.sqrt(len(ordered))
@@ -436,7 +436,7 @@ def test_u_is_uniform_and_uncorrelated_between_slots_and_steps() -> None:
 
 
 @pytest.mark.parametrize("ratio", ["decreasing", "constant", "increasing", "none"])
-def test_the_mix_converges_to_psi_phi_minus_psi_and_one_minus_phi(ratio: ReplayRatio) -> None:
+def test_the_mix_converges_to_psi_phi_minus_psi_and_one_minus_phi(ratio: FixedReplayRatio) -> None:
     run = Run(phi=0.6, ratio=ratio, batch_size=64, min_size=64, capacity=200, total_steps=300)
     draws = play(run)[10:]  # the shelf holds min_size by then
     num_slots = 64 * len(draws)
@@ -457,7 +457,7 @@ def test_replay_slots_are_fresh_until_the_shelf_holds_min_size() -> None:
     assert draws[3].mix.replay == 4
 
 
-def test_a_student_that_never_writes_is_never_asked() -> None:
+def test_with_phi_0_nothing_is_demanded() -> None:
     run = Run(phi=0.0)
     draws = play(run)
     assert all(draw.mix == Mix(dataset=4) for draw in draws)
@@ -493,11 +493,11 @@ def test_step_t_takes_the_next_ordinals_whichever_finished_first() -> None:
     demands = buffer.take_demand()
     assert [demand.ordinal for demand in demands] == list(range(8))
     for demand in reversed(demands[1:]):
-        buffer.add(answer(demand))
+        buffer.add(rollout_of(demand))
     assert buffer.waiting_for(0) == "step 0 waits for 1 of its 4 fresh rollouts: ordinals 0"
     with pytest.raises(ValueError, match="ordinals 0"):
         buffer.draw(0)
-    buffer.add(answer(demands[0]))
+    buffer.add(rollout_of(demands[0]))
     assert fresh_ordinals([buffer.draw(0)]) == [0, 1, 2, 3]
 
 
@@ -512,11 +512,11 @@ def test_a_lost_ordinal_is_generated_again_for_the_same_prompt() -> None:
     assert buffer.counters.lost == 1
 
 
-def test_a_second_answer_and_a_loss_after_the_answer_change_nothing() -> None:
+def test_a_second_rollout_and_a_loss_after_the_first_change_nothing() -> None:
     buffer = Run(phi=1.0).buffer()
     demand = buffer.take_demand()[0]
-    buffer.add(answer(demand))
-    buffer.add(answer(demand))
+    buffer.add(rollout_of(demand))
+    buffer.add(rollout_of(demand))
     buffer.lose(demand.ordinal)
     assert buffer.take_demand() == []
     assert (buffer.counters.duplicates, buffer.counters.fresh) == (1, 1)
@@ -556,23 +556,23 @@ def test_a_rise_of_phi_demands_the_additional_ordinals_at_once() -> None:
     assert not buffer.ready(2)
     fresh = 0
     for demand in demands:
-        buffer.add(answer(demand))
+        buffer.add(rollout_of(demand))
     for step in (2, 3):
         fresh += buffer.draw(step).mix.fresh
     assert buffer.counters.fresh == len(demands) - fresh
 
 
 def test_a_rise_of_phi_leaves_every_demanded_rollout_in_its_window() -> None:
-    """A higher phi fills the shelf at once and ends the conversions that later steps counted on.
+    """A higher phi fills the replay shelf earlier, which ends conversions of later steps.
 
-    Replay slots, smallest u first, then take the rollouts that were demanded for them.
+    The rollouts demanded for those conversions then go to replay slots, smallest u first.
     """
     surplus = 0
     for seed in range(60):
         run = Run(
             phi=0.5,
             increment=0.5,
-            ratio="increasing",  # psi is nearly 0, so that only conversions are fresh
+            ratio="increasing",  # psi is nearly 0, so only converted slots are fresh
             losses=(1.0, 2.0, 0.0),
             batch_size=6,
             min_size=6,
@@ -597,19 +597,19 @@ def test_a_rise_of_phi_leaves_every_demanded_rollout_in_its_window() -> None:
             assert fresh == u[: len(fresh)].tolist()
             surplus += on_shelf >= 6 and len(fresh) > np.count_nonzero(u < draw.psi)
             on_shelf += len(fresh)
-    assert surplus > 0, "the case did not occur: this test shows nothing"
+    assert surplus > 0, "the case did not occur, so this test shows nothing"
 
 
-def test_a_sample_older_than_its_bound_is_trained_on_and_counted() -> None:
+def test_a_rollout_older_than_the_bound_is_trained_on_and_counted() -> None:
     run = Run(phi=1.0, ratio="none", lookahead=1, sync_interval=1)
     buffer = run.buffer()
     buffer.report(run.validation(0))
-    answer_all(buffer)
+    finish_all(buffer)
     buffer.draw(0)
     buffer.advance(1)
     for demand in buffer.take_demand():
         assert demand.min_version == 1
-        buffer.add(answer(demand, version=0))
+        buffer.add(rollout_of(demand, version=0))
     draw = buffer.draw(1)
     assert [one.age for one in draw.sequences] == [1, 1, 1, 1]
     assert buffer.counters.late == 4
@@ -621,7 +621,7 @@ def test_strictly_on_policy_runs_have_age_zero() -> None:
     assert all(one.age == 0 for draw in play(run) for one in draw.sequences)
 
 
-def test_weights_are_wanted_as_long_as_a_generation_can_still_start() -> None:
+def test_weights_are_wanted_while_a_generation_can_still_start() -> None:
     run = Run(phi=1.0, ratio="none", lookahead=2, total_steps=3)
     buffer = run.buffer()
     wanted = []
@@ -631,7 +631,7 @@ def test_weights_are_wanted_as_long_as_a_generation_can_still_start() -> None:
     assert wanted == [True, True, False]
 
 
-def test_prompts_and_data_are_shuffled_by_streams_of_their_own_and_anew_each_epoch() -> None:
+def test_prompts_and_data_are_shuffled_independently_and_anew_each_epoch() -> None:
     prompts = EpochOrder(seed=1, stream=Stream.PROMPTS, size=50)
     data = EpochOrder(seed=1, stream=Stream.DEMONSTRATIONS, size=50)
     first, second = prompts.indices(0, 50), prompts.indices(50, 100)
@@ -644,14 +644,14 @@ def test_prompts_and_data_are_shuffled_by_streams_of_their_own_and_anew_each_epo
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
-def test_a_state_without_draws_made_ahead_resumes_with_the_same_slots_and_tokens() -> None:
+def test_a_saved_state_resumes_with_the_same_slots_and_tokens() -> None:
     run = Run(
         phi=0.7, increment=0.1, lookahead=4, capacity=9, total_steps=20, validation_interval=5
     )
     undisturbed = play(run)
     buffer = run.buffer()
     play(run, buffer, stop=6)
-    answer_all(buffer)
+    finish_all(buffer)
     before = buffer.state(6)
     for step in (6, 7, 8):
         buffer.draw(step)
@@ -680,7 +680,7 @@ def test_what_was_in_flight_at_a_checkpoint_is_demanded_again() -> None:
     buffer = run.buffer()
     demands = buffer.take_demand()
     buffer.lose(1)
-    buffer.add(answer(demands[3]))
+    buffer.add(rollout_of(demands[3]))
     resumed = run.buffer()
     resumed.restore(buffer.state(0))
     again = resumed.take_demand()
@@ -691,7 +691,7 @@ def test_what_was_in_flight_at_a_checkpoint_is_demanded_again() -> None:
     assert resumed.counters.lost == 1
 
 
-def test_a_state_of_a_step_that_lies_behind_or_too_far_ahead_is_refused() -> None:
+def test_the_state_of_a_step_outside_of_the_window_is_refused() -> None:
     run = Run(phi=0.0)
     buffer = run.buffer()
     play(run, buffer, stop=2)
@@ -726,6 +726,20 @@ def test_the_state_of_other_data_of_the_same_size_is_refused() -> None:
     edited = make_demonstrations(3)
     edited[1] = replace(edited[1], response_ids=edited[1].response_ids + 1)
     assert digest([], edited) != digest([], make_demonstrations(3))
+
+
+def test_the_digest_covers_masks_and_the_borders_between_sequences() -> None:
+    one = make_demonstrations(1)[0]
+    hidden = replace(one, loss_mask=np.array([False, True]))
+    assert digest([], [one]) != digest([], [hidden])
+
+    def prompts(*lengths: int) -> list[Prompt]:
+        return [
+            replace(prompt, token_ids=np.full(length, 5, dtype=np.int32))
+            for prompt, length in zip(make_prompts(len(lengths)), lengths, strict=True)
+        ]
+
+    assert digest(prompts(1, 2), []) != digest(prompts(2, 1), [])
 
 
 def test_other_prompts_than_the_saved_ones_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Loops, empty responses and the filter."""
+"""Looping and empty responses, and the filter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distillm_ray.config import FilterConfig
-from distillm_ray.rollout.responses import is_empty, is_looping, verdict
+from distillm_ray.rollout.responses import response_facts, verdict
 from distillm_ray.types import FinishReason, Rollout, Source
 
 END = 99
@@ -28,19 +28,23 @@ def rollout(tokens: Sequence[int], finish_reason: FinishReason = FinishReason.LE
     )
 
 
+def is_looping(one: Rollout) -> bool:
+    return response_facts(one).looping
+
+
 def test_a_page_of_one_token_loops_and_a_short_run_does_not() -> None:
     assert is_looping(rollout([1, 2, 3] + [7] * 32))
     assert not is_looping(rollout([1, 2, 3] + [7] * 31))
 
 
-def test_a_repeated_sentence_loops_from_its_fourth_time_on() -> None:
+def test_a_sentence_loops_from_its_fourth_repetition_on() -> None:
     sentence = list(range(20))
     assert is_looping(rollout([50, 51] + sentence * 4))
     assert not is_looping(rollout([50, 51] + sentence * 3))
     assert is_looping(rollout(sentence * 4 + sentence[:7]))  # cut off in the middle
 
 
-def test_a_loop_that_the_response_leaves_again_is_none() -> None:
+def test_a_repetition_that_ends_before_the_response_does_is_no_loop() -> None:
     assert not is_looping(rollout([7] * 60 + [1, 2, 3]))
 
 
@@ -72,10 +76,10 @@ def test_looping_is_what_trying_every_ngram_finds(
     assert is_looping(rollout(tokens)) == naive()
 
 
-def test_the_filter_names_its_reason_and_drops_nothing_unless_asked() -> None:
-    loop = rollout([7] * 40)
-    cut = rollout(range(40))
-    fine = rollout([1, 2, END], FinishReason.STOP)
+def test_the_filter_names_its_reason_and_drops_nothing_by_default() -> None:
+    loop = response_facts(rollout([7] * 40))
+    cut = response_facts(rollout(range(40)))
+    fine = response_facts(rollout([1, 2, END], FinishReason.STOP))
     assert verdict(loop, FilterConfig()) is None
     assert verdict(loop, FilterConfig(drop_looping=True)) == "looping"
     assert verdict(cut, FilterConfig(drop_looping=True)) is None
@@ -83,7 +87,7 @@ def test_the_filter_names_its_reason_and_drops_nothing_unless_asked() -> None:
     assert verdict(fine, FilterConfig(drop_looping=True, drop_truncated=True)) is None
 
 
-def test_an_empty_response_is_one_end_token_and_not_one_word() -> None:
-    assert is_empty(rollout([END], FinishReason.STOP))
-    assert not is_empty(rollout([5], FinishReason.LENGTH))
-    assert not is_empty(rollout([5, END], FinishReason.STOP))
+def test_an_empty_response_is_a_single_end_token() -> None:
+    assert response_facts(rollout([END], FinishReason.STOP)).empty
+    assert not response_facts(rollout([5], FinishReason.LENGTH)).empty
+    assert not response_facts(rollout([5, END], FinishReason.STOP)).empty

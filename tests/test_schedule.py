@@ -1,15 +1,16 @@
-"""phi, the replay ratio and the three reference rules, on hand-written loss sequences."""
+"""phi, the replay ratio and the three reference rules, on written-out loss sequences."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distillm_ray.config import AdaptiveSchedule, FixedSchedule
-from distillm_ray.replay.schedule import ReferenceRule, Schedule
+from distillm_ray.config import AdaptiveSchedule, FixedSchedule, ReferenceRule
+from distillm_ray.replay.schedule import Schedule
 from distillm_ray.types import Validation
 
 
@@ -59,7 +60,7 @@ def test_the_validation_before_training_only_sets_the_reference() -> None:
         assert (after.phi, after.reference) == (0.0, 3.0)
 
 
-# One loss sequence for the three rules; the lowest loss is 2.0, then it turns upwards.
+# One loss sequence for the three rules: the lowest loss is 2.0, then it rises.
 LOSSES = [4.0, 3.0, 2.0, 2.5, 2.4, 2.6, 3.9, 4.0]
 
 
@@ -81,8 +82,7 @@ def test_last_increase_raises_phi_when_the_loss_is_not_below_that_of_the_last_ri
 def test_previous_raises_phi_when_the_loss_is_not_below_the_validation_before() -> None:
     expected = [0.0, 0.0, 0.0, 0.1, 0.1, 0.2, 0.3, 0.4]
     assert phis(adaptive(reference="previous"), LOSSES) == pytest.approx(expected)
-    # 2.4 < 2.5 keeps phi although it is above the best, 2.0; best would compare with 2.5 as well,
-    # but for a fall and a partial recovery the rules differ:
+    # 2.4 < 2.5 keeps phi, as under `best`. After a fall and a partial recovery the rules differ.
     falling = [3.0, 1.0, 2.0, 1.5, 1.7]
     assert phis(adaptive(reference="previous"), falling) == pytest.approx([0, 0, 0.1, 0.1, 0.2])
 
@@ -128,7 +128,7 @@ def test_phi_never_falls_and_follows_the_rules_definition(
 ) -> None:
     schedule = adaptive(reference=rule, start=start, increment=increment, tolerance=tolerance)
     found = phis(schedule, losses)
-    # The definitions, over the whole history instead of a running reference.
+    # The definitions, computed over the whole history instead of a running reference.
     phi, last_rise = start, 0
     for index, loss in enumerate(losses):
         if index > 0:
@@ -145,7 +145,7 @@ def test_phi_never_falls_and_follows_the_rules_definition(
 
 def test_a_schedule_survives_json() -> None:
     schedule = adaptive(reference="previous").after(Validation(step=0, loss=2.5, tokens=1))
-    assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+    assert Schedule(**json.loads(json.dumps(asdict(schedule)))) == schedule
 
 
 def test_a_resumed_schedule_keeps_phi_and_reference_and_takes_the_new_total() -> None:

@@ -216,7 +216,6 @@ class BufferActor:
             lookahead=config.rollout.lookahead,
             sync_interval=config.rollout.sync_interval,
             validation_interval=config.validation.interval,
-            total_steps=config.learner.steps,
             seed=config.run.seed,
         )
 

@@ -1,3 +1,1 @@
-"""What each step trains on: schedule, draw, demand, shelves, and the buffer around them. No Ray,
-no torch.
-"""
+"""What each step trains on: schedule, draw, demand, shelves and the buffer. No Ray, no torch."""

@@ -1,18 +1,18 @@
-"""The replay buffer: three shelves of sequences, and what each step takes from them.
+"""The replay buffer: three shelves of sequences, and the sequences that each step takes.
 
     advance(completed) ──► demand opens ──► take_demand() ──► (generate, score) ──► add(rollout)
     report(validation) ──► phi rises ──────────┘  ▲                                     │
                                                   └───────── lose(ordinal) ◄────────────┤
     draw(step) ◄── fresh ordinals finished, validation reported ◄───────────────────────┘
 
-Pure logic: one caller at a time, nothing waits. What a draw takes is a function of seed, step and
-slot, so the fresh rollouts of every coming step are known, and demanded, before it is drawn.
+Pure logic for a single caller; no method waits. Which shelf a slot takes is a function of seed,
+step and slot, so the fresh rollouts of a step are known, and demanded, before its draw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -25,22 +25,21 @@ from distillm_ray.types import Demand, Draw, Mix, Prompt, Rollout, Validation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferCounters:
-    """Sizes now, and totals since the run began."""
+    """Current sizes, and totals since the start of the run."""
 
-    fresh: int  # finished, waiting for their step
+    fresh: int  # finished, not drawn yet
     replay: int  # on the replay shelf
     outstanding: int  # demanded, not finished
-    dataset_position: int  # data-set slots drawn
     demanded: int
     finished: int
     lost: int
-    duplicates: int  # answers that nobody waited for: ignored
-    late: int  # fresh samples older than lookahead + sync_interval - 2
+    duplicates: int  # second rollouts for an ordinal, which are ignored
+    late: int  # fresh sequences of an age above lookahead + sync_interval - 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Made:
-    """A draw that was made."""
+    """A draw of a step that is not completed, with what undoes it."""
 
     draw: Draw
     taken: Taken
@@ -48,7 +47,53 @@ class _Made:
 
 
 class ReplayBuffer:
-    """Decides each step's samples for all ranks at once (DESIGN.md section 3)."""
+    """Decides the sequences of each step for all ranks at once.
+
+    The rules stand in docs/architecture.md, "One step, exactly".
+
+    Example:
+        A batch of four with phi 0.5, of which two slots happen to take student outputs.
+
+        >>> from dataclasses import replace
+        >>> from distillm_ray.types import FinishReason, Source
+        >>> ids = np.array([5, 6], dtype=np.int32)
+        >>> prompt = Prompt(
+        ...     prompt_id="p", token_ids=ids, reference_ids=(), text="", references=()
+        ... )
+        >>> response = Rollout(
+        ...     rollout_id="dataset-p",
+        ...     prompt_id="p",
+        ...     prompt_ids=ids,
+        ...     response_ids=ids,
+        ...     loss_mask=np.array([True, True]),
+        ...     source=Source.DATASET,
+        ...     version=0,
+        ...     finish_reason=FinishReason.STOP,
+        ... )
+        >>> buffer = ReplayBuffer(
+        ...     prompts=[prompt],
+        ...     demonstrations=[response],
+        ...     schedule=Schedule(phi=0.5, total_steps=10, ratio="none"),
+        ...     batch_size=4,
+        ...     capacity=8,
+        ...     min_size=4,
+        ...     lookahead=1,
+        ...     sync_interval=1,
+        ...     validation_interval=10,
+        ...     seed=4,
+        ... )
+        >>> buffer.report(Validation(step=0, loss=2.0, tokens=2)).phi
+        0.5
+        >>> buffer.waiting_for(0)
+        'step 0 waits for 2 of its 2 fresh rollouts: ordinals 0, 1'
+        >>> for demand in buffer.take_demand():
+        ...     buffer.add(replace(response, source=Source.STUDENT, ordinal=demand.ordinal))
+        >>> buffer.draw(0).mix
+        Mix(fresh=2, replay=0, dataset=2)
+        >>> buffer.advance(1)
+        >>> buffer.counters.replay  # the fresh ones, after their one use as fresh
+        2
+    """
 
     def __init__(
         self,
@@ -62,10 +107,18 @@ class ReplayBuffer:
         lookahead: int,
         sync_interval: int,
         validation_interval: int,
-        total_steps: int,
         seed: int,
     ) -> None:
-        """The demand of the first `lookahead` steps is open at once."""
+        """Open the demand of the first `lookahead` steps.
+
+        Args:
+            capacity: sequences on the replay shelf.
+            min_size: sequences that the replay shelf must hold before a slot replays one.
+            sync_interval: steps between two publications of weights.
+
+        Raises:
+            ValueError: the sizes contradict each other, or prompts or responses are missing.
+        """
         if not batch_size <= min_size <= capacity:
             raise ValueError(
                 "batch_size <= min_size <= capacity must hold, got"
@@ -77,7 +130,6 @@ class ReplayBuffer:
                 "a replay buffer needs prompts and data-set responses, got"
                 f" {len(prompts)} and {len(demonstrations)}: a slot could never be filled"
             )
-        assert schedule.total_steps == total_steps
         self._schedule = schedule
         self._batch_size = batch_size
         self._capacity = capacity
@@ -85,7 +137,7 @@ class ReplayBuffer:
         self._lookahead = lookahead
         self._sync_interval = sync_interval
         self._validation_interval = validation_interval
-        self._total_steps = total_steps
+        self._total_steps = schedule.total_steps
         self._seed = seed
         self._identity = {
             "seed": seed,
@@ -103,47 +155,54 @@ class ReplayBuffer:
         self._next_step = 0
         self._last_validation = -1
         self._late = 0
-        self._fresh_counts: dict[int, int] = {}  # of every open step that is not completed
+        self._fresh_counts: dict[int, int] = {}  # by open step: not completed, in the window
         self._made: dict[int, _Made] = {}
         self._open_demand()
 
-    # ---- what the rollout loop asks and tells ---------------------------------------------------
+    # ---- called by the orchestrator -------------------------------------------------------------
 
     def take_demand(self) -> list[Demand]:
-        """Ordinals of the window that were not given out yet, or were lost since."""
+        """Demanded ordinals that were not returned yet, or were lost since."""
         return self._ordinals.take()
 
     def add(self, rollout: Rollout) -> None:
-        """A finished ordinal whose targets are stored. A second answer is ignored and counted."""
+        """Add a finished rollout whose teacher targets are stored.
+
+        A second rollout for the same ordinal is ignored and counted.
+        """
         self._ordinals.finish(rollout)
 
     def lose(self, ordinal: int) -> None:
-        """An ordinal in flight failed: the next `take_demand` gives it out again."""
+        """Report that an ordinal's generation failed; the next `take_demand` returns it again."""
         self._ordinals.lose(ordinal)
 
     def upcoming_dataset(self) -> list[Rollout]:
-        """Data-set sequences that the open steps will draw, each visit returned once."""
+        """Data-set sequences that the open steps will draw, each visit returned once.
+
+        Scored ahead of their step, so that the draw does not wait for the teacher.
+        """
         return self._shelves.announce(
             sum(self._batch_size - self._num_student(step) for step in self._undrawn_steps())
         )
 
     @property
     def wants_weights(self) -> bool:
-        """Whether newly published weights can still start a generation, as phi stands."""
+        """Whether a generation can still start with newly published weights, at the current phi."""
         return self._schedule.phi > 0.0 and (
             self._ordinals.num_open > 0 or self._completed + self._lookahead < self._total_steps
         )
 
-    # ---- what the learners ask and tell ---------------------------------------------------------
+    # ---- called by the learners -----------------------------------------------------------------
 
     def ready(self, step: int) -> bool:
-        """Whether `draw(step)` would answer now."""
+        """Whether `draw(step)` can be called now."""
         return not self.waiting_for(step)
 
     def waiting_for(self, step: int) -> str:
-        """What `draw(step)` waits for, for a log; empty if for nothing.
+        """The reason why `draw(step)` cannot be called yet, for a log; empty if it can.
 
-        Raises ValueError for a step that is over or that the run does not have.
+        Raises:
+            ValueError: the step is completed, or the run does not have it.
         """
         if step in self._made:
             return ""
@@ -173,9 +232,10 @@ class ReplayBuffer:
         return ""
 
     def draw(self, step: int) -> Draw:
-        """The global batch of a step: made once, kept until `advance` passes it.
+        """The global batch of a step. Decided once; repeated calls return the same draw.
 
-        Raises ValueError if the step is not ready.
+        Raises:
+            ValueError: the step is not ready.
         """
         if step not in self._made:
             reason = self.waiting_for(step)
@@ -186,13 +246,14 @@ class ReplayBuffer:
         return self._made[step].draw
 
     def report(self, validation: Validation) -> Schedule:
-        """Adapt phi; holds from draw `validation.step` on. A validation told twice counts once.
+        """Adapt phi from draw `validation.step` on; returns the schedule.
 
-        It also says that `validation.step` steps are completed, as `advance` does: the window has
-        moved before phi rises, so that the order of the two calls changes nothing.
-        The demand that a rise opens starts with the newest multiple of sync_interval or later, and
-        these weights may never have been published, because nobody wanted them until now: where
-        `wants_weights` holds after a report, publish before drawing.
+        A repeated report is ignored. The report implies `advance(validation.step)`, so the order of
+        the two calls does not matter.
+
+        A rise of phi opens demand for weights of the newest multiple of `sync_interval`, which may
+        never have been published because there was no demand before. If `wants_weights` holds after
+        a report, publish before the next draw.
         """
         if validation.step <= self._last_validation:
             return self._schedule
@@ -206,7 +267,7 @@ class ReplayBuffer:
         return self._schedule
 
     def advance(self, completed: int) -> None:
-        """So many optimizer steps are completed: the window moves, their draws are dropped."""
+        """Move the window to `completed` optimizer steps and drop the draws before it."""
         if completed <= self._completed:
             return
         assert completed <= self._next_step, f"step {completed - 1} was completed but never drawn"
@@ -217,12 +278,12 @@ class ReplayBuffer:
 
     @property
     def schedule(self) -> Schedule:
-        """phi as it stands."""
+        """The current schedule."""
         return self._schedule
 
     @property
     def last_validation(self) -> int:
-        """Completed steps at the last reported validation; -1 before the first."""
+        """Completed steps at the last validation; -1 before the first."""
         return self._last_validation
 
     @property
@@ -232,7 +293,6 @@ class ReplayBuffer:
             fresh=self._ordinals.num_finished,
             replay=self._shelves.num_replay,
             outstanding=self._ordinals.num_open,
-            dataset_position=self._shelves.dataset_position,
             demanded=self._ordinals.end,
             finished=self._ordinals.first + self._ordinals.num_finished,
             lost=self._ordinals.lost,
@@ -243,14 +303,15 @@ class ReplayBuffer:
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def state(self, completed: int) -> bytes:
-        """The buffer as of draw `completed`; draws made ahead are undone in it.
+        """Serialize the buffer as it was before draw `completed`; later draws are undone.
 
-        Raises ValueError if that draw lies behind, or further ahead than the next one.
+        Raises:
+            ValueError: `completed` lies before the window or after the next draw.
         """
         if not self._completed <= completed <= self._next_step:
             raise ValueError(
                 f"a saved step must lie in [{self._completed}, {self._next_step}], got"
-                f" {completed}: the buffer knows no other step's state"
+                f" {completed}: the buffer has the state of these steps only"
             )
         assert self._last_validation <= completed
         ahead = [self._made[step] for step in range(completed, self._next_step)]
@@ -259,7 +320,7 @@ class ReplayBuffer:
         return BufferState(
             step=completed,
             identity=self._identity,
-            schedule=self._schedule.to_dict(),
+            schedule=asdict(self._schedule),
             last_validation=self._last_validation,
             first_ordinal=position.first_ordinal,
             dataset_position=position.dataset_position,
@@ -276,22 +337,23 @@ class ReplayBuffer:
         ).to_bytes()
 
     def restore(self, data: bytes) -> None:
-        """Go to a saved state. Settings stay those of this buffer; nothing is in flight.
+        """Go to a saved state. Keeps this buffer's settings; what was in flight is demanded again.
 
-        Raises ValueError where seed, batch size or data are not those of the saved buffer.
+        Raises:
+            ValueError: seed, batch size or data differ from those of the saved buffer.
         """
         state = BufferState.from_bytes(data)
         for name, value in self._identity.items():
             if state.identity[name] != value:
                 raise ValueError(
                     f"{name} must be that of the saved buffer, got {value} instead of"
-                    f" {state.identity[name]}: the resumed run would draw other samples"
+                    f" {state.identity[name]}: the resumed run would draw different sequences"
                 )
-        self._schedule = self._schedule.resumed_from(Schedule.from_dict(state.schedule))
+        self._schedule = self._schedule.resumed_from(Schedule(**state.schedule))
         self._last_validation = state.last_validation
         self._completed = self._next_step = state.step
         self._made.clear()
-        # A run made shorter on resume takes fewer ordinals than were promised.
+        # A run that was shortened on resume takes fewer ordinals than were promised.
         self._fresh_counts = {
             step: count for step, count in state.fresh_counts.items() if step < self._total_steps
         }
@@ -309,22 +371,22 @@ class ReplayBuffer:
         self._late = state.late
         self._open_demand()
 
-    # ---- inside ---------------------------------------------------------------------------------
+    # ---- internals ------------------------------------------------------------------------------
 
     def _undrawn_steps(self) -> range:
-        """The open steps that are not drawn yet."""
+        """The open steps that are not drawn."""
         stop = min(self._completed + self._lookahead, self._total_steps)
         return range(self._next_step, max(stop, max(self._fresh_counts, default=-1) + 1))
 
     def _num_student(self, step: int) -> int:
-        """Slots that take a student output, fresh or replayed, as phi stands."""
+        """Slots that take a student output, fresh or replayed, at the current phi."""
         uniforms_B = slot_uniforms(self._seed, step, self._batch_size)
         return int(np.count_nonzero(uniforms_B < self._schedule.phi))
 
     def _open_demand(self) -> None:
-        """Promise every open step its fresh rollouts, and demand what is not demanded yet.
+        """Promise every open step its fresh rollouts, and demand the missing ordinals.
 
-        Ordinals go to steps in order: what phi adds moves later ordinals to earlier steps.
+        Steps take ordinals in order, so a rise of phi moves later ordinals to earlier steps.
         """
         promised = promise_fresh(
             self._undrawn_steps(),
@@ -357,6 +419,6 @@ class ReplayBuffer:
             sequences=taken.sequences,
         )
         made = _Made(draw=draw, taken=taken, late_before=self._late)
-        oldest = self._lookahead + self._sync_interval - 2
-        self._late += sum(step - rollout.version > oldest for rollout in taken.fresh)
+        max_age = self._lookahead + self._sync_interval - 2
+        self._late += sum(step - rollout.version > max_age for rollout in taken.fresh)
         return made

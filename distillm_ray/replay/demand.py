@@ -1,7 +1,8 @@
-"""Fresh rollouts by ordinal: what was demanded, what is in flight, what is finished.
+"""The ordinals of fresh rollouts: which are demanded, in flight and finished.
 
-An ordinal belongs to one prompt for ever, and to the first step that takes it. The ordinals in
-[first, end) are demanded and not drawn yet; each is queued, in flight or finished.
+An ordinal numbers one demanded rollout. Its prompt never changes; the first step that takes it
+trains on it as fresh. The ordinals in [first, end) are demanded and not drawn yet; each of them is
+queued, in flight or finished.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from distillm_ray.types import Demand, Prompt, Rollout
 
 
 class Ordinals:
-    """The ledger of demanded ordinals."""
+    """Tracks every demanded ordinal until a step draws it."""
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
-        """Nothing is demanded yet."""
+        """Ordinals walk over `prompts` in an order that depends on `seed`; none is demanded yet."""
         self._prompts = prompts
         self._order = EpochOrder(seed=seed, stream=Stream.PROMPTS, size=len(prompts))
         self._first = 0
         self._end = 0
         self._open: dict[int, Demand] = {}  # queued or in flight
-        self._queued: dict[int, None] = {}  # an ordered set
+        self._queued: dict[int, None] = {}  # used as an ordered set
         self._finished: dict[int, Rollout] = {}
         self.lost = 0
         self.duplicates = 0
@@ -35,7 +36,7 @@ class Ordinals:
 
     @property
     def end(self) -> int:
-        """The next ordinal that was never demanded."""
+        """The first ordinal that was never demanded."""
         return self._end
 
     @property
@@ -45,11 +46,14 @@ class Ordinals:
 
     @property
     def num_finished(self) -> int:
-        """Ordinals that are finished and not drawn yet."""
+        """Ordinals that are finished and not drawn."""
         return len(self._finished)
 
     def open_until(self, end: int, *, min_version: int) -> None:
-        """Demand all ordinals below `end` that were not demanded before."""
+        """Demand all ordinals below `end` that were not demanded before.
+
+        Their generation must start with weights of `min_version` or newer.
+        """
         for index, ordinal in zip(
             self._order.indices(self._end, end), range(self._end, end), strict=True
         ):
@@ -60,14 +64,14 @@ class Ordinals:
         self._end = max(self._end, end)
 
     def take(self) -> list[Demand]:
-        """Everything queued, in order; it is in flight from now on."""
+        """Return the queued ordinals, in order. They are in flight from now on."""
         taken = [self._open[ordinal] for ordinal in self._queued]
         self._queued.clear()
         return taken
 
     def finish(self, rollout: Rollout) -> None:
-        """A rollout for an ordinal. One that nobody waits for is ignored and counted."""
-        assert rollout.ordinal is not None, f"{rollout.rollout_id} answers no demand"
+        """Store the rollout of an ordinal. A second rollout for it is ignored and counted."""
+        assert rollout.ordinal is not None, f"{rollout.rollout_id} has no ordinal"
         demand = self._open.pop(rollout.ordinal, None)
         if demand is None:
             self.duplicates += 1
@@ -80,7 +84,7 @@ class Ordinals:
         self._finished[rollout.ordinal] = rollout
 
     def lose(self, ordinal: int) -> None:
-        """An ordinal in flight will not finish: queue it again. Others need nothing."""
+        """Queue an ordinal again whose generation failed. Ignored unless it is in flight."""
         if ordinal not in self._open or ordinal in self._queued:
             return
         self.lost += 1
@@ -89,12 +93,12 @@ class Ordinals:
         self._queued[ordinal] = None
 
     def missing(self, count: int) -> list[int]:
-        """Which of the next `count` ordinals are not finished."""
+        """Those of the next `count` ordinals that are not finished."""
         ordinals = range(self._first, self._first + count)
         return [ordinal for ordinal in ordinals if ordinal not in self._finished]
 
     def draw(self, count: int) -> tuple[Rollout, ...]:
-        """Take the next `count` ordinals, in order: the same whichever finished first."""
+        """Take the next `count` ordinals, in order, whichever finished first."""
         stop = self._first + count
         assert stop <= self._end
         drawn = tuple(self._finished.pop(ordinal) for ordinal in range(self._first, stop))
@@ -102,11 +106,11 @@ class Ordinals:
         return drawn
 
     def outstanding(self) -> tuple[Demand, ...]:
-        """Queued or in flight, by ordinal."""
+        """The demands that are queued or in flight, by ordinal."""
         return tuple(self._open[ordinal] for ordinal in sorted(self._open))
 
     def finished(self) -> tuple[Rollout, ...]:
-        """Finished and not drawn yet, by ordinal."""
+        """The rollouts that are finished and not drawn, by ordinal."""
         return tuple(self._finished[ordinal] for ordinal in sorted(self._finished))
 
     def restore(
@@ -117,10 +121,13 @@ class Ordinals:
         finished: Iterable[Rollout],
         outstanding: Iterable[tuple[int, str, int, int]],
     ) -> None:
-        """Take over [first, end) of a saved ledger; nothing of it is in flight any more.
+        """Restore the ordinals [first, end) of a saved state; what was in flight is queued.
 
-        `outstanding` holds (ordinal, prompt id, min_version, attempt). Raises ValueError where
-        the prompts are not the saved ones.
+        Args:
+            outstanding: (ordinal, prompt id, min_version, attempt) of each unfinished ordinal.
+
+        Raises:
+            ValueError: an ordinal's prompt is not the saved one.
         """
         self._first = first
         self._end = end
@@ -138,8 +145,8 @@ class Ordinals:
             if prompt.prompt_id != prompt_id:
                 raise ValueError(
                     f"the prompts must be those of the saved buffer, got {prompt.prompt_id!r} for"
-                    f" ordinal {ordinal} instead of {prompt_id!r}: the run would train on other"
-                    " prompts than it began with; restore the data files, or start a new run"
+                    f" ordinal {ordinal} instead of {prompt_id!r}: the resumed run would train on"
+                    " different prompts; restore the data files, or start a new run"
                 )
             self._open[ordinal] = Demand(
                 ordinal=ordinal, prompt=prompt, min_version=min_version, attempt=attempt

@@ -1,7 +1,7 @@
-"""The randomness of a draw: which slot takes what, as a function of seed, step and slot.
+"""The randomness of a draw: which shelf each slot takes, as a function of seed, step and slot.
 
-Nothing here keeps a random state, so a resumed run needs none: every number is computed from the
-seed and a position. B slots of the global batch.
+No random state is kept: every number is computed from the seed and a position, so a checkpoint
+stores none. Axes: B slots of the global batch.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ Int64Array = NDArray[np.int64]
 
 
 class Stream(IntEnum):
-    """Independent uses of the one seed."""
+    """Independent random streams of one seed."""
 
     SLOTS = 0  # index: step
     REPLAY = 1  # index: step
-    PROMPTS = 2  # index: epoch of the prompts for fresh rollouts
-    DEMONSTRATIONS = 3  # index: epoch of the data-set responses
+    PROMPTS = 2  # index: epoch over the prompts of fresh rollouts
+    DEMONSTRATIONS = 3  # index: epoch over the data-set responses
 
 
 def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:
-    """The generator of one step or epoch."""
+    """The random generator of one step or epoch."""
     entropy = np.random.SeedSequence((seed, int(stream), index))
     return np.random.Generator(np.random.Philox(entropy))
 
 
 def slot_uniforms(seed: int, step: int, num_slots: int) -> Float64Array:
-    """u ~ U(0, 1) of each slot; slot i's is the same whatever `num_slots` is."""
+    """u ~ U(0, 1) for each slot `[B]`. The value of slot i does not depend on `num_slots`."""
     return generator(seed, Stream.SLOTS, step).random(num_slots)
 
 
@@ -50,11 +50,17 @@ def promise_fresh(
     min_size: int,
     capacity: int,
 ) -> dict[int, int]:
-    """How many fresh rollouts each coming step takes, with `num_replay` on the replay shelf now.
+    """How many fresh rollouts each coming step takes, by step.
 
-    u < psi is fresh; while the shelf holds fewer than `min_size`, all of u < phi is. A promise
-    never shrinks: a rise of phi fills the shelf earlier and may end the conversion of replay
-    slots, but rollouts already demanded are still trained on, once and in time.
+    A slot with u < psi is fresh. While the replay shelf holds fewer than `min_size` sequences,
+    slots with psi <= u < phi are converted from replay to fresh. A promise never shrinks: when a
+    rise of phi fills the shelf earlier and ends the conversion, rollouts that were demanded for it
+    are still trained on, once and in time.
+
+    Args:
+        promised: the counts promised so far; a missing step has 0.
+        num_replay: sequences on the replay shelf before the first of `steps`.
+        capacity: of the replay shelf.
     """
     counts: dict[int, int] = {}
     for step in steps:
@@ -68,7 +74,13 @@ def promise_fresh(
 def assign_shelves(
     uniforms_B: Float64Array, *, num_fresh: int, num_student: int
 ) -> tuple[Shelf, ...]:
-    """Each slot's shelf: the `num_fresh` smallest u are fresh, the next ones replay."""
+    """The shelf of each slot `[B]`: fresh for the smallest u, then replay, then the data set.
+
+    Example:
+        >>> shelves = assign_shelves(np.array([0.9, 0.1, 0.4]), num_fresh=1, num_student=2)
+        >>> [str(shelf) for shelf in shelves]
+        ['dataset', 'fresh', 'replay']
+    """
     assert 0 <= num_fresh <= num_student <= len(uniforms_B)
     order_B = np.argsort(uniforms_B, kind="stable")
     shelves = [Shelf.DATASET] * len(uniforms_B)
@@ -78,17 +90,23 @@ def assign_shelves(
 
 
 class EpochOrder:
-    """An endless walk over `size` items: position -> index, shuffled anew each epoch."""
+    """Endless order over `size` items, shuffled anew each epoch.
+
+    Example:
+        >>> order = EpochOrder(seed=0, stream=Stream.PROMPTS, size=3)
+        >>> sorted(order.indices(0, 3)), sorted(order.indices(3, 6))
+        ([0, 1, 2], [0, 1, 2])
+    """
 
     def __init__(self, *, seed: int, stream: Stream, size: int) -> None:
-        """Epoch e is a permutation that depends on the seed, the stream and e only."""
+        """The permutation of an epoch depends only on seed, stream and epoch."""
         self._seed = seed
         self._stream = stream
         self._size = size
         self._epochs: dict[int, Int64Array] = {}
 
     def indices(self, start: int, stop: int) -> list[int]:
-        """The indices at the positions `start` to `stop - 1`."""
+        """The items at positions `start` to `stop - 1`."""
         found: list[int] = []
         while start < stop:
             epoch, offset = divmod(start, self._size)
@@ -99,7 +117,7 @@ class EpochOrder:
 
     def _epoch(self, epoch: int) -> Int64Array:
         if epoch not in self._epochs:
-            # Two of them: a window of steps spans at most one border of a data set of some size.
+            # Two are cached: a window of steps usually crosses at most one epoch boundary.
             while len(self._epochs) >= 2:
                 del self._epochs[min(self._epochs)]
             rng = generator(self._seed, self._stream, epoch)

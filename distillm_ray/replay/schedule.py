@@ -1,29 +1,45 @@
-"""When the student writes its own training text: phi, the replay ratio, and how phi rises.
+"""The schedule: phi, psi, the replay ratio, and when phi rises.
 
-DistiLLM (Ko et al., ICML 2024), section 3.2 and Algorithm 1. A pure value: no clock, no I/O.
+phi is the probability that a slot of the global batch takes a student-generated output (SGO), and
+psi the probability that it takes a fresh one, which is not replayed. DistiLLM (Ko et al., ICML
+2024), section 3.2 and Algorithm 1. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
 
-from distillm_ray.config import AdaptiveSchedule, FixedSchedule, ScheduleConfig
+from distillm_ray.config import (
+    AdaptiveSchedule,
+    FixedReplayRatio,
+    FixedSchedule,
+    ReferenceRule,
+    ScheduleConfig,
+)
 from distillm_ray.errors import UserError
 from distillm_ray.types import Validation
-
-ReferenceRule: TypeAlias = Literal["best", "last_increase", "previous"]
-ReplayRatio: TypeAlias = Literal["decreasing", "constant", "increasing", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """The SGO probability phi and what it takes to raise it. `increment` 0: phi stays."""
+    """phi and the state that decides when it rises. With `increment` 0 phi is constant.
+
+    Example:
+        >>> schedule = Schedule(phi=0.0, total_steps=100, ratio="decreasing", increment=0.1)
+        >>> schedule = schedule.after(Validation(step=0, loss=2.0, tokens=900))
+        >>> schedule.phi, schedule.reference  # the first validation sets the reference
+        (0.0, 2.0)
+        >>> schedule = schedule.after(Validation(step=50, loss=2.5, tokens=900))
+        >>> schedule.phi, schedule.reference  # 2.5 >= 2.0
+        (0.1, 2.5)
+        >>> schedule.replay_ratio(50), schedule.rollout_rate(50)  # 1 - 50/100, phi times that
+        (0.5, 0.05)
+    """
 
     phi: float
     total_steps: int
-    ratio: ReplayRatio
+    ratio: FixedReplayRatio
     increment: float = 0.0
     tolerance: float = 0.0
     rule: ReferenceRule = "best"
@@ -46,7 +62,7 @@ class Schedule:
                 return cls(phi=config.phi, total_steps=total_steps, ratio=config.replay_ratio)
 
     def replay_ratio(self, step: int) -> float:
-        """r(t): the share of SGO slots that are generated anew. `none`: all of them."""
+        """r(t): the share of SGO slots that are fresh. With `none` all of them are."""
         assert 0 <= step <= self.total_steps, f"step {step} of {self.total_steps}"
         match self.ratio:
             case "decreasing":
@@ -65,20 +81,23 @@ class Schedule:
     def after(self, validation: Validation) -> Schedule:
         """The schedule that holds from draw `validation.step` on.
 
-        phi rises by `increment` when loss >= reference + tolerance, at most to 1. The first
-        validation only sets the reference. Raises UserError for a loss that is not a number.
+        phi rises by `increment`, at most to 1, if loss >= reference + tolerance. The first
+        validation only sets the reference.
+
+        Raises:
+            UserError: the loss is NaN.
         """
         loss = validation.loss
         if math.isnan(loss):
-            cure = (
+            remedy = (
                 "check student.model"
                 if validation.step == 0
-                else "give the same command with a lower learner.learning_rate to go on from the"
-                " last checkpoint, or start another run if that one is broken too"
+                else "repeat the command with a lower learner.learning_rate to resume from the last"
+                " checkpoint, or start a new run if that checkpoint is broken too"
             )
             raise UserError(
                 f"the validation loss must be a number, got nan at step {validation.step}: the"
-                f" student's weights are broken; {cure}"
+                f" student's weights are broken; {remedy}"
             )
         if self.increment == 0.0:
             return self
@@ -92,19 +111,10 @@ class Schedule:
                 reference = loss if rises else self.reference
             case "previous":
                 reference = loss
-        # Rounded, so that ten rises of 0.1 make exactly 1.
+        # Rounded so that ten rises of 0.1 give exactly 1.
         phi = min(1.0, round(self.phi + self.increment, 12)) if rises else self.phi
         return replace(self, phi=phi, reference=reference)
 
     def resumed_from(self, earlier: Schedule) -> Schedule:
-        """These settings with the phi and the reference that an earlier schedule had reached."""
+        """These settings with the phi and the reference of an earlier schedule."""
         return replace(self, phi=earlier.phi, reference=earlier.reference)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Schedule:
-        """The inverse of `to_dict`."""
-        return cls(**values)

@@ -1,6 +1,6 @@
-"""The three shelves of sequences: what the data set has, what is fresh, what is replayed.
+"""The three shelves: data-set responses, fresh rollouts and replayed rollouts.
 
-Which slot takes from which shelf is decided in draw.py; here the sequences are taken.
+draw.py decides which shelf each slot takes from; this module takes the sequences.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from distillm_ray.types import DrawnSequence, Prompt, Rollout, Shelf
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Position:
-    """Where the shelves stand: sequences are shared, so keeping one is cheap."""
+    """A snapshot of the shelves. Cheap: it shares the sequences."""
 
     first_ordinal: int
     dataset_position: int
@@ -25,15 +25,15 @@ class Position:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Taken:
-    """What a step took, in slot order, and where the shelves stood before it."""
+    """The sequences that a step took, and the shelves before it."""
 
-    sequences: tuple[DrawnSequence, ...]
+    sequences: tuple[DrawnSequence, ...]  # in slot order
     fresh: tuple[Rollout, ...]
     before: Position
 
 
 class Shelves:
-    """Fresh rollouts by ordinal, a replay shelf, and an endless walk over the data set."""
+    """Fresh rollouts by ordinal, the replay shelf, and an endless walk over the data set."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Shelves:
         capacity: int,
         seed: int,
     ) -> None:
-        """`capacity`: of the replay shelf, first in, first out."""
+        """`capacity` limits the replay shelf, which drops its oldest sequence first."""
         self.ordinals = Ordinals(prompts, seed=seed)
         self._demonstrations = demonstrations
         self._order = EpochOrder(seed=seed, stream=Stream.DEMONSTRATIONS, size=len(demonstrations))
@@ -60,13 +60,8 @@ class Shelves:
         return len(self._replay)
 
     @property
-    def dataset_position(self) -> int:
-        """Data-set slots filled so far."""
-        return self._dataset_position
-
-    @property
     def position(self) -> Position:
-        """Where the shelves stand now."""
+        """A snapshot of the shelves."""
         return Position(
             first_ordinal=self.ordinals.first,
             dataset_position=self._dataset_position,
@@ -74,13 +69,13 @@ class Shelves:
         )
 
     def announce(self, num_slots: int) -> list[Rollout]:
-        """Those of the next `num_slots` data-set sequences that were not announced before."""
+        """Those of the next `num_slots` data-set sequences that were not returned before."""
         start = max(self._announced, self._dataset_position)
         self._announced = max(start, self._dataset_position + num_slots)
         return self._dataset(start, self._announced)
 
     def take(self, step: int, *, num_fresh: int, num_student: int) -> Taken:
-        """Fill the slots of a step. Fresh rollouts go to the replay shelf after this one use."""
+        """Fill the slots of a step. Its fresh rollouts then move to the replay shelf."""
         before = self.position
         num_replay = num_student - num_fresh
         num_dataset = self._batch_size - num_student
@@ -114,7 +109,7 @@ class Shelves:
         finished: Iterable[Rollout],
         outstanding: Iterable[tuple[int, str, int, int]],
     ) -> None:
-        """Go to a saved position; see `Ordinals.restore` for the rest."""
+        """Restore a saved position; the other arguments are those of `Ordinals.restore`."""
         self.ordinals.restore(
             first=position.first_ordinal, end=end, finished=finished, outstanding=outstanding
         )

@@ -1,6 +1,6 @@
-"""What a checkpoint keeps of the replay buffer: token ids and numbers, as npz and JSON.
+"""The part of the replay buffer that a checkpoint saves: token ids and numbers, as npz and JSON.
 
-Teacher targets are not in it: they are a cache. No pickle.
+Teacher targets are not saved: they are a cache. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from numpy.typing import NDArray
 
 from distillm_ray.types import FinishReason, Prompt, Rollout, Source
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BufferState:
-    """The buffer as of draw `step`: this draw and later ones are not in it."""
+    """The buffer before draw `step`."""
 
     step: int
-    identity: dict[str, int]  # what a resumed run must have in common with the saved one
-    schedule: dict[str, Any]
+    identity: dict[str, int]  # values that a resumed run must share with the saved one
+    schedule: dict[str, Any]  # the fields of Schedule
     last_validation: int
     first_ordinal: int
     dataset_position: int
-    fresh_counts: dict[int, int]  # step -> fresh slots promised to it
+    fresh_counts: dict[int, int]  # step -> fresh rollouts promised to it
     outstanding: tuple[tuple[int, str, int, int], ...]  # ordinal, prompt id, min_version, attempt
     finished: tuple[Rollout, ...]
     replay: tuple[Rollout, ...]  # oldest first
@@ -39,7 +39,8 @@ class BufferState:
     late: int
 
     def to_bytes(self) -> bytes:
-        """One npz file."""
+        """Serialize into one npz file."""
+        rollouts = [*self.finished, *self.replay]
         meta = {
             "format": FORMAT,
             "step": self.step,
@@ -54,9 +55,8 @@ class BufferState:
             "lost": self.lost,
             "duplicates": self.duplicates,
             "late": self.late,
+            "rollouts": [_describe(rollout) for rollout in rollouts],
         }
-        rollouts = [*self.finished, *self.replay]
-        meta["rollouts"] = [_describe(rollout) for rollout in rollouts]
         file = io.BytesIO()
         np.savez(
             file,
@@ -74,7 +74,11 @@ class BufferState:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> BufferState:
-        """The inverse of `to_bytes`. Raises ValueError for another format."""
+        """The inverse of `to_bytes`.
+
+        Raises:
+            ValueError: the data has another format.
+        """
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
             if meta["format"] != FORMAT:
@@ -82,13 +86,7 @@ class BufferState:
                     f"a saved buffer must have format {FORMAT}, got {meta['format']}: it was"
                     " written by another version of distillm-ray; resume with that version"
                 )
-            rollouts = _rollouts(
-                meta["rollouts"],
-                prompt_ids=file["prompt_ids"],
-                response_ids=file["response_ids"],
-                loss_mask=file["loss_mask"],
-                logprobs=file["logprobs"],
-            )
+            rollouts = _rollouts(meta["rollouts"], file)
         num_finished = meta["num_finished"]
         return cls(
             step=meta["step"],
@@ -108,7 +106,7 @@ class BufferState:
 
 
 def _describe(rollout: Rollout) -> dict[str, Any]:
-    """Everything but the arrays, and their lengths."""
+    """All fields but the arrays, of which only the lengths."""
     return {
         "rollout_id": rollout.rollout_id,
         "prompt_id": rollout.prompt_id,
@@ -127,51 +125,50 @@ def _flat(arrays: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[An
     return np.concatenate([np.empty(0, dtype=dtype), *arrays]).astype(dtype, copy=False)
 
 
-class _Reader:
-    """Hands out the next pieces of a flat array, as copies that outlive it."""
-
-    def __init__(self, flat: NDArray[Any]) -> None:
-        self._flat = flat
-        self._offset = 0
-
-    def take(self, count: int) -> NDArray[Any]:
-        self._offset += count
-        return self._flat[self._offset - count : self._offset].copy()
+def _pieces(flat: NDArray[Any], lengths: Sequence[int]) -> list[NDArray[Any]]:
+    """The inverse of `_flat`. Copies, so that a piece does not keep the whole array alive."""
+    *pieces, rest = np.split(flat, np.cumsum(lengths, dtype=np.int64))
+    assert rest.size == 0
+    return [piece.copy() for piece in pieces]
 
 
-def _rollouts(
-    descriptions: Sequence[dict[str, Any]],
-    *,
-    prompt_ids: NDArray[Any],
-    response_ids: NDArray[Any],
-    loss_mask: NDArray[Any],
-    logprobs: NDArray[Any],
-) -> list[Rollout]:
-    prompts, responses = _Reader(prompt_ids), _Reader(response_ids)
-    masks, scores = _Reader(loss_mask), _Reader(logprobs)
+def _rollouts(descriptions: Sequence[dict[str, Any]], arrays: Any) -> list[Rollout]:
+    """Rollouts from their descriptions and the flat arrays of an npz file (untyped in numpy)."""
+    num_prompt = [one["prompt_tokens"] for one in descriptions]
+    num_response = [one["response_tokens"] for one in descriptions]
+    num_logprobs = [one["response_tokens"] * one["has_logprobs"] for one in descriptions]
     return [
         Rollout(
             rollout_id=one["rollout_id"],
             prompt_id=one["prompt_id"],
-            prompt_ids=prompts.take(one["prompt_tokens"]),
-            response_ids=responses.take(one["response_tokens"]),
-            loss_mask=masks.take(one["response_tokens"]),
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            loss_mask=loss_mask,
             source=Source(one["source"]),
             version=one["version"],
             finish_reason=FinishReason(one["finish_reason"]),
-            logprobs=scores.take(one["response_tokens"]) if one["has_logprobs"] else None,
+            logprobs=logprobs if one["has_logprobs"] else None,
             ordinal=one["ordinal"],
             text=one["text"],
         )
-        for one in descriptions
+        for one, prompt_ids, response_ids, loss_mask, logprobs in zip(
+            descriptions,
+            _pieces(arrays["prompt_ids"], num_prompt),
+            _pieces(arrays["response_ids"], num_response),
+            _pieces(arrays["loss_mask"], num_response),
+            _pieces(arrays["logprobs"], num_logprobs),
+            strict=True,
+        )
     ]
 
 
 def digest(prompts: Sequence[Prompt], demonstrations: Sequence[Rollout]) -> int:
-    """Of all token ids in order: other data of the same size is other data."""
+    """CRC-32 of everything in the data that is trained on: token ids, masks and their lengths."""
+    arrays = [prompt.token_ids for prompt in prompts]
+    for rollout in demonstrations:
+        arrays += [rollout.prompt_ids, rollout.response_ids, rollout.loss_mask]
     value = 0
-    for prompt in prompts:
-        value = zlib.crc32(prompt.token_ids.tobytes(), value)
-    for demonstration in demonstrations:
-        value = zlib.crc32(demonstration.response_ids.tobytes(), value)
+    for array in arrays:
+        value = zlib.crc32(len(array).to_bytes(8, "little"), value)
+        value = zlib.crc32(array.tobytes(), value)
     return value

@@ -1,1 +1,1 @@
-"""Prompt → Rollout: engines that generate, and the loop that turns demand into scored sequences."""
+"""From Prompt to Rollout: generation engines, and the loop from demand to scored rollouts."""

@@ -1,11 +1,11 @@
-"""Prompt to Rollout: what every generator is, whatever engine runs inside.
+"""From Prompt to Rollout: the part of a generator that does not depend on its engine.
 
-    Demand ──► wait for its weights ──► engine ──► count ──► Rollout
-                      ▲
-    Weights ──► between engine steps (in-flight requests continue), or after the last one finished
+    Demand  ──► wait for min_version ──► engine ──► Rollout
+                        ▲
+    Weights ──► load between two engine steps, or after the last request in flight
 
-A subclass brings the engine: `start`, `stop`, `_respond`, `_load`. This file decides what is
-counted and which seed a request has, weight_gate when weights may change. It knows nothing of Ray.
+A subclass implements the engine: `start`, `stop`, `_respond` and `_load`. This module derives each
+request's seed and checks its length; weight_gate.py decides when weights may change. No Ray here.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import asyncio
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from distillm_ray.config import RolloutConfig, SamplingConfig
-from distillm_ray.rollout.responses import is_empty, is_looping
 from distillm_ray.rollout.weight_gate import WeightGate
 from distillm_ray.types import (
     Demand,
+    Device,
     FinishReason,
     Float32Array,
     Int32Array,
@@ -34,12 +34,10 @@ from distillm_ray.types import (
     Weights,
 )
 
-Device: TypeAlias = Literal["cpu", "cuda"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
-    """What an engine is asked: one prompt, fully specified."""
+    """One prompt for an engine, fully specified."""
 
     request_id: str
     prompt_ids: Int32Array
@@ -52,31 +50,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Response:
-    """What an engine answers. The end token, if one was generated, is the last of `token_ids`."""
+    """What an engine generates. A generated end token is the last of `token_ids`."""
 
     token_ids: Int32Array  # [T], T >= 1
-    logprobs: Float32Array  # [T], of the engine's weights at temperature 1, before any filter
+    logprobs: Float32Array  # [T], under the engine's weights at temperature 1, unfiltered
     finish_reason: FinishReason
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratorCounters:
-    """Since the generator was made. What a filter drops is counted too."""
-
-    responses: int = 0
-    tokens: int = 0  # of responses
-    prompt_tokens: int = 0
-    empty: int = 0  # nothing but an end token
-    truncated: int = 0  # ended by length
-    looping: int = 0  # see is_looping
-    in_flight: int = 0  # now
-    busy_seconds: float = 0.0  # with at least one request in the engine
-    updates: int = 0
-    update_seconds: float = 0.0  # until the weights were in place, draining included
-
-
 class Generator(ABC):
-    """Answers prompts with the newest weights that it was given."""
+    """Generates responses with the newest weights that it was given."""
 
     def __init__(
         self,
@@ -89,14 +71,18 @@ class Generator(ABC):
         seed: int,
         device: Device,
         vocabulary_size: int,
-        version: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
-        """Nothing heavy happens before `start`.
+        """Store the settings; `start` loads the model.
 
-        `end_token_ids`: the model's own, all of them; `config.sampling.stop_token_ids` come on
-        top. `vocabulary_size`: the tokenizer's; rows of the head from there on are padding, and no
-        response holds their ids. `version`: of the weights in `model_dir`.
+        Args:
+            end_token_ids: all of the model's own end tokens; `config.sampling.stop_token_ids` are
+                added to them.
+            vocabulary_size: of the tokenizer. Later rows of the output head are padding, and no
+                response contains their ids.
+
+        Raises:
+            ValueError: there is no end token at all.
         """
         if not end_token_ids and not config.sampling.stop_token_ids:
             raise ValueError(
@@ -112,28 +98,30 @@ class Generator(ABC):
         self.device: Device = device
         self.vocabulary_size = vocabulary_size
         self.trust_remote_code = trust_remote_code
-        self._gate = WeightGate(version, config.timeout_s)
-        self._counters = GeneratorCounters()
+        self._gate = WeightGate(config.timeout_s)
 
-    # ---- the engine, by subclass ---------------------------------------------------------------
+    # ---- implemented by the engines ------------------------------------------------------------
 
     @abstractmethod
     async def start(self) -> None:
-        """Load the model and be ready to answer."""
+        """Load the model; requests are accepted when this returns."""
 
     @abstractmethod
     async def stop(self) -> None:
-        """Free the engine. In-flight requests fail."""
+        """Free the engine. Requests in flight fail."""
 
     @abstractmethod
     async def _respond(self, request: Request) -> Response:
-        """Answer one request; many run at once. Raises if the engine fails: never a part of it."""
+        """Generate one response; many calls run concurrently.
+
+        Raises if the engine fails; never returns a partial response.
+        """
 
     @abstractmethod
     async def _load(self, buckets: Sequence[Any]) -> None:
-        """Replace all weights; no request is between two engine steps while it runs."""
+        """Replace all weights. The engine takes no step meanwhile."""
 
-    # ---- what others call ----------------------------------------------------------------------
+    # ---- called by others ----------------------------------------------------------------------
 
     @property
     def max_model_len(self) -> int:
@@ -142,20 +130,17 @@ class Generator(ABC):
 
     @property
     def version(self) -> int:
-        """Of the weights in use: completed optimizer steps."""
+        """The optimizer step of the weights in use."""
         return self._gate.version
 
-    @property
-    def counters(self) -> GeneratorCounters:
-        """A snapshot."""
-        gate = self._gate
-        return replace(self._counters, in_flight=gate.in_flight, busy_seconds=gate.busy_seconds)
-
     async def generate(self, demand: Demand) -> Rollout:
-        """Answer a demand as the config says, with weights of `demand.min_version` or newer.
+        """Generate a demanded rollout with weights of `demand.min_version` or newer.
 
-        Waits for those weights and then for the response, each at most `rollout.timeout_s`;
-        raises TimeoutError saying which. The seed is a function of run seed, ordinal and attempt.
+        Waits for those weights, then for the response, each for at most `rollout.timeout_s`. The
+        seed is a function of the run's seed, the ordinal and the attempt.
+
+        Raises:
+            TimeoutError: names which of the two did not come.
         """
         return await self._run(
             demand.prompt,
@@ -175,10 +160,13 @@ class Generator(ABC):
         seed: int,
         source: Source = Source.STUDENT,
     ) -> Rollout:
-        """Answer a prompt outside of training: evaluation, probes, `distillm-ray generate`.
+        """Respond to a prompt outside of training: evaluation, probes, `distillm-ray generate`.
 
-        The engine's seed is a function of `seed` and the prompt's id, so that equal seeds give the
-        same sampling noise whatever the order. Raises ValueError where the lengths do not fit.
+        The engine's seed is a function of `seed` and the prompt's id, so equal seeds give the same
+        sampling noise in any order of prompts.
+
+        Raises:
+            ValueError: prompt and `sampling.max_tokens` exceed `max_model_len`.
         """
         return await self._run(
             prompt,
@@ -191,27 +179,25 @@ class Generator(ABC):
         )
 
     async def update_weights(self, weights: Weights, *, keep_in_flight: bool) -> float:
-        """Take these weights; returns the seconds until they were in place.
+        """Load published weights; returns the seconds until they are in use.
 
-        `weights.buckets` are the dictionaries themselves (resolve references first). With
-        `keep_in_flight` running requests continue with the new weights; without, they finish with
-        the old ones first. New requests wait either way. A version not above ours is ignored.
-        Raises TimeoutError after `rollout.timeout_s`. After any failure the engine's weights are
-        unknown: every later call raises RuntimeError, and the generator must be replaced.
+        Ignores a version that is not newer and returns 0. New requests wait for the update.
+
+        Args:
+            weights: `buckets` are the dictionaries themselves; resolve Ray references first.
+            keep_in_flight: requests in flight continue with the new weights. Otherwise they finish
+                with the old ones first.
+
+        Raises:
+            TimeoutError: the update took longer than `rollout.timeout_s`.
+            RuntimeError: an earlier update failed. The engine's weights are unknown from then on,
+                every call raises this, and the generator must be replaced.
         """
-        seconds = await self._gate.update(
+        return await self._gate.update(
             weights.version, lambda: self._load(weights.buckets), keep_in_flight=keep_in_flight
         )
-        if seconds is None:
-            return 0.0
-        self._counters = replace(
-            self._counters,
-            updates=self._counters.updates + 1,
-            update_seconds=self._counters.update_seconds + seconds,
-        )
-        return seconds
 
-    # ---- how ----------------------------------------------------------------------------------
+    # ---- internals -----------------------------------------------------------------------------
 
     async def _run(
         self,
@@ -245,7 +231,7 @@ class Generator(ABC):
                     f"{rollout_id} had no response after rollout.timeout_s ="
                     f" {self.config.timeout_s:g} s"
                 ) from error
-        rollout = Rollout(
+        return Rollout(
             rollout_id=rollout_id,
             prompt_id=prompt.prompt_id,
             prompt_ids=prompt.token_ids,
@@ -257,11 +243,12 @@ class Generator(ABC):
             logprobs=response.logprobs,
             ordinal=ordinal,
         )
-        self._count(rollout)
-        return rollout
 
     def _max_tokens(self, prompt: Prompt, sampling: SamplingConfig) -> int:
-        """What the request may generate. Raises ValueError if the engine has no room for it."""
+        """The length limit of the response.
+
+        Raises ValueError if prompt and response might exceed the engine's context.
+        """
         max_tokens = sampling.max_tokens or self.max_response_tokens
         if len(prompt.token_ids) + max_tokens > self.max_model_len:
             raise ValueError(
@@ -271,20 +258,12 @@ class Generator(ABC):
             )
         return max_tokens
 
-    def _count(self, rollout: Rollout) -> None:
-        old = self._counters
-        self._counters = replace(
-            old,
-            responses=old.responses + 1,
-            tokens=old.tokens + len(rollout.response_ids),
-            prompt_tokens=old.prompt_tokens + len(rollout.prompt_ids),
-            empty=old.empty + is_empty(rollout),
-            truncated=old.truncated + (rollout.finish_reason is FinishReason.LENGTH),
-            looping=old.looping + is_looping(rollout),
-        )
-
 
 def request_seed(run_seed: int, ordinal: int, attempt: int) -> int:
-    """The engine's seed of one request: other ordinals and attempts sample other noise."""
+    """The engine's seed for one request, in [0, 2^63).
+
+    Every ordinal and every attempt gets independent sampling noise.
+    """
     words = np.random.SeedSequence((run_seed, ordinal, attempt)).generate_state(1, np.uint64)
-    return int(words[0] >> np.uint64(1))  # vLLM reads -1 as "none" and stores 64 bits, signed
+    # vLLM stores a signed 64-bit seed and reads -1 as "no seed".
+    return int(words[0] >> np.uint64(1))

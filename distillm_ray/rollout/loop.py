@@ -25,8 +25,8 @@ from typing import Any, Protocol
 
 from distillm_ray.config import FilterConfig, SamplingConfig
 from distillm_ray.log.records import Counters, EventRecord, Record
-from distillm_ray.rollout.responses import is_empty, is_looping, verdict
-from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Weights, Work
+from distillm_ray.rollout.responses import ResponseFacts, response_facts, verdict
+from distillm_ray.types import Demand, Prompt, Rollout, Weights, Work
 
 MAX_REJECTED = 3
 
@@ -245,8 +245,9 @@ class RolloutLoop:
             await self._log.add(EventRecord(name="ordinal lost", detail=str(loss)))
             await self._lose(demand)
             return
-        self._count(rollout)
-        reason = verdict(rollout, self._filter)
+        facts = response_facts(rollout)
+        self._count(rollout, facts)
+        reason = verdict(facts, self._filter)
         if reason is not None and self._rejected[demand.ordinal] < MAX_REJECTED:
             self._rejected[demand.ordinal] += 1
             self._counts["dropped"] += 1
@@ -266,12 +267,12 @@ class RolloutLoop:
         self._counts["scored_sequences"] += sum(count > 0 for count in tokens)
         self._counts["scored_tokens"] += sum(tokens)
 
-    def _count(self, rollout: Rollout) -> None:
+    def _count(self, rollout: Rollout, facts: ResponseFacts) -> None:
         self._counts["generated_sequences"] += 1
         self._counts["generated_tokens"] += len(rollout.response_ids)
-        self._counts["truncated"] += rollout.finish_reason is FinishReason.LENGTH
-        self._counts["empty"] += is_empty(rollout)
-        self._counts["looping"] += is_looping(rollout)
+        self._counts["truncated"] += facts.truncated
+        self._counts["empty"] += facts.empty
+        self._counts["looping"] += facts.looping
 
     async def _bring_to(self, weights: Weights) -> None:
         assert self._generators is not None

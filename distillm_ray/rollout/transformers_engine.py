@@ -1,8 +1,8 @@
-"""A generator around transformers' generate(), for machines where vLLM has no build.
+"""A generator around transformers' generate(), for machines without a vLLM build.
 
-Requests that have queued are answered as one batch, padded on the left. Sampling happens in a
-logits processor, row by row: each request keeps its own seed and sampling parameters, and the
-engine's log-probabilities cost no `[tokens, vocabulary]` matrix.
+Queued requests run as one batch, padded on the left. A logits processor samples row by row, so each
+request keeps its own seed and sampling parameters, and recording log-probabilities needs no
+`[tokens, vocabulary]` matrix.
 
 Axes: B batch, P padded prompt, T response tokens, V vocabulary.
 """
@@ -34,7 +34,7 @@ from distillm_ray.weights.buckets import to_tensors
 
 
 class SamplingProcessor(LogitsProcessor):
-    """Samples each row's next token itself; generate() then takes the only one left."""
+    """Samples the next token of each row and masks all others, so that generate() picks it."""
 
     def __init__(
         self, requests: Sequence[Request], device: torch.device, vocabulary_size: int
@@ -44,11 +44,11 @@ class SamplingProcessor(LogitsProcessor):
         self._generators = [
             torch.Generator(device).manual_seed(request.seed) for request in requests
         ]
-        self.tokens: list[Tensor] = []  # one [B] for each step
+        self.tokens: list[Tensor] = []  # one [B] per step
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits `[B, V]` to -inf everywhere but at the sampled tokens."""
+        """Logits `[B, V]` in; 0 at the sampled tokens and -inf elsewhere out."""
         log_probs_BV = scores[:, : self._vocabulary_size].float().log_softmax(dim=-1)
         tokens_B1 = torch.stack(
             [
@@ -64,7 +64,7 @@ class SamplingProcessor(LogitsProcessor):
 
 
 def sample(log_probs_V: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
-    """One token id (a scalar) by temperature, then top-k, then top-p."""
+    """Sample one token id, a scalar: temperature first, then top-k, then top-p."""
     if sampling.temperature == 0.0:
         return log_probs_V.argmax()
     probabilities_V, ids_V = (
@@ -73,20 +73,20 @@ def sample(log_probs_V: Tensor, sampling: SamplingConfig, generator: torch.Gener
     if sampling.top_k:
         probabilities_V = probabilities_V[: sampling.top_k]
         probabilities_V = probabilities_V / probabilities_V.sum()
-    # A token stays if the mass before it is below top_p: the first always does.
+    # A token stays if the probability mass before it is below top_p, so the first always stays.
     mass_before_V = probabilities_V.cumsum(dim=-1) - probabilities_V
     probabilities_V = probabilities_V * (mass_before_V < sampling.top_p)
     return ids_V[torch.multinomial(probabilities_V, 1, generator=generator)[0]]
 
 
 class TransformersGenerator(Generator):
-    """A Hugging Face model in this process; one batch at a time, in a thread."""
+    """Runs a Hugging Face model in this process, one batch at a time, in a thread."""
 
     _model: PreTrainedModel | None = None
     _batcher: DynamicBatcher[Request, Response]
 
     async def start(self) -> None:
-        """Load the model."""
+        """Load the model; requests are accepted when this returns."""
         if self.device == "cpu":
             torch.set_num_threads(cpu_threads(self.config))
         model = await asyncio.to_thread(
@@ -97,14 +97,14 @@ class TransformersGenerator(Generator):
             use_safetensors=True,
             local_files_only=True,
         )
-        # generate() would fill in what a request leaves open: a repetition penalty, for example.
+        # generate() takes unset parameters from the model's own config, a repetition penalty say.
         model.generation_config = GenerationConfig()
         self._model = cast(Any, model).to(torch.device(self.device)).eval()
         self._batcher = DynamicBatcher(self._generate, self._fits)
         self._batcher.start()
 
     async def stop(self) -> None:
-        """End after the running batch; requests that still wait are cancelled."""
+        """Free the model after the running batch; queued requests are cancelled."""
         if self._model is not None:
             await self._batcher.stop()
             self._model = None
@@ -115,18 +115,28 @@ class TransformersGenerator(Generator):
 
     async def _load(self, buckets: Sequence[Bucket]) -> None:
         assert self._model is not None, "call start() first"
+        tensors = self._model.state_dict()
+        stale = {tensor.data_ptr(): name for name, tensor in tensors.items()}
         async with self._batcher.between_batches:
             for bucket in buckets:
-                # Buckets are parts of the model, and a tied head is in none of them.
+                # Not strict: a bucket is a part of the model.
                 found = self._model.load_state_dict(dict(to_tensors(bucket)), strict=False)
                 if found.unexpected_keys:
                     raise ValueError(
                         f"the weights hold {found.unexpected_keys[:3]}, which {self.model_dir} does"
-                        " not have: they are another model's"
+                        " not have: they belong to another model"
                     )
+                for name in bucket:
+                    stale.pop(tensors[name].data_ptr(), None)
+        # By storage: a tied head is in no bucket and changes with the embedding.
+        if stale:
+            raise ValueError(
+                f"the weights lack {list(stale.values())[:3]} of {self.model_dir}: those tensors"
+                " would keep their old values"
+            )
 
     def _fits(self, batch: Sequence[Request], request: Request) -> bool:
-        """generate() knows one set of end tokens a batch."""
+        """Whether `request` may join: generate() takes one set of end tokens per batch."""
         engine_config = self.config.engine
         assert isinstance(engine_config, TransformersEngine)
         return (

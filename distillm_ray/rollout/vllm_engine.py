@@ -1,7 +1,7 @@
 """A generator around vLLM's AsyncLLM, on GPUs or on vLLM's CPU build.
 
-vLLM runs its engine in a process of its own; this one only submits requests and hands over weights
-as files in node-local memory. Weights go through `reload_weights` on both backends.
+vLLM runs its engine in a process of its own. This module submits requests and passes weights as
+files in node-local memory, which vLLM's workers load with `reload_weights`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _WEIGHTS_PREFIX = "distillm-ray-weights-"
-_YOUNG_S = 60.0
-FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+_YOUNG_S = 60.0  # the owner of a younger directory may not have locked it yet
 
 
 def vllm_environment(*, device: str, num_threads: int) -> dict[str, str]:
-    """What vLLM reads from the environment, to be set before it is imported."""
+    """Environment variables for vLLM; set them before importing it."""
     quiet = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
@@ -46,34 +45,34 @@ def vllm_environment(*, device: str, num_threads: int) -> dict[str, str]:
     if device != "cpu":
         return quiet
     return quiet | {
-        # Several engines share the cores: Ray and the scheduler place them, nobody pins or spins.
+        # Several engines share the cores, so none pins its threads or waits by spinning.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
-        # The worker runs inside the engine's process. Else it is a third process, which polls
-        # shared memory: a quarter of a core while idle.
+        # Runs the worker inside the engine's process. As a third process it would poll shared
+        # memory and use a quarter of a core while idle.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # One small function is compiled even with enforce_eager (the rank of a log-probability),
-        # which holds the first request up for 10 s and more.
+        # vLLM compiles one small function even with enforce_eager (the rank of a log-probability),
+        # which delays the first request by 10 s or more.
         "TORCH_COMPILE_DISABLE": "1",
     }
 
 
 class VllmGenerator(Generator):
-    """AsyncLLM with the weights of one student (or of the teacher)."""
+    """Runs the student, or the teacher, in vLLM's AsyncLLM."""
 
     _engine: AsyncLLM | None = None
     _serial: itertools.count[int]
 
     async def start(self) -> None:
-        """Boot the engine; blocks the event loop while it does (3 to 20 s on a CPU)."""
+        """Start the engine. Blocks the event loop meanwhile: 3 to 20 s on a CPU."""
         engine_config = self.config.engine
         assert isinstance(engine_config, VllmEngine)
         on_cpu = self.device == "cpu"
         num_threads = cpu_threads(self.config)
         os.environ.update(vllm_environment(device=self.device, num_threads=num_threads))
         remove_abandoned_weights(node_local_memory())
-        # Imported here: vLLM reads its environment when it is imported.
+        # Imported here because vLLM reads its environment at import.
         from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
@@ -90,10 +89,10 @@ class VllmGenerator(Generator):
             seed=self.seed % 2**31,
             load_format="safetensors",
             trust_remote_code=self.trust_remote_code,
-            # Token ids in, token ids out; end tokens and sampling come from our config alone.
+            # Token ids in and out; end tokens and sampling come from our own config only.
             skip_tokenizer_init=True,
             generation_config="vllm",
-            logprobs_mode="raw_logprobs",  # temperature 1, before top-k and top-p
+            logprobs_mode="raw_logprobs",  # at temperature 1, before top-k and top-p
             disable_log_stats=True,
             worker_extension_cls="distillm_ray.rollout.vllm_worker.WorkerExtension",
         )
@@ -102,13 +101,13 @@ class VllmGenerator(Generator):
         await self._engine.collective_rpc("limit_vocabulary", args=(self.vocabulary_size,))
 
     async def stop(self) -> None:
-        """Shut the engine's process down. In-flight requests fail."""
+        """Shut the engine down. Requests in flight fail."""
         if self._engine is not None:
-            self._engine.shutdown(timeout=1.0)  # it has no state worth waiting for
+            self._engine.shutdown(timeout=1.0)  # it holds no state that must be saved
             self._engine = None
 
     async def _respond(self, request: Request) -> Response:
-        from vllm.inputs import tokens_input  # noqa: PLC0415 (after `start` set the environment)
+        from vllm.inputs import tokens_input  # noqa: PLC0415 (`start` sets the environment first)
         from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: PLC0415
 
         assert self._engine is not None, "call start() first"
@@ -124,30 +123,30 @@ class VllmGenerator(Generator):
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        # The salt keeps key-value blocks of other weights out of the prefix cache. Resetting the
-        # cache would not: vLLM refuses while requests are in flight.
+        # The salt separates the prefix cache's blocks by weight version. vLLM refuses to reset the
+        # cache while requests are in flight.
         prompt = tokens_input(request.prompt_ids.tolist(), cache_salt=str(request.version))
-        # An ordinal that was given out again may meet its own older request.
+        # A retried ordinal may run beside its own earlier request, and vLLM wants unique ids.
         request_id = f"{request.request_id}-{next(self._serial)}"
         outputs = [output async for output in self._engine.generate(prompt, parameters, request_id)]
-        answer = outputs[-1].outputs[0]
-        if answer.finish_reason not in FINISH_REASONS or not answer.token_ids:
+        output = outputs[-1].outputs[0]
+        if output.finish_reason not in tuple(FinishReason) or not output.token_ids:
             raise RuntimeError(
-                f"{request.request_id}: vLLM ended the request with {answer.finish_reason!r} after"
-                f" {len(answer.token_ids)} tokens"
+                f"{request.request_id}: vLLM ended the request with {output.finish_reason!r} after"
+                f" {len(output.token_ids)} tokens"
             )
-        assert answer.logprobs is not None
+        assert output.logprobs is not None
         return Response(
-            token_ids=np.array(answer.token_ids, dtype=np.int32),
+            token_ids=np.array(output.token_ids, dtype=np.int32),
             logprobs=np.array(
                 [
                     entry[token].logprob
-                    for entry, token in zip(answer.logprobs, answer.token_ids, strict=True)
+                    for entry, token in zip(output.logprobs, output.token_ids, strict=True)
                     if entry is not None
                 ],
                 dtype=np.float32,
             ),
-            finish_reason=FINISH_REASONS[answer.finish_reason],
+            finish_reason=FinishReason(output.finish_reason),
         )
 
     async def _load(self, buckets: Sequence[Bucket]) -> None:
@@ -161,18 +160,18 @@ class VllmGenerator(Generator):
 
 
 def node_local_memory() -> Path:
-    """A directory in shared memory where the system has one, else the temporary directory."""
+    """The shared-memory directory if the system has one, else the temporary directory."""
     shared_memory = Path("/dev/shm")
     return shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())
 
 
 def remove_abandoned_weights(parent: Path) -> None:
-    """Weights that a generator was killed over still take up memory.
+    """Delete weights left behind by killed generators, which would keep their memory.
 
-    Those in use are locked, and those so young that their owner may not have come to that are left.
+    Directories that are locked (in use) or younger than `_YOUNG_S` stay.
     """
     for directory in parent.glob(f"{_WEIGHTS_PREFIX}*"):
-        with suppress(OSError):  # another user's, or gone by now
+        with suppress(OSError):  # owned by another user, or already deleted
             age_s = time.time() - directory.stat().st_mtime
             with locked(directory) as free:
                 if free and age_s > _YOUNG_S:

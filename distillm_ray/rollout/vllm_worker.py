@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker processes: taking weights from node-local memory."""
+"""Code that runs inside vLLM's worker processes: vocabulary limit and weight loading."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from distillm_ray.weights.buckets import read_tensors
 class WorkerExtension:
     """Mixed into vLLM's worker by `worker_extension_cls`; called through `collective_rpc`."""
 
-    # the worker's own
+    # Attributes of vLLM's worker. vLLM has no public type for either.
     model_runner: Any
     reload_weights: Callable[..., None]
 
     def limit_vocabulary(self, size: int) -> None:
-        """Make the ids from `size` on, which pad the output head, impossible."""
+        """Set the logits of the ids from `size` on, the output head's padding, to -inf."""
         model = self.model_runner.get_model()
         compute_logits = model.compute_logits
 
         def limited(*arguments: Any, **settings: Any) -> Any:
             logits = compute_logits(*arguments, **settings)
-            if logits is not None:  # another rank has them
+            if logits is not None:  # with tensor parallelism only one rank has them
                 logits[..., size:] = -math.inf
             return logits
 
         model.compute_logits = limited
 
     def take_weights(self, directory: str) -> None:
-        """Replace the model's weights by those in `directory`, named as in the checkpoint.
+        """Replace the model's weights with those in `directory`, named as in the checkpoint.
 
-        `reload_weights` repacks them as the backend needs; `model.load_weights` alone would not.
+        `reload_weights` also repacks them for the backend; `model.load_weights` does not.
         """
         self.reload_weights(weights_iterator=read_tensors(Path(directory)))
-        # A tied head is not in the checkpoint, so nothing repacked it: on CPUs it would go on
+        # A tied head is not in the checkpoint, so it is not repacked above: on CPUs it would keep
         # multiplying with the old weights.
         for layer in self.model_runner.get_model().modules():
             if isinstance(layer, ParallelLMHead):
@@ -50,7 +50,7 @@ class WorkerExtension:
 
 
 def _end_with_parent() -> None:
-    """vLLM's engine process outlives a generator that was killed, and keeps its memory."""
+    """Exit when the generator is killed; vLLM's engine process would live on with its memory."""
     parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(2)

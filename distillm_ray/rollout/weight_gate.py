@@ -1,9 +1,9 @@
-"""Which request starts with which weights: between an engine, its users and the updates.
+"""Coordinates the requests and the weight updates of one engine.
 
-    request ──► wait for its weights, and for no update ──► engine
-    update  ──► wait for the update before it ──► load, with requests in flight or after the last
+    request ──► wait for min_version and for a running update ──► engine
+    update  ──► wait for an earlier update ──► [drain requests] ──► load
 
-It knows the weights by their version only, the number of completed optimizer steps.
+Weights are known here by their version only: the number of completed optimizer steps.
 """
 
 from __future__ import annotations
@@ -15,41 +15,31 @@ from contextlib import asynccontextmanager
 
 
 class WeightGate:
-    """Lets requests and weight updates of one engine pass, each for at most `timeout_s`."""
+    """Admits requests and weight updates; each waits for at most `timeout_s`."""
 
-    def __init__(self, version: int, timeout_s: float) -> None:
-        self._version = version
+    def __init__(self, timeout_s: float) -> None:
+        self._version = 0
         self._timeout_s = timeout_s
         self._updating = False
-        self._broken = False  # an update failed: nobody knows which weights the engine holds
+        self._broken = False  # an update failed, so the engine's weights are unknown
         self._in_flight = 0
-        self._busy_since = 0.0
-        self._busy_seconds = 0.0
-        self._changed = asyncio.Condition()  # version, the flags or _in_flight changed
+        self._changed = asyncio.Condition()  # notified when any of the fields above changes
 
     @property
     def version(self) -> int:
         """Of the weights in use."""
         return self._version
 
-    @property
-    def in_flight(self) -> int:
-        """Requests inside."""
-        return self._in_flight
-
-    @property
-    def busy_seconds(self) -> float:
-        """Seconds with at least one request inside."""
-        running = time.monotonic() - self._busy_since if self._in_flight else 0.0
-        return self._busy_seconds + running
-
     @asynccontextmanager
     async def request(self, name: str, min_version: int) -> AsyncIterator[int]:
-        """Be inside with weights of `min_version` or newer; gives the version at the start.
+        """Admit a request once the weights are `min_version` or newer; yields their version.
 
-        A request that an update overtakes before its first engine step is recorded as one update
-        older than it is: ages are never understated. Raises TimeoutError if they do not come, and
-        RuntimeError after a failed update.
+        If an update lands between admission and the request's first engine step, the yielded
+        version is older than the weights used: ages may be overstated, never understated.
+
+        Raises:
+            TimeoutError: the weights did not arrive in time.
+            RuntimeError: an update failed.
         """
         version = await self._enter(name, min_version)
         try:
@@ -59,18 +49,21 @@ class WeightGate:
 
     async def update(
         self, version: int, load: Callable[[], Awaitable[None]], *, keep_in_flight: bool
-    ) -> float | None:
-        """Load these weights; returns the seconds that it took, None for a version not above ours.
+    ) -> float:
+        """Run `load`; returns the seconds it took, draining included, or 0 for an old version.
 
-        With `keep_in_flight` requests stay inside meanwhile; without, they leave first. New ones
-        wait either way. Raises TimeoutError. After any failure every later call raises
-        RuntimeError.
+        New requests wait until the update ends. With `keep_in_flight` admitted requests continue
+        during the update; without, they finish first.
+
+        Raises:
+            TimeoutError: draining and loading took too long.
+            RuntimeError: an earlier update failed, for whatever reason.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self._broken or not self._updating)
             self._check()
             if version <= self._version:
-                return None
+                return 0.0
             self._updating = True
         start = time.monotonic()
         loaded = False
@@ -102,21 +95,17 @@ class WeightGate:
                     lambda: self._broken or (not self._updating and self._version >= min_version)
                 )
                 self._check()
-                if self._in_flight == 0:
-                    self._busy_since = time.monotonic()
                 self._in_flight += 1
                 return self._version
         except TimeoutError as error:
             raise TimeoutError(
                 f"{name} waited rollout.timeout_s = {self._timeout_s:g} s for weights of version"
-                f" {min_version}; here is version {self._version}"
-                + (", an update is under way" if self._updating else "")
+                f" {min_version}; the generator has version {self._version}"
+                + (", and an update is running" if self._updating else "")
             ) from error
 
     async def _leave(self) -> None:
         self._in_flight -= 1
-        if self._in_flight == 0:
-            self._busy_seconds += time.monotonic() - self._busy_since
         async with self._changed:
             self._changed.notify_all()
 

@@ -1,4 +1,4 @@
-"""Both engines on a tiny Llama: what they generate is what the learner's model would.
+"""Both engines on a tiny Llama generate what the learner's model would generate.
 
 Axes: T response tokens, V vocabulary.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -35,7 +36,7 @@ pytestmark = [
 Result = TypeVar("Result")
 
 VOCABULARY_SIZE = 128
-NUM_ROWS = 160  # of the head: the rest is padding, as likely as any token without a mask
+NUM_ROWS = 160  # of the head; without a mask its padding rows are as likely as any token
 END_TOKENS = (5, 9)
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=24)
 LOOP = asyncio.new_event_loop()
@@ -56,7 +57,7 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=512,
-        initializer_range=0.2,  # spreads the logits: greedy choices are no near ties
+        initializer_range=0.2,  # spreads the logits, so that greedy choices are not near ties
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=list(END_TOKENS),
@@ -65,7 +66,7 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
 
 
 def prompts(count: int) -> list[Prompt]:
-    """Longer than a cache block of vLLM's CPU backend (128 tokens), which all of them share."""
+    """Prompts that share a full cache block of vLLM's CPU backend, which is 128 tokens."""
     numbers = np.random.default_rng(0)
     shared = numbers.integers(10, VOCABULARY_SIZE, 130)
     return [
@@ -101,7 +102,7 @@ def generator(
 ) -> Iterator[Generator]:
     directory: Path = tmp_path_factory.mktemp("model")
     model = tiny_llama(0)
-    # A directory may ask for it, and no engine is to follow: the learner's model does not.
+    # Both engines must ignore sampling defaults of the model directory, as the learner does.
     model.generation_config.repetition_penalty = 1.3
     model.save_pretrained(directory)
     engine = VllmEngine(max_num_seqs=8) if request.param == "vllm" else TransformersEngine()
@@ -127,7 +128,7 @@ def update(generator: Generator, model: LlamaForCausalLM, *, keep_in_flight: boo
     return version
 
 
-async def answer(
+async def respond(
     generator: Generator, asked: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0
 ) -> list[Rollout]:
     return await asyncio.gather(
@@ -137,7 +138,7 @@ async def answer(
 
 @torch.inference_mode()
 def greedy(model: LlamaForCausalLM, prompt: Prompt, max_tokens: int) -> list[int]:
-    """transformers, one prompt at a time, in float32."""
+    """Greedy decoding by transformers, one prompt at a time, in float32."""
     token_ids = torch.from_numpy(prompt.token_ids).long()[None]
     output = cast(Any, model).generate(
         inputs=token_ids,
@@ -156,21 +157,21 @@ def greedy(model: LlamaForCausalLM, prompt: Prompt, max_tokens: int) -> list[int
 
 @torch.inference_mode()
 def logprobs_of(model: LlamaForCausalLM, rollout: Rollout) -> torch.Tensor:
-    """Of the response's tokens, `[T]`, by one forward pass over prompt and response."""
+    """Log-probabilities of the response, `[T]`, by one forward pass over prompt and response."""
     token_ids = np.concatenate([rollout.prompt_ids, rollout.response_ids])
     logits_TV = model(torch.from_numpy(token_ids).long()[None]).logits[0, :, :VOCABULARY_SIZE]
     log_probs_TV = logits_TV[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
     return log_probs_TV.gather(1, torch.from_numpy(rollout.response_ids).long()[:, None])[:, 0]
 
 
-def test_greedy_outputs_equal_those_of_the_learners_model_after_every_sync(
+def test_greedy_outputs_equal_the_learners_model_after_every_sync(
     generator: Generator,
 ) -> None:
     asked = prompts(6)
     for seed in (1, 2):
         model = tiny_llama(seed)
         version = update(generator, model)
-        rollouts = run(answer(generator, asked, GREEDY))
+        rollouts = run(respond(generator, asked, GREEDY))
         for prompt, rollout in zip(asked, rollouts, strict=True):
             assert rollout.response_ids.tolist() == greedy(model, prompt, 24)
             assert rollout.version == version
@@ -183,7 +184,7 @@ def test_log_probabilities_are_those_of_temperature_1_before_any_filter(
     model = tiny_llama(3)
     update(generator, model)
     sampling = SamplingConfig(temperature=1.6, top_p=0.9, top_k=50, max_tokens=40)
-    for rollout in run(answer(generator, prompts(4), sampling)):
+    for rollout in run(respond(generator, prompts(4), sampling)):
         expected = logprobs_of(model, rollout)
         assert rollout.logprobs is not None
         torch.testing.assert_close(
@@ -209,7 +210,7 @@ def test_sampling_follows_the_models_distribution(generator: Generator) -> None:
             0, -1, :VOCABULARY_SIZE
         ]
     expected = logits_V.double().softmax(-1).numpy() * 400
-    # Ids that are expected less than five times are one bin of the chi-squared test.
+    # The chi-squared test needs five expected counts a bin, so rarer ids share one bin.
     often = expected >= 5
     observed = np.append(counts[often], counts[~often].sum())
     wanted = np.append(expected[often], expected[~often].sum())
@@ -225,8 +226,7 @@ def test_any_of_several_end_tokens_ends_a_response_and_is_its_last_token(
     update(generator, tiny_llama(5))
     stop = SamplingConfig(temperature=2.0, max_tokens=60, stop_token_ids=(17, 40, 77))
     ends = {*END_TOKENS, 17, 40, 77}
-    before = generator.counters
-    rollouts = run(answer(generator, prompts(16), stop, seed=3))
+    rollouts = run(respond(generator, prompts(16), stop, seed=3))
     reasons = set()
     for rollout in rollouts:
         tokens = rollout.response_ids.tolist()
@@ -236,12 +236,6 @@ def test_any_of_several_end_tokens_ends_a_response_and_is_its_last_token(
             assert len(tokens) == 60
         reasons.add(rollout.finish_reason)
     assert FinishReason.STOP in reasons
-    after = generator.counters
-    assert after.responses - before.responses == 16
-    assert after.tokens - before.tokens == sum(len(rollout.response_ids) for rollout in rollouts)
-    assert after.truncated - before.truncated == sum(
-        rollout.finish_reason is FinishReason.LENGTH for rollout in rollouts
-    )
 
 
 def test_a_response_of_only_an_end_token_is_a_rollout_of_one_token(generator: Generator) -> None:
@@ -249,12 +243,10 @@ def test_a_response_of_only_an_end_token_is_a_rollout_of_one_token(generator: Ge
     update(generator, model)
     prompt = prompts(1)[0]
     first = greedy(model, prompt, 1)[0]
-    before = generator.counters.empty
     only_end = SamplingConfig(temperature=0.0, max_tokens=20, stop_token_ids=(first,))
-    (rollout,) = run(answer(generator, [prompt], only_end))
+    (rollout,) = run(respond(generator, [prompt], only_end))
     assert rollout.response_ids.tolist() == [first]
     assert rollout.finish_reason is FinishReason.STOP
-    assert generator.counters.empty == before + 1
 
 
 def test_requests_in_flight_during_an_update_all_finish(generator: Generator) -> None:
@@ -280,7 +272,7 @@ def test_requests_in_flight_during_an_update_all_finish(generator: Generator) ->
     assert late.version == version
     assert all(len(rollout.response_ids) >= 1 for rollout in rollouts)
     asked = prompts(3)
-    for prompt, rollout in zip(asked, run(answer(generator, asked, GREEDY)), strict=True):
+    for prompt, rollout in zip(asked, run(respond(generator, asked, GREEDY)), strict=True):
         assert rollout.response_ids.tolist() == greedy(model, prompt, 24)
 
 
@@ -294,10 +286,9 @@ def test_without_keeping_requests_in_flight_they_finish_with_the_old_weights(
     long_greedy = SamplingConfig(temperature=0.0, max_tokens=60)
 
     async def work() -> list[Rollout]:
-        running = asyncio.create_task(answer(generator, asked, long_greedy))
+        running = asyncio.create_task(respond(generator, asked, long_greedy))
         await asyncio.sleep(0.02)
         await generator.update_weights(to_weights(new, version), keep_in_flight=False)
-        assert running.done() or generator.counters.in_flight == 0
         return await running
 
     for prompt, rollout in zip(asked, run(work()), strict=True):
@@ -319,8 +310,29 @@ def test_the_seed_is_a_function_of_run_ordinal_and_attempt(generator: Generator)
     assert tokens(1, 1) != first
 
 
-def test_an_older_version_is_not_taken_back(generator: Generator) -> None:
+def test_an_older_version_is_ignored(generator: Generator) -> None:
     version = update(generator, tiny_llama(4))
     stale = to_weights(tiny_llama(1), version - 1)
     assert run(generator.update_weights(stale, keep_in_flight=True)) == 0.0
     assert generator.version == version
+
+
+def test_weights_that_lack_a_tensor_are_refused_by_the_transformers_engine(tmp_path: Path) -> None:
+    model = tiny_llama(0)
+    model.save_pretrained(tmp_path)
+    made = TransformersGenerator(
+        tmp_path,
+        RolloutConfig(engine=TransformersEngine(), dtype="float32", num_threads=1),
+        end_token_ids=END_TOKENS,
+        max_prompt_tokens=16,
+        max_response_tokens=16,
+        seed=7,
+        device="cpu",
+        vocabulary_size=VOCABULARY_SIZE,
+    )
+    run(made.start())
+    whole = to_weights(model, 1)
+    first, _ = whole.buckets
+    with pytest.raises(ValueError, match=r"the weights lack .* would keep their old values"):
+        run(made.update_weights(replace(whole, buckets=(first,)), keep_in_flight=True))
+    run(made.stop())

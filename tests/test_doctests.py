@@ -1,0 +1,23 @@
+"""The examples in the docstrings run and return what they show."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = [
+    "distillm_ray.packing",
+    "distillm_ray.replay.buffer",
+    "distillm_ray.replay.draw",
+    "distillm_ray.replay.schedule",
+    "distillm_ray.rollout.responses",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_a_module_return_what_they_show(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0, f"{name} has no examples"
+    assert result.failed == 0
