@@ -1,6 +1,7 @@
-"""TargetStore: teacher targets by sequence id, bounded in bytes.
+"""TargetStore: teacher targets by key (`target_key`), bounded in bytes.
 
-Targets are a cache. The teacher is frozen, so what is missing is scored again under the same id.
+Targets are a cache: the teacher is frozen, so a sequence whose targets are missing is scored again
+and gets the same targets under the same key.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreCounters:
-    """What a store holds now, and what happened to it since it started."""
+    """What a store holds now, and what it has evicted since it started."""
 
     entries: int
     nbytes: int
-    hits: int  # ids that `get` found
-    misses: int  # ids that `get` did not find
-    evictions: int  # values that went because newer ones needed the bytes
+    hits: int  # keys that `get` found
+    misses: int  # keys that `get` did not find
+    evictions: int  # values removed to make room for newer ones
     refused: int  # values larger than the whole store
 
 
 class TargetStore(Generic[Value]):
-    """Least recently used goes first. Values are opaque: arrays, or references to them.
+    """Evicts the least recently used value first. Values are opaque: arrays, or references to them.
 
-    Not safe for threads: the actor around it answers one call at a time.
+    Not safe for threads: the actor around it runs one call at a time.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        """`max_bytes`: bound on the sum of the sizes that `put` is told."""
+        """`max_bytes` bounds the sum of the sizes given to `put`."""
         if max_bytes < 1:
             raise ValueError(
                 f"a target store needs at least one byte, got max_bytes = {max_bytes}: every"
@@ -46,46 +47,45 @@ class TargetStore(Generic[Value]):
         self._evictions = 0
         self._refused = 0
 
-    def put(self, rollout_id: str, value: Value, nbytes: int) -> bool:
-        """Keep a value as the most recently used one; replaces what the id had.
+    def put(self, key: str, value: Value, nbytes: int) -> bool:
+        """Keep a value as the most recently used one; it replaces an earlier value of the key.
 
-        False if it is larger than the whole store: it is not kept and nothing else goes.
+        Returns False for a value larger than the whole store, which is not kept and evicts nothing.
         """
-        assert nbytes >= 0, f"{rollout_id}: a size cannot be negative, got {nbytes}"
+        assert nbytes >= 0, f"{key}: a size cannot be negative, got {nbytes}"
+        self.drop((key,))
         if nbytes > self.max_bytes:
             self._refused += 1
-            self.drop((rollout_id,))
             return False
-        self.drop((rollout_id,))
         while self._nbytes + nbytes > self.max_bytes:
             _, (_, freed) = self._values.popitem(last=False)
             self._nbytes -= freed
             self._evictions += 1
-        self._values[rollout_id] = (value, nbytes)
+        self._values[key] = (value, nbytes)
         self._nbytes += nbytes
         return True
 
-    def get(self, rollout_ids: Iterable[str]) -> dict[str, Value]:
-        """The values that are here, now the most recently used; ids not here are absent."""
+    def get(self, keys: Iterable[str]) -> dict[str, Value]:
+        """The values that are here, now the most recently used; missing keys are absent."""
         found: dict[str, Value] = {}
-        for rollout_id in rollout_ids:
-            if (entry := self._values.get(rollout_id)) is None:
+        for key in keys:
+            if (entry := self._values.get(key)) is None:
                 self._misses += 1
                 continue
-            self._values.move_to_end(rollout_id)
+            self._values.move_to_end(key)
             self._hits += 1
-            found[rollout_id] = entry[0]
+            found[key] = entry[0]
         return found
 
-    def drop(self, rollout_ids: Iterable[str]) -> None:
-        """Forget values that turned out to be lost; ids not here are no error."""
-        for rollout_id in rollout_ids:
-            if (entry := self._values.pop(rollout_id, None)) is not None:
+    def drop(self, keys: Iterable[str]) -> None:
+        """Forget values that turned out to be lost; a missing key is no error."""
+        for key in keys:
+            if (entry := self._values.pop(key, None)) is not None:
                 self._nbytes -= entry[1]
 
-    def __contains__(self, rollout_id: str) -> bool:
-        """Whether it is here. Neither a hit nor a use."""
-        return rollout_id in self._values
+    def __contains__(self, key: str) -> bool:
+        """Whether a value is here, without counting as a use."""
+        return key in self._values
 
     @property
     def counters(self) -> StoreCounters:
