@@ -147,10 +147,8 @@ TeacherTargets: TypeAlias = HiddenTargets | TopKTargets | LogitTargets
 class ScoreReport:
     """What the rollout loop learns of a scored sequence; the payload travels beside it."""
 
-    rollout_id: str
     num_tokens: int  # tokens that the teacher's forward pass computed for this sequence
     nbytes: int  # size of the payload
-    seconds: float  # this sequence's share of the forward pass
 
 
 # ---- demand and draw ------------------------------------------------------------------------

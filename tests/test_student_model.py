@@ -1,6 +1,5 @@
 """Loading the student, and what cannot be loaded."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,6 @@ def test_bfloat16_under_zero_0_is_refused_with_the_remedy(directory: Path) -> No
     student = StudentConfig(model=directory, dtype="bfloat16")
     with pytest.raises(ConfigError, match=r"set learner\.zero_stage=1"):
         load_student(student, device=CPU, zero_stage=0)
-
-
-def test_a_directory_without_safetensors_is_named(directory: Path, tmp_path: Path) -> None:
-    shutil.copy(directory / "config.json", tmp_path)
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        load_student(StudentConfig(model=tmp_path), device=CPU, zero_stage=1)
 
 
 def test_lora_trains_only_its_adapters_on_every_linear_layer_of_the_backbone(

@@ -1,10 +1,6 @@
-"""The student as the learner trains it: a Hugging Face model that answers at loss positions only.
+"""The student as the learner trains it: a packed causal LM that returns losses, not logits.
 
     token ids, position ids ──► backbone ──► hidden states ──► rows at loss positions ──► head, loss
-
-Packing: one row, position ids that restart with every sequence, no attention mask and no cache is
-what transformers reads as separate sequences. With the cache on it would not. On a CPU they are
-computed one by one (packed_attention.py).
 
 Axes: L packed tokens, N loss positions, D hidden size.
 """
@@ -15,15 +11,14 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.import_utils import is_flash_attn_2_available
+from transformers import PreTrainedModel
 
 from distillm_ray.config import LoraConfig, StudentConfig
 from distillm_ray.errors import ConfigError, ModelError
 from distillm_ray.loss.distillation_head import DistillationHead
 from distillm_ray.loss.head_loss import HeadLoss, LossRequest
 from distillm_ray.models.dtypes import resolve_dtype
-from distillm_ray.models.packed_attention import attend_sequence_by_sequence, packed_arguments
+from distillm_ray.models.packed import load_packed_model, packed_forward
 
 
 class PackedStudent(nn.Module):
@@ -40,27 +35,22 @@ class PackedStudent(nn.Module):
         loss_positions_N: Tensor,
         request: LossRequest,
     ) -> HeadLoss:
-        """What the head answers to `request` at `loss_positions_N` of one packed row."""
-        hidden_1LD = self.model.base_model(
-            input_ids=token_ids_L[None],
-            position_ids=position_ids_L[None],
-            use_cache=False,
-            **packed_arguments(self.model, position_ids_L),
-        ).last_hidden_state
+        """Return the head's loss for `request` at `loss_positions_N` of one packed row."""
+        hidden_LD = packed_forward(self.model.base_model, token_ids_L, position_ids_L)
         head = self.model.get_output_embeddings()
         assert isinstance(head, DistillationHead)
-        answer = head(hidden_1LD[0].index_select(0, loss_positions_N), request)
-        assert isinstance(answer, HeadLoss)
-        return answer
+        loss = head(hidden_LD.index_select(0, loss_positions_N), request)
+        assert isinstance(loss, HeadLoss)
+        return loss
 
 
 def load_student(
     config: StudentConfig, *, device: torch.device, zero_stage: int
 ) -> PreTrainedModel:
-    """The model of `config`, adapters and gradient checkpointing included.
+    """Load the model of `config`, with its adapters and gradient checkpointing.
 
     Raises:
-        ModelError: no safetensors, or a LoRA target that the model does not have.
+        ModelError: the directory cannot be loaded, or a LoRA target does not exist in the model.
         ConfigError: bfloat16 under ZeRO stage 0.
     """
     dtype = resolve_dtype(config.dtype, device)
@@ -70,43 +60,33 @@ def load_student(
             f" (student.dtype: {config.dtype}): DeepSpeed's optimizer for that pair makes a"
             " spurious first step; set learner.zero_stage=1, which costs nothing"
         )
-    # Packed rows need no mask with flash attention.
-    flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=config.trust_remote_code,
-            attn_implementation="flash_attention_2" if flash else "sdpa",
-        )
-    except OSError as error:
-        raise ModelError(f"student.model {config.model} cannot be loaded: {error}") from error
-    if device.type == "cpu":
-        attend_sequence_by_sequence(model)
-    model.config.use_cache = False
+    model = load_packed_model(
+        config.model,
+        role="student",
+        dtype=dtype,
+        device=device,
+        trust_remote_code=config.trust_remote_code,
+    )
     if config.lora is not None:
         add_adapters(model, config.lora)
     if config.gradient_checkpointing:
-        # The other kind leaks entries of ZeRO-3's module stack.
+        # Non-reentrant checkpointing leaks entries of ZeRO-3's module stack.
         reentrant = zero_stage == 3
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
-    nn.Module.to(model, device)
     return model
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Put LoRA layers around the backbone's linear layers; only they take gradients.
+    """Put LoRA layers around the backbone's linear layers and freeze everything else.
 
     Raises:
         ModelError: a target that the model does not have.
     """
     targets = config.target_modules
     if targets == "all-linear":
-        # Of the backbone: the head is no target, and shares the embedding when tied.
+        # The output head is no target: tied, it shares its weight with the embedding.
         names = {
             name.rpartition(".")[2]
             for name, module in model.base_model.named_modules()

@@ -66,14 +66,14 @@ def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = F
             own code without leave, no causal language model, or a head rule that is unknown.
     """
     if not path.exists():
-        raise ModelError(f"{_named(role)}: {path} does not exist")
+        raise ModelError(f"{model_key(role)}: {path} does not exist")
     if not path.is_dir():
-        raise ModelError(f"{_named(role)}: {path} must be a Hugging Face directory, got a file")
+        raise ModelError(f"{model_key(role)}: {path} must be a Hugging Face directory, got a file")
     config = _read_json(path / "config.json", role)
     architecture = _check_architecture(config, path, role)
     if "auto_map" in config and not trust_remote_code:
         raise ModelError(
-            f"{_named(role)}: {path} brings its own code (auto_map in config.json), which would run"
+            f"{model_key(role)}: {path} brings its own code (auto_map in config.json), which would run"
             f" on every machine of the job; set {_section(role)}.trust_remote_code=true if you"
             " trust it"
         )
@@ -81,14 +81,14 @@ def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = F
     try:
         head_rule = logit_rule(config)
     except ModelError as error:
-        raise ModelError(f"{_named(role)}: {path}: {error}") from error
+        raise ModelError(f"{model_key(role)}: {path}: {error}") from error
     tokenizer = _read_tokenizer(path, role)
     tokens = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=True).items()}
     vocabulary_size = max(tokens) + 1
     _, num_rows = _number(config, ("vocab_size",), path, role)
     if vocabulary_size > num_rows:
         raise ModelError(
-            f"{_named(role)}: the tokenizer of {path} has ids up to {vocabulary_size - 1}"
+            f"{model_key(role)}: the tokenizer of {path} has ids up to {vocabulary_size - 1}"
             f" ({tokens[vocabulary_size - 1]!r}), but the model only {num_rows} rows: such a token"
             " would have no embedding"
         )
@@ -185,7 +185,8 @@ def check_targets(targets: TargetsConfig, vocabulary_size: int) -> None:
 # ---- how the user named it ----------------------------------------------------------------------
 
 
-def _named(role: Role) -> str:
+def model_key(role: Role) -> str:
+    """The config key or command-line option that names the model, for messages."""
     return "--model" if role == "model" else f"{role}.model"
 
 
@@ -200,14 +201,14 @@ def _section(role: Role) -> str:
 def _read_json(path: Path, role: Role) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(
-            f"{_named(role)}: {path.parent} has no {path.name}: it is not a Hugging Face directory"
+            f"{model_key(role)}: {path.parent} has no {path.name}: it is not a Hugging Face directory"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{_named(role)}: {path} is not valid JSON: {error}") from error
+        raise ModelError(f"{model_key(role)}: {path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{_named(role)}: {path} must hold an object")
+        raise ModelError(f"{model_key(role)}: {path} must hold an object")
     return content
 
 
@@ -218,7 +219,7 @@ def _check_architecture(config: Mapping[str, Any], path: Path, role: Role) -> st
     ]
     if config.get("is_encoder_decoder") or not causal:
         raise ModelError(
-            f"{_named(role)}: {path} must be a decoder-only language model, got architectures"
+            f"{model_key(role)}: {path} must be a decoder-only language model, got architectures"
             f" {architectures}"
         )
     return causal[0]
@@ -230,7 +231,7 @@ def _number(
     for key in keys:
         if isinstance(config.get(key), int):
             return key, config[key]
-    raise ModelError(f"{_named(role)}: {path / 'config.json'} lacks {' or '.join(keys)}")
+    raise ModelError(f"{model_key(role)}: {path / 'config.json'} lacks {' or '.join(keys)}")
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:
@@ -250,7 +251,7 @@ def _read_weights(path: Path, role: Role) -> dict[str, TensorInfo]:
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
             raise ModelError(
-                f"{_named(role)}: {path} lacks {', '.join(missing)}, which {index_path.name} names"
+                f"{model_key(role)}: {path} lacks {', '.join(missing)}, which {index_path.name} names"
             )
     else:
         shards = sorted(path.glob("*.safetensors"))
@@ -258,10 +259,10 @@ def _read_weights(path: Path, role: Role) -> dict[str, TensorInfo]:
         pickles = sorted(item.name for pattern in _PICKLES for item in path.glob(pattern))
         if pickles:
             raise ModelError(
-                f"{_named(role)}: {path} holds its weights as pickles only ({', '.join(pickles)}),"
+                f"{model_key(role)}: {path} holds its weights as pickles only ({', '.join(pickles)}),"
                 " which can run any code when they are loaded; save them as safetensors"
             )
-        raise ModelError(f"{_named(role)}: {path} has no weights: no *.safetensors file in it")
+        raise ModelError(f"{model_key(role)}: {path} has no weights: no *.safetensors file in it")
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         tensors.update(read_tensors(shard))
@@ -275,14 +276,14 @@ def _read_tokenizer(path: Path, role: Role) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.is_file():
         raise ModelError(
-            f"{_named(role)}: {path} has no tokenizer.json; load its tokenizer with transformers'"
+            f"{model_key(role)}: {path} has no tokenizer.json; load its tokenizer with transformers'"
             " AutoTokenizer and save it there with save_pretrained"
         )
     content = file.read_text(encoding="utf-8")
     try:
         json.loads(content)
     except json.JSONDecodeError as error:
-        raise ModelError(f"{_named(role)}: {file} is not valid JSON: {error}") from error
+        raise ModelError(f"{model_key(role)}: {file} is not valid JSON: {error}") from error
     return Tokenizer.from_str(content)
 
 
@@ -310,7 +311,7 @@ def _end_token_ids(
             ids.add(index)
     if not ids:
         raise ModelError(
-            f"{_named(role)}: {path} names no end token (eos_token_id in generation_config.json or"
+            f"{model_key(role)}: {path} names no end token (eos_token_id in generation_config.json or"
             " config.json): no response would ever end"
         )
     return tuple(sorted(ids))

@@ -122,13 +122,7 @@ class FakeScorer(Trouble):
         self.scored += 1
         values_TD = np.full((rollout.num_loss_tokens, HIDDEN_SIZE), rollout.num_tokens, np.float32)
         targets = HiddenTargets(values_TD=values_TD)
-        report = ScoreReport(
-            rollout_id=rollout.rollout_id,
-            num_tokens=rollout.num_tokens,
-            nbytes=targets.nbytes,
-            seconds=0.0,
-        )
-        return report, targets
+        return ScoreReport(num_tokens=rollout.num_tokens, nbytes=targets.nbytes), targets
 
     async def count(self) -> int:
         return self.scored

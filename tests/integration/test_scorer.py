@@ -1,4 +1,4 @@
-"""The scorer on a tiny Llama: targets are those of each sequence alone.
+"""The scorer on a tiny Llama: targets equal those of each sequence alone.
 
 Axes: T loss tokens, D hidden size, K top-k, V vocabulary.
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distillm_ray.config import TargetsConfig, TeacherConfig
-from distillm_ray.errors import ConfigError, ModelError
+from distillm_ray.errors import ConfigError
+from distillm_ray.teacher import scorer as scorer_module
 from distillm_ray.teacher.scorer import Scorer, to_numpy
 from distillm_ray.types import (
     FinishReason,
@@ -36,7 +38,7 @@ PADDED_SIZE = 64
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM]:
-    """Its vocabulary is padded beyond the tokenizer's 50 ids."""
+    """A teacher whose vocabulary is padded beyond the tokenizer's 50 ids, and its directory."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=PADDED_SIZE,
@@ -78,9 +80,9 @@ def rollouts(count: int) -> list[Rollout]:
 def score_all(scorer: Scorer, sequences: list[Rollout]) -> list[tuple[ScoreReport, TeacherTargets]]:
     async def work() -> list[tuple[ScoreReport, TeacherTargets]]:
         await scorer.start()
-        answers = await asyncio.gather(*(scorer.score(one) for one in sequences))
+        scored = await asyncio.gather(*(scorer.score(one) for one in sequences))
         await scorer.stop()
-        return answers
+        return scored
 
     return asyncio.run(work())
 
@@ -105,7 +107,7 @@ def scorer_for(
 
 @torch.inference_mode()
 def alone(model: LlamaForCausalLM, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Head inputs and logits before each loss token, this sequence by itself, found by hand."""
+    """Inputs of the head and logits that predict each loss token, from the sequence alone."""
     token_ids = torch.from_numpy(
         np.concatenate([rollout.prompt_ids, rollout.response_ids]).astype(np.int64)
     )[None]
@@ -126,18 +128,34 @@ def test_hidden_targets_are_the_heads_inputs_of_the_sequence_alone(
 ) -> None:
     directory, model = teacher
     sequences = rollouts(20)
-    scorer = scorer_for(directory)
-    for rollout, (report, targets) in zip(sequences, score_all(scorer, sequences), strict=True):
+    scored = score_all(scorer_for(directory), sequences)
+    for rollout, (report, targets) in zip(sequences, scored, strict=True):
         expected_TD, _ = alone(model, rollout)
         assert isinstance(targets, HiddenTargets)
         assert len(targets.values_TD) == rollout.num_loss_tokens
         np.testing.assert_allclose(targets.values_TD, expected_TD.numpy(), atol=2e-5)
-        assert report.rollout_id == rollout.rollout_id
         assert report.num_tokens == rollout.num_tokens
         assert report.nbytes == rollout.num_loss_tokens * 32 * 4
-    total = sum(one.num_tokens for one in sequences)
-    assert scorer.counters.tokens == total
-    assert total / 120 <= scorer.counters.batches < len(sequences)
+
+
+def test_queued_sequences_share_forward_passes_up_to_the_token_budget(
+    teacher: tuple[Path, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = teacher
+    sequences = rollouts(20)
+    num_tokens = []
+    packed_forward = scorer_module.packed_forward
+
+    def counted(backbone: nn.Module, token_ids_L: Tensor, position_ids_L: Tensor) -> Tensor:
+        num_tokens.append(len(token_ids_L))
+        return packed_forward(backbone, token_ids_L, position_ids_L)
+
+    monkeypatch.setattr(scorer_module, "packed_forward", counted)
+    score_all(scorer_for(directory, max_batch_tokens=120), sequences)
+    assert sum(num_tokens) == sum(one.num_tokens for one in sequences)
+    assert max(num_tokens) <= 120
+    # Any two consecutive batches hold more than the budget, else they would have been one.
+    assert len(num_tokens) <= 2 * sum(num_tokens) / 120 + 1 < len(sequences)
 
 
 def test_what_a_sequence_is_batched_with_does_not_change_its_targets(
@@ -219,26 +237,10 @@ def test_a_failed_forward_pass_reaches_its_callers_and_the_scorer_goes_on(
         with pytest.raises(IndexError):
             await scorer.score(bad)
         report, _ = await scorer.score(good)
-        assert report.rollout_id == good.rollout_id
+        assert report.num_tokens == good.num_tokens
         await scorer.stop()
 
     asyncio.run(work())
-
-
-def test_a_teacher_whose_logits_are_not_head_times_hidden_is_refused(
-    teacher: tuple[Path, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory, _ = teacher
-    forward = LlamaForCausalLM.forward
-
-    def doubled(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:
-        output: Any = forward(self, *args, **kwargs)
-        output.logits = output.logits * 2
-        return output
-
-    monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
-    with pytest.raises(ModelError, match="output head applied to its last hidden state"):
-        asyncio.run(scorer_for(directory).start())
 
 
 def test_more_than_one_device_a_scorer_is_refused_with_the_key_to_raise(tmp_path: Path) -> None:

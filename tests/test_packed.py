@@ -1,0 +1,274 @@
+"""Packed models: equal to each sequence alone, or refused with the reason.
+
+Axes: L packed tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2Model,
+    Lfm2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PretrainedConfig,
+)
+
+from distillm_ray.config import TargetsConfig, TeacherConfig
+from distillm_ray.errors import ModelError
+from distillm_ray.learner.held_out_loss import held_out_loss
+from distillm_ray.loss.distillation_head import install_distillation_head
+from distillm_ray.models.dtypes import resolve_dtype
+from distillm_ray.models.heads import FrozenHead, load_frozen_head
+from distillm_ray.models.packed import check_packed_model, load_packed_model, packed_forward
+from distillm_ray.teacher.scorer import Scorer
+from distillm_ray.types import FinishReason, Rollout, Source
+
+CPU = torch.device("cpu")
+VOCABULARY_SIZE = 60  # of the tokenizer; the models have 64 rows
+LENGTHS = (6, 1, 9)
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.3,  # logits far enough from 0 for differences to matter
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SMALL, tie_word_embeddings=False),
+    "gpt2": GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3
+    ),
+    # The convolution of its first layer reads over the sequence boundary.
+    "lfm2": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+}
+ROLES = ("student", "teacher")
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        made[name] = tmp_path_factory.mktemp("models") / name
+        AutoModelForCausalLM.from_config(config).save_pretrained(made[name])
+    return made
+
+
+def start(directory: Path, role: str, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+    """Load and check a model as the scorer or the learner does."""
+    if role == "student":
+        model = load_packed_model(
+            directory, role="student", dtype=resolve_dtype(dtype, CPU), device=CPU
+        )
+        install_distillation_head(model, vocabulary_size=VOCABULARY_SIZE)
+        return
+
+    async def start_and_stop() -> None:
+        scorer = Scorer(
+            TeacherConfig(model=directory, dtype=dtype, num_threads=1),
+            TargetsConfig(),
+            vocabulary_size=VOCABULARY_SIZE,
+            device=CPU,
+        )
+        await scorer.start()
+        await scorer.stop()
+
+    asyncio.run(start_and_stop())
+
+
+# ---- exact ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_logits_of_a_packed_row_are_those_of_each_sequence_alone(
+    directories: dict[str, Path], name: str
+) -> None:
+    model = load_packed_model(directories[name], role="student", dtype=torch.float32, device=CPU)
+    head = load_frozen_head(directories[name], vocabulary_size=64)
+    plain = AutoModelForCausalLM.from_pretrained(directories[name], attn_implementation="eager")
+    token_ids_L = torch.randint(64, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    position_ids_L = torch.cat([torch.arange(length) for length in LENGTHS])
+    with torch.no_grad():
+        hidden_LD = packed_forward(model.base_model, token_ids_L, position_ids_L)
+        expected_LV = torch.cat([plain(ids[None]).logits[0] for ids in token_ids_L.split(LENGTHS)])
+    assert hidden_LD.shape == (sum(LENGTHS), 16)
+    torch.testing.assert_close(head.logits(hidden_LD), expected_LV, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_keeps_packed_sequences_apart_is_accepted(
+    directories: dict[str, Path], name: str, role: str, dtype: Literal["float32", "bfloat16"]
+) -> None:
+    start(directories[name], role, dtype)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_check_turns_dropout_off_and_leaves_the_mode_as_it_was(training: bool) -> None:
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5)
+    model = AutoModelForCausalLM.from_config(config).train(training)
+    head = FrozenHead(weight_VD=model.get_output_embeddings().weight)
+    check_packed_model(model, head, role="student")
+    assert model.training is training
+    assert model.transformer.h[0].mlp.dropout.training is training
+
+
+def test_the_held_out_loss_is_the_mean_cross_entropy_of_each_sequence_alone(
+    directories: dict[str, Path],
+) -> None:
+    numbers = np.random.default_rng(0)
+    demonstrations = [
+        Rollout(
+            rollout_id=f"r{length}",
+            prompt_id=f"p{length}",
+            prompt_ids=numbers.integers(0, 60, 4).astype(np.int32),
+            response_ids=numbers.integers(0, 60, length).astype(np.int32),
+            loss_mask=np.arange(length) != 1,
+            source=Source.DATASET,
+            version=0,
+            finish_reason=FinishReason.STOP,
+        )
+        for length in (5, 1, 8)
+    ]
+    plain = AutoModelForCausalLM.from_pretrained(directories["llama"])
+    losses = []
+    for one in demonstrations:
+        ids_L = torch.from_numpy(np.concatenate([one.prompt_ids, one.response_ids])).long()
+        with torch.no_grad():
+            logits_TV = plain(ids_L[None]).logits[0, 3:-1, :VOCABULARY_SIZE]
+        log_probs_TV = logits_TV.double().log_softmax(-1)
+        losses += [
+            -log_probs_TV[index, token].item()
+            for index, token in enumerate(one.response_ids)
+            if one.loss_mask[index]
+        ]
+    found = held_out_loss(
+        directories["llama"],
+        demonstrations,
+        dtype="float32",
+        vocabulary_size=VOCABULARY_SIZE,
+        max_batch_tokens=16,
+        device="cpu",
+    )
+    assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+# ---- refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_model_with_convolutions_over_tokens_is_refused_because_packing_leaks(
+    directories: dict[str, Path], role: str
+) -> None:
+    message = (
+        rf"{role}\.model: Lfm2ForCausalLM must keep the sequences of a packed row apart.*leaks"
+    )
+    with pytest.raises(ModelError, match=message):
+        start(directories["lfm2"], role)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_leak_after_the_last_layer_is_refused(
+    directories: dict[str, Path],
+    role: str,
+    dtype: Literal["float32", "bfloat16"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward = LlamaModel.forward
+
+    def smeared(self: LlamaModel, *args: Any, **kwargs: Any) -> Any:
+        output: Any = forward(self, *args, **kwargs)
+        hidden_BLD = output.last_hidden_state
+        previous_BLD = torch.nn.functional.pad(hidden_BLD, (0, 0, 1, 0))[:, :-1]
+        output.last_hidden_state = hidden_BLD + 0.5 * previous_BLD
+        return output
+
+    monkeypatch.setattr(LlamaModel, "forward", smeared)
+    with pytest.raises(ModelError, match=rf"{role}\.model: LlamaForCausalLM must keep the seq"):
+        start(directories["llama"], role, dtype)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_model_that_ignores_position_ids_is_refused(
+    directories: dict[str, Path], role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = GPT2Model.forward
+
+    def counted(self: GPT2Model, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT2Model, "forward", counted)
+    with pytest.raises(ModelError, match=rf"{role}\.model: GPT2LMHeadModel must keep the seq"):
+        start(directories["gpt2"], role)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("change", ["doubled", "soft-capped"])
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(
+    directories: dict[str, Path], role: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaForCausalLM.forward
+
+    def changed(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        output: Any = forward(self, *args, **kwargs)
+        logits = output.logits
+        output.logits = 2 * logits if change == "doubled" else 30 * torch.tanh(logits / 30)
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", changed)
+    message = rf"{role}\.model: the logits of LlamaForCausalLM must be its output head applied to"
+    with pytest.raises(ModelError, match=message):
+        start(directories["llama"], role)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_logits_that_are_not_numbers_are_refused(
+    directories: dict[str, Path], role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaForCausalLM.forward
+
+    def broken(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        output: Any = forward(self, *args, **kwargs)
+        output.logits = output.logits * float("nan")
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", broken)
+    with pytest.raises(ModelError, match=rf"{role}\.model: the logits of .* differ by nan"):
+        start(directories["llama"], role)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_directory_without_safetensors_cannot_be_loaded(
+    directories: dict[str, Path], tmp_path: Path, role: str
+) -> None:
+    shutil.copy(directories["llama"] / "config.json", tmp_path)
+    with pytest.raises(ModelError, match=rf"{role}\.model: .* cannot be loaded"):
+        start(tmp_path, role)
+
+
+def test_the_held_out_loss_names_the_model_by_its_role(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"teacher\.model: .* cannot be loaded"):
+        held_out_loss(
+            tmp_path,
+            [],
+            dtype="float32",
+            vocabulary_size=VOCABULARY_SIZE,
+            max_batch_tokens=16,
+            device="cpu",
+            role="teacher",
+        )
