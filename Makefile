@@ -1,11 +1,11 @@
-# `make` shows what there is. Every target installs first whatever its lock file asks for.
+# `make` lists the targets. Every target first updates .venv if its lock file has changed.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-# The lock that is installed already, or the CPU's; `make setup LOCK=requirements/cuda.lock` for GPUs.
+# The installed lock, or the CPU's. For GPUs: `make setup LOCK=requirements/cuda.lock`.
 LOCK ?= $(or $(patsubst .venv/.installed-%,requirements/%,$(firstword $(wildcard .venv/.installed-*))),requirements/cpu.lock)
 PYTEST_ARGS ?=
 
@@ -15,8 +15,8 @@ SITE_PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 INTEGRATION_TESTS := $(wildcard tests/integration tests/gpu)
 
 export PYTHONUNBUFFERED := 1
-# Bytecode is kept even where the machine's default is not to: importing vLLM takes half the time,
-# in each of the many processes that a run or the tests start.
+# Keep bytecode even if the machine disables it: it halves the import time of vLLM in each of the
+# many processes that a run or the tests start.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup bench-setup lint format test test-quick test-kernels quickstart quickstart-ablation lock clean
@@ -31,41 +31,41 @@ $(INSTALLED): $(LOCK) pyproject.toml scripts/environment.py
 
 setup: $(INSTALLED) ## make .venv from the lock file
 
-bench-setup: $(INSTALLED) ## make .venv-bench: .venv and the libraries that bench/ compares with
+bench-setup: $(INSTALLED) ## make .venv-bench: .venv plus the libraries that bench/ compares with
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-bench
 	echo "import site; site.addsitedir('$$($(BIN)/python -c $(SITE_PACKAGES))')" \
 	  > "$$(.venv-bench/bin/python -c $(SITE_PACKAGES))/venv.pth"
 	$(BIN)/uv pip install --python .venv-bench --no-deps -r requirements/bench.lock
 
-lint: $(INSTALLED) ## ruff and the type checker, over everything
+lint: $(INSTALLED) ## run ruff and the type checker on all files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-format: $(INSTALLED) ## let ruff lay out and fix what it can
+format: $(INSTALLED) ## format and fix with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: $(INSTALLED) ## all tests, the quick ones first
+test: $(INSTALLED) ## run all tests, the quick ones first
 	$(BIN)/pytest $(wildcard tests/test_*.py) $(INTEGRATION_TESTS) $(PYTEST_ARGS)
 
-test-quick: $(INSTALLED) ## the tests that need no real engines
+test-quick: $(INSTALLED) ## run the tests that start no Ray, vLLM or DeepSpeed
 	$(BIN)/pytest tests $(INTEGRATION_TESTS:%=--ignore %) $(PYTEST_ARGS)
 
-test-kernels: bench-setup ## the kernels generated for a GPU, interpreted on a CPU
+test-kernels: bench-setup ## run the kernels generated for a GPU in an interpreter on a CPU
 	TRITON_INTERPRET=1 .venv-bench/bin/python -m pytest tests/gpu/test_generated_kernels.py $(PYTEST_ARGS)
 
 quickstart: $(INSTALLED) ## distil SmolLM2-135M into a student of half its size
 	$(BIN)/python scripts/prepare_quickstart.py
 	$(BIN)/distillm-ray train configs/quickstart.yaml
 
-quickstart-ablation: $(INSTALLED) ## the same number of steps of plain SFT
+quickstart-ablation: $(INSTALLED) ## train the same student by plain SFT
 	$(BIN)/python scripts/prepare_quickstart.py
 	$(BIN)/distillm-ray train configs/quickstart-sft.yaml
 
-lock: ## resolve requirements/*.lock anew; UPGRADE=1 takes the newest versions allowed
+lock: ## resolve requirements/*.lock again; UPGRADE=1 takes the newest versions allowed
 	@$(PYTHON) scripts/environment.py lock $(if $(UPGRADE),--upgrade)
 
-clean: ## remove .venv and caches; runs and models stay
+clean: ## remove .venv and caches, but no runs and models
 	rm -rf .venv .venv-bench .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,10 @@
-"""The quickstart's data: its prompts, answered by its teacher, one file a split.
+"""Make the quickstart's data set: the teacher's responses to its prompts.
 
     python scripts/prepare_quickstart.py
     python scripts/make_quickstart_data.py
 
-runs `distillm-ray generate` (greedy, at most 96 tokens; truncated answers are left out) and writes
-data/quickstart/{train,validation,test}.jsonl. It takes some minutes on two cores.
+Runs `distillm-ray generate` (greedy, at most 96 tokens, truncated responses left out) and writes
+data/quickstart/{train,validation,test}.jsonl. Takes some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 FOLDER = Path("data/quickstart")
@@ -22,26 +21,23 @@ SETTINGS = ("rollout.sampling.temperature=0", "rollout.sampling.max_tokens=96")
 
 
 def main() -> None:
-    """Generate, join by id, write."""
     with tempfile.TemporaryDirectory() as folder:
-        responses = Path(folder) / "responses.jsonl"
+        output = Path(folder) / "responses.jsonl"
         command = [sys.executable, "-m", "distillm_ray.cli", "generate", "configs/quickstart.yaml"]
         command += ["--model", "models/smollm2-135m-instruct", "--prompts", str(PROMPTS)]
-        command += ["--output", str(responses), *SETTINGS]
+        command += ["--output", str(output), *SETTINGS]
         subprocess.run(command, check=True)
-        answers = {row["id"]: row["response"] for row in _rows(responses)}
-    counts: Counter[str] = Counter()
+        response_of = {row["id"]: row["response"] for row in _rows(output)}
     lines: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for row in _rows(PROMPTS):
-        if row["id"] not in answers:
+        if row["id"] not in response_of:
             continue
         kept = {name: row[name] for name in ("id", "topic", "kind", "prompt")}
-        answered = {**kept, "response": answers[row["id"]]}
-        lines[row["split"]].append(json.dumps(answered, ensure_ascii=False))
-        counts[row["split"]] += 1
+        example = {**kept, "response": response_of[row["id"]]}
+        lines[row["split"]].append(json.dumps(example, ensure_ascii=False))
     for split, rows in lines.items():
         (FOLDER / f"{split}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    print(", ".join(f"{split}: {count}" for split, count in counts.items()))
+    print(", ".join(f"{split}: {len(rows)}" for split, rows in lines.items()))
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

