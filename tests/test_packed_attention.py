@@ -1,4 +1,4 @@
-"""Attention over packed rows, compared with each sequence alone and with the mask of transformers."""
+"""Attention over packed rows equals each sequence alone and the mask of transformers."""
 
 from __future__ import annotations
 
