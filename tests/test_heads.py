@@ -1,4 +1,4 @@
-"""Output heads: rules by config, the frozen head out of a checkpoint, the student's layer.
+"""Output heads: rules read from a config, frozen heads read from a checkpoint, the student's head.
 
 Axes: L tokens, N loss positions, D hidden size, V vocabulary.
 """
@@ -85,13 +85,13 @@ def build(name: str) -> PreTrainedModel:
 
 
 def hidden_states(model: PreTrainedModel, token_ids_L: torch.Tensor) -> torch.Tensor:
-    """What goes into the output head."""
+    """The input of the output head."""
     with torch.no_grad():
         return model.base_model(input_ids=token_ids_L[None], use_cache=False).last_hidden_state[0]
 
 
 def output_weight(model: PreTrainedModel) -> torch.Tensor:
-    """Of the output head."""
+    """The weight of the output head."""
     head = model.get_output_embeddings()
     assert isinstance(head, torch.nn.Linear)
     return head.weight
@@ -106,7 +106,7 @@ def test_the_rule_follows_the_models_config(name: str) -> None:
     assert logit_rule(model_config.to_dict()) == rule
 
 
-def test_a_rule_that_the_config_leaves_out_is_the_architectures_default() -> None:
+def test_a_rule_that_the_config_omits_is_the_architectures_default() -> None:
     assert logit_rule({"model_type": "gemma2"}).soft_cap == 30.0
     assert logit_rule({"model_type": "cohere2"}).scale == 0.0625
     assert logit_rule({"model_type": "llama"}) == LogitRule()
@@ -127,12 +127,12 @@ def test_the_text_part_of_a_multimodal_config_is_read() -> None:
         ({"model_type": "llama", "logits_scaling": 2.0}, "logits_scaling"),
     ],
 )
-def test_an_unknown_rule_is_refused_by_its_name(model_config: dict[str, Any], key: str) -> None:
+def test_an_unknown_rule_is_refused_by_name(model_config: dict[str, Any], key: str) -> None:
     with pytest.raises(ModelError, match=key):
         logit_rule(model_config)
 
 
-def test_soft_capping_of_attention_is_none_of_the_heads_business() -> None:
+def test_soft_capping_of_attention_is_not_a_rule_of_the_head() -> None:
     assert logit_rule({"model_type": "new", "attn_logit_softcapping": 50.0}) == LogitRule()
 
 
@@ -209,10 +209,10 @@ def test_an_installed_head_gives_the_gradients_of_the_models_own_logits(name: st
     head = install_distillation_head(model, vocabulary_size=VOCABULARY)
     assert head.rule == rule
     hidden_ND = model.base_model(input_ids=token_ids_L[None], use_cache=False).last_hidden_state[0]
-    answer = head(hidden_ND, LossRequest(labels_N=labels_N, cross_entropy_weights_N=torch.ones(5)))
-    assert isinstance(answer, HeadLoss)
-    answer.loss.backward()
-    torch.testing.assert_close(answer.loss, expected)
+    result = head(hidden_ND, LossRequest(labels_N=labels_N, cross_entropy_weights_N=torch.ones(5)))
+    assert isinstance(result, HeadLoss)
+    result.loss.backward()
+    torch.testing.assert_close(result.loss, expected)
     for (key, parameter), other in zip(
         model.named_parameters(), expected_model.parameters(), strict=True
     ):
@@ -269,9 +269,9 @@ def test_the_plain_implementation_gives_the_same_loss() -> None:
             terms=(DivergenceTerm(divergence=SkewKL(), weights_N=torch.ones(5)),),
             teacher=TeacherHidden(values_ND=hidden_states(teacher, token_ids_L), head=frozen),
         )
-        answer = head(hidden_states(model, token_ids_L), request)
-        assert isinstance(answer, HeadLoss)
-        losses.append(answer.loss.item())
+        result = head(hidden_states(model, token_ids_L), request)
+        assert isinstance(result, HeadLoss)
+        losses.append(result.loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0] > 0.01
 

@@ -1,4 +1,4 @@
-"""Model directories: facts read from headers, and every bad directory named for what it lacks."""
+"""Model directories: facts read from headers, and an error message for every bad directory."""
 
 from __future__ import annotations
 
@@ -146,27 +146,27 @@ def test_a_missing_shard_is_named(model: Path) -> None:
         check_model_directory(model, "student")
 
 
-def test_weights_that_were_cut_off_are_noticed_from_the_header(model: Path) -> None:
+def test_incomplete_weights_are_detected_from_the_header(model: Path) -> None:
     weights = model / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1])
     with pytest.raises(
-        ModelError, match=rf"cut off: its header describes {len(content)} bytes, the file has"
+        ModelError, match=rf"incomplete: its header describes {len(content)} bytes, the file has"
     ):
         check_model_directory(model, "student")
     weights.write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ModelError, match=r"not a safetensors file .*large-file storage"):
+    with pytest.raises(ModelError, match=r"not a safetensors file .*Git LFS pointer"):
         check_model_directory(model, "student")
 
 
-def test_own_code_needs_leave(model: Path) -> None:
+def test_custom_code_must_be_trusted_by_name(model: Path) -> None:
     edit_config(model, auto_map={"AutoModelForCausalLM": "modeling.Own"})
     with pytest.raises(ModelError, match=r"set teacher\.trust_remote_code=true"):
         check_model_directory(model, "teacher")
     check_model_directory(model, "teacher", trust_remote_code=True)
 
 
-def test_a_model_that_is_no_decoder_is_refused(model: Path) -> None:
+def test_a_model_that_is_not_a_decoder_is_refused(model: Path) -> None:
     edit_config(model, architectures=["BertForMaskedLM"])
     with pytest.raises(ModelError, match=r"decoder-only language model.*BertForMaskedLM"):
         check_model_directory(model, "teacher")
@@ -174,7 +174,7 @@ def test_a_model_that_is_no_decoder_is_refused(model: Path) -> None:
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(model: Path) -> None:
     write_tokenizer(model, [*WORDS, "a", "b", "c"])
-    with pytest.raises(ModelError, match=r"ids up to 8 \('c'\), but the model only 8 rows"):
+    with pytest.raises(ModelError, match=r"ids up to 8 \('c'\), but the model has only 8 rows"):
         check_model_directory(model, "student")
 
 
@@ -182,7 +182,7 @@ def test_a_model_without_an_end_token_is_refused(model: Path) -> None:
     edit_config(model, eos_token_id=None)
     (model / "generation_config.json").write_text("{}")
     (model / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="names no end token"):
+    with pytest.raises(ModelError, match="has no end token"):
         check_model_directory(model, "student")
 
 

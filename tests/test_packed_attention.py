@@ -1,4 +1,4 @@
-"""Packed rows against the same sequences alone, and against transformers' mask."""
+"""Attention over packed rows equals each sequence alone and the mask of transformers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from distillm_ray.models.packed import packed_forward
 from distillm_ray.models.packed_attention import (
     PACKED_SDPA,
     attend_sequence_by_sequence,
@@ -56,18 +57,8 @@ def row() -> tuple[Tensor, Tensor]:
     return token_ids_L, torch.cat([torch.arange(length) for length in LENGTHS])
 
 
-def hidden(model: PreTrainedModel, token_ids_L: Tensor, position_ids_L: Tensor) -> Tensor:
-    output = model.base_model(
-        input_ids=token_ids_L[None],
-        position_ids=position_ids_L[None],
-        use_cache=False,
-        **packed_arguments(model, position_ids_L),
-    )
-    return output.last_hidden_state[0]
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "sliding window"])
-def test_a_packed_row_is_its_sequences_alone_in_values_and_gradients(architecture: str) -> None:
+def test_a_packed_row_equals_each_sequence_alone_in_values_and_gradients(architecture: str) -> None:
     token_ids_L, position_ids_L = row()
     weights_LD = torch.randn(len(token_ids_L), 32, generator=torch.Generator().manual_seed(2))
     results = []
@@ -76,10 +67,12 @@ def test_a_packed_row_is_its_sequences_alone_in_values_and_gradients(architectur
         if packed:
             attend_sequence_by_sequence(model)
             assert model.config._attn_implementation == PACKED_SDPA
-            hidden_LD = hidden(model, token_ids_L, position_ids_L)
+            hidden_LD = packed_forward(model.base_model, token_ids_L, position_ids_L)
         else:
             pairs = zip(token_ids_L.split(LENGTHS), position_ids_L.split(LENGTHS), strict=True)
-            hidden_LD = torch.cat([hidden(model, ids, positions) for ids, positions in pairs])
+            hidden_LD = torch.cat(
+                [packed_forward(model.base_model, ids, positions) for ids, positions in pairs]
+            )
         (hidden_LD * weights_LD).sum().backward()
         gradients = [item.grad for item in model.parameters() if item.grad is not None]
         results.append((hidden_LD.detach(), gradients))
@@ -91,13 +84,13 @@ def test_a_packed_row_is_its_sequences_alone_in_values_and_gradients(architectur
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "sliding window"])
-def test_it_is_what_the_mask_of_transformers_gives(architecture: str) -> None:
+def test_a_packed_row_equals_the_same_row_under_the_mask_of_transformers(architecture: str) -> None:
     token_ids_L, position_ids_L = row()
     masked, packed = make(architecture), make(architecture)
     attend_sequence_by_sequence(packed)
     with torch.no_grad():
-        expected_LD = hidden(masked, token_ids_L, position_ids_L)
-        found_LD = hidden(packed, token_ids_L, position_ids_L)
+        expected_LD = packed_forward(masked.base_model, token_ids_L, position_ids_L)
+        found_LD = packed_forward(packed.base_model, token_ids_L, position_ids_L)
     torch.testing.assert_close(found_LD, expected_LD, rtol=0, atol=2e-6)
 
 

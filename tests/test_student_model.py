@@ -1,4 +1,4 @@
-"""Loading the student, and what cannot be loaded."""
+"""Loading the student with its adapters, and settings that are refused."""
 
 from pathlib import Path
 

@@ -139,5 +139,7 @@ def test_rules_by_layer_number_are_refused(qwen: Path, tmp_path: Path) -> None:
     teacher = Path(shutil.copytree(qwen, tmp_path / "teacher"))
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps({**config, "first_k_dense_replace": 2}))
-    with pytest.raises(ModelError, match="first_k_dense_replace decides by layer number"):
+    with pytest.raises(
+        ModelError, match="first_k_dense_replace sets the type of a layer by its number"
+    ):
         init_student(teacher, tmp_path / "student", [0])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from distillm_ray.errors import ModelError
 from distillm_ray.loss.fused import fused_loss
 from distillm_ray.loss.head_loss import HeadLoss, LossRequest, plain_loss
-from distillm_ray.models.directory import Role, model_key
+from distillm_ray.models.directory import Role, key_of
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.logit_rules import LogitRule, logit_rule
 from distillm_ray.models.packed import check_packed_model
@@ -93,12 +93,12 @@ def install_distillation_head(
     name = type(model).__name__
     if type(head) is not nn.Linear:
         raise ModelError(
-            f"{model_key(role)}: the output head of {name} is a {type(head).__name__}, not a plain"
+            f"{key_of(role)}: the output head of {name} is a {type(head).__name__}, not a plain"
             " linear layer: the fused loss cannot replace it; do not adapt the head itself"
         )
     if head.out_features < vocabulary_size:
         raise ModelError(
-            f"{model_key(role)}: the output head has {head.out_features} rows, the tokenizer has"
+            f"{key_of(role)}: the output head has {head.out_features} rows, the tokenizer has"
             f" {vocabulary_size} ids: some ids could never be learned"
         )
     rule = logit_rule(model.config.to_dict())

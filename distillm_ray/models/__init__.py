@@ -1,3 +1,1 @@
-"""What a model directory holds, how its output head computes logits, and students cut out of
-teachers.
-"""
+"""Model directories, output heads, packed forward passes, and students made of teacher layers."""

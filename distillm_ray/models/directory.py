@@ -1,7 +1,7 @@
 """What a model directory holds, and whether a teacher and a student fit together.
 
-Quick by construction, because the command line asks before anything is started: JSON, safetensors
-headers and `tokenizer.json`; no torch, and no transformers unless a model brings its own code.
+The command line runs these checks before it starts anything, so they must be fast: they read JSON,
+safetensors headers and `tokenizer.json`, and import neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -36,44 +36,45 @@ _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelFacts:
-    """What the run needs to know of a model before loading it."""
+    """What a run needs to know about a model before loading it."""
 
     path: Path
     role: Role
     config: Mapping[str, Any] = field(repr=False)  # config.json
     architecture: str
-    num_parameters: int  # as stored; tied weights count once
+    num_parameters: int  # as stored: tied weights count once
     num_layers: int
-    layers_key: str  # what the config calls num_layers
+    layers_key: str  # the config's key for num_layers
     hidden_size: int
-    num_rows: int  # of the output head: the config's vocab_size, padding included
-    vocabulary_size: int  # ids the tokenizer knows; head rows from here on are padding
-    context_length: int | None  # None: the config names no limit
+    num_rows: int  # of the output head: the config's vocab_size, with padding
+    vocabulary_size: int  # of the tokenizer; head rows from this index on are padding
+    context_length: int | None  # in tokens; None: the config has no limit
     tied: bool  # the output head is the input embedding
-    head_rule: LogitRule  # what happens to the head's matrix product
+    head_rule: LogitRule  # from the head's matrix product to logits
     end_token_ids: tuple[int, ...]  # ascending; generation stops at any of them
     has_chat_template: bool
     tokenizer_fingerprint: str  # equal for equal id-to-token tables
-    tokens: Mapping[int, str] = field(repr=False)  # the table itself
+    tokens: Mapping[int, str] = field(repr=False)  # token by id
     tensors: Mapping[str, TensorInfo] = field(repr=False)
 
 
 def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = False) -> ModelFacts:
-    """Read a Hugging Face directory's facts.
+    """Read the facts of a Hugging Face directory.
 
     Raises:
-        ModelError: not a directory, no or damaged config, weights or tokenizer, pickles only, its
-            own code without leave, no causal language model, or a head rule that is unknown.
+        ModelError: `path` is not a directory; config, weights or tokenizer are missing or damaged;
+            the weights are pickles only; the model has custom code that is not trusted; it is not
+            a causal language model; or its head rule is unknown.
     """
     if not path.exists():
-        raise ModelError(f"{model_key(role)}: {path} does not exist")
+        raise ModelError(f"{key_of(role)}: {path} does not exist")
     if not path.is_dir():
-        raise ModelError(f"{model_key(role)}: {path} must be a Hugging Face directory, got a file")
+        raise ModelError(f"{key_of(role)}: {path} must be a Hugging Face directory, got a file")
     config = _read_json(path / "config.json", role)
     architecture = _check_architecture(config, path, role)
     if "auto_map" in config and not trust_remote_code:
         raise ModelError(
-            f"{model_key(role)}: {path} brings its own code (auto_map in config.json), which would run"
+            f"{key_of(role)}: {path} has custom code (auto_map in config.json), which would run"
             f" on every machine of the job; set {_section(role)}.trust_remote_code=true if you"
             " trust it"
         )
@@ -81,16 +82,16 @@ def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = F
     try:
         head_rule = logit_rule(config)
     except ModelError as error:
-        raise ModelError(f"{model_key(role)}: {path}: {error}") from error
+        raise ModelError(f"{key_of(role)}: {path}: {error}") from error
     tokenizer = _read_tokenizer(path, role)
     tokens = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=True).items()}
     vocabulary_size = max(tokens) + 1
     _, num_rows = _number(config, ("vocab_size",), path, role)
     if vocabulary_size > num_rows:
         raise ModelError(
-            f"{model_key(role)}: the tokenizer of {path} has ids up to {vocabulary_size - 1}"
-            f" ({tokens[vocabulary_size - 1]!r}), but the model only {num_rows} rows: such a token"
-            " would have no embedding"
+            f"{key_of(role)}: the tokenizer of {path} has ids up to {vocabulary_size - 1}"
+            f" ({tokens[vocabulary_size - 1]!r}), but the model has only {num_rows} rows: the last"
+            " tokens would have no embedding"
         )
     layers_key, num_layers = _number(config, _LAYER_KEYS, path, role)
     return ModelFacts(
@@ -116,10 +117,10 @@ def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = F
 
 
 def check_pair(teacher: ModelFacts, student: ModelFacts) -> int:
-    """The size of the vocabulary that both share; head rows from there on are padding.
+    """Return the size of the shared vocabulary; head rows from that index on are padding.
 
     Raises:
-        ModelError: an id means different tokens, or is a token for one of the two only.
+        ModelError: an id stands for different tokens, or only one of the two has it.
     """
     if teacher.tokenizer_fingerprint == student.tokenizer_fingerprint:
         return teacher.vocabulary_size
@@ -141,7 +142,7 @@ def check_pair(teacher: ModelFacts, student: ModelFacts) -> int:
 
 
 def check_lengths(config: Config, teacher: ModelFacts | None, student: ModelFacts) -> None:
-    """The longest sequence of the run must fit every model's context.
+    """Check that the longest sequence of the run fits into the context of both models.
 
     Raises:
         ConfigError: it does not; names the model and the keys to lower.
@@ -154,14 +155,18 @@ def check_lengths(config: Config, teacher: ModelFacts | None, student: ModelFact
         raise ConfigError(
             f"data.max_prompt_tokens + the longest response must fit the {facts.role}'s context,"
             f" got {config.data.max_prompt_tokens} + {longest_response} = {longest} >"
-            f" {facts.context_length} ({facts.path}): a longer sequence has no positions; lower"
+            f" {facts.context_length} ({facts.path}): the model has no more positions; lower"
             " data.max_prompt_tokens, data.max_response_tokens, or sampling.max_tokens of rollout"
             " or evaluation"
         )
 
 
 def check_parallelism(teacher: TeacherConfig) -> None:
-    """Raises ConfigError for what scorers cannot do."""
+    """Check that scorers support the parallelism.
+
+    Raises:
+        ConfigError: tensor parallelism above 1.
+    """
     if teacher.tensor_parallel > 1:
         raise ConfigError(
             f"teacher.tensor_parallel must be 1, got {teacher.tensor_parallel}: a scorer runs on"
@@ -170,7 +175,7 @@ def check_parallelism(teacher: TeacherConfig) -> None:
 
 
 def check_targets(targets: TargetsConfig, vocabulary_size: int) -> None:
-    """Top-k targets cannot name more ids than there are.
+    """Check that top-k targets ask for no more ids than the vocabulary has.
 
     Raises:
         ConfigError: `targets.k` is above the vocabulary's size.
@@ -182,16 +187,16 @@ def check_targets(targets: TargetsConfig, vocabulary_size: int) -> None:
         )
 
 
-# ---- how the user named it ----------------------------------------------------------------------
+# ---- names in messages --------------------------------------------------------------------------
 
 
-def model_key(role: Role) -> str:
-    """The config key or command-line option that names the model, for messages."""
+def key_of(role: Role) -> str:
+    """The config key or command-line option that names the model."""
     return "--model" if role == "model" else f"{role}.model"
 
 
 def _section(role: Role) -> str:
-    """Whose `trust_remote_code` holds for it."""
+    """The config section whose `trust_remote_code` applies."""
     return "student" if role == "model" else role
 
 
@@ -201,14 +206,14 @@ def _section(role: Role) -> str:
 def _read_json(path: Path, role: Role) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(
-            f"{model_key(role)}: {path.parent} has no {path.name}: it is not a Hugging Face directory"
+            f"{key_of(role)}: {path.parent} has no {path.name}: it is not a Hugging Face directory"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{model_key(role)}: {path} is not valid JSON: {error}") from error
+        raise ModelError(f"{key_of(role)}: {path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{model_key(role)}: {path} must hold an object")
+        raise ModelError(f"{key_of(role)}: {path} must hold an object")
     return content
 
 
@@ -219,7 +224,7 @@ def _check_architecture(config: Mapping[str, Any], path: Path, role: Role) -> st
     ]
     if config.get("is_encoder_decoder") or not causal:
         raise ModelError(
-            f"{model_key(role)}: {path} must be a decoder-only language model, got architectures"
+            f"{key_of(role)}: {path} must be a decoder-only language model, got architectures"
             f" {architectures}"
         )
     return causal[0]
@@ -231,11 +236,11 @@ def _number(
     for key in keys:
         if isinstance(config.get(key), int):
             return key, config[key]
-    raise ModelError(f"{model_key(role)}: {path / 'config.json'} lacks {' or '.join(keys)}")
+    raise ModelError(f"{key_of(role)}: {path / 'config.json'} lacks {' or '.join(keys)}")
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:
-    # Configs leave the key out where it equals their class's default, so the weights decide then.
+    # A config omits the key where it equals its class's default; then the weights decide.
     tied = config.get("tie_word_embeddings")
     return tied if isinstance(tied, bool) else not any(n.endswith(_HEAD_NAMES) for n in tensors)
 
@@ -251,7 +256,7 @@ def _read_weights(path: Path, role: Role) -> dict[str, TensorInfo]:
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
             raise ModelError(
-                f"{model_key(role)}: {path} lacks {', '.join(missing)}, which {index_path.name} names"
+                f"{key_of(role)}: {path} lacks {', '.join(missing)}, which {index_path.name} names"
             )
     else:
         shards = sorted(path.glob("*.safetensors"))
@@ -259,10 +264,10 @@ def _read_weights(path: Path, role: Role) -> dict[str, TensorInfo]:
         pickles = sorted(item.name for pattern in _PICKLES for item in path.glob(pattern))
         if pickles:
             raise ModelError(
-                f"{model_key(role)}: {path} holds its weights as pickles only ({', '.join(pickles)}),"
+                f"{key_of(role)}: {path} holds its weights as pickles only ({', '.join(pickles)}),"
                 " which can run any code when they are loaded; save them as safetensors"
             )
-        raise ModelError(f"{model_key(role)}: {path} has no weights: no *.safetensors file in it")
+        raise ModelError(f"{key_of(role)}: {path} has no weights: no *.safetensors file in it")
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         tensors.update(read_tensors(shard))
@@ -276,14 +281,14 @@ def _read_tokenizer(path: Path, role: Role) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.is_file():
         raise ModelError(
-            f"{model_key(role)}: {path} has no tokenizer.json; load its tokenizer with transformers'"
+            f"{key_of(role)}: {path} has no tokenizer.json; load its tokenizer with transformers'"
             " AutoTokenizer and save it there with save_pretrained"
         )
     content = file.read_text(encoding="utf-8")
     try:
         json.loads(content)
     except json.JSONDecodeError as error:
-        raise ModelError(f"{model_key(role)}: {file} is not valid JSON: {error}") from error
+        raise ModelError(f"{key_of(role)}: {file} is not valid JSON: {error}") from error
     return Tokenizer.from_str(content)
 
 
@@ -311,7 +316,7 @@ def _end_token_ids(
             ids.add(index)
     if not ids:
         raise ModelError(
-            f"{model_key(role)}: {path} names no end token (eos_token_id in generation_config.json or"
+            f"{key_of(role)}: {path} has no end token (eos_token_id in generation_config.json or"
             " config.json): no response would ever end"
         )
     return tuple(sorted(ids))

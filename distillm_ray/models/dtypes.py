@@ -1,4 +1,4 @@
-"""What `dtype: auto` means on a device."""
+"""From the config's dtype to torch's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distillm_ray.config import Dtype
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device | str) -> torch.dtype:
-    """`auto` is bfloat16 where the processor multiplies it natively, else float32."""
+    """Resolve `auto`: bfloat16 where the device multiplies it natively, else float32."""
     if dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     if torch.device(device).type == "cuda":

@@ -1,7 +1,7 @@
-"""A GGUF file into a Hugging Face directory of bfloat16 weights.
+"""Conversion of a GGUF file into a Hugging Face directory of bfloat16 weights.
 
-transformers reads the file, dequantized, but refuses to save a model that it read this way: the
-weights move into a model made from the same config without its quantization. Heavy: imports torch.
+transformers dequantizes the file as it reads it, but refuses to save the model that results.
+Therefore the weights move into a model of the same config without the quantization entry.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NOT_IN_A_CLEAN_CONFIG = (
 
 
 def convert_gguf(file: Path, out: Path) -> None:
-    """Write `out`, complete or not at all: weights, configs, tokenizer and chat template.
+    """Write weights, configs, tokenizer and chat template to `out`, completely or not at all.
 
     Raises:
         ModelError: `file` is missing, or has no chat template or end token.
@@ -35,10 +35,10 @@ def convert_gguf(file: Path, out: Path) -> None:
     folder, name = str(file.parent), file.name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
-        raise ModelError(f"{file} must carry a chat template and an end token")
+        raise ModelError(f"{file} must have a chat template and an end token")
     if _field(file, "tokenizer.ggml.pre") == "smollm":
-        # SmolLM2 splits numbers into digits before its byte-level rule; transformers' converter
-        # has only the latter
+        # SmolLM2 splits numbers into digits before the byte-level split; the converter of
+        # transformers omits the first step.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),

@@ -1,7 +1,7 @@
-"""Output heads: from hidden states to logits, for a teacher that never changes.
+"""Output heads: from hidden states to logits.
 
-The learner holds a frozen copy of the teacher's head, one tensor of its checkpoint, so that hidden
-states are all that the scorers need to send.
+The learner holds a frozen copy of the teacher's head, so that the scorers need to send only hidden
+states.
 
 Axes: N loss positions, D hidden size, V vocabulary.
 """
@@ -25,25 +25,25 @@ PLAIN_RULE = LogitRule()
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FrozenHead:
-    """A head that takes no gradient. Rows beyond the tokenizer's vocabulary are cut off."""
+    """A head without gradient and without the rows beyond the tokenizer's vocabulary."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     rule: LogitRule = PLAIN_RULE
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Product in the weight's dtype, everything after it in float32 (float64 stays)."""
+        """Compute the product in the weight's dtype and the rest in float32 (float64 stays)."""
         products_NV = hidden_ND.to(self.weight_VD.dtype) @ self.weight_VD.T
         return finish_logits(products_NV, self.bias_V, self.rule)
 
     def to(self, device: torch.device | str) -> FrozenHead:
-        """The same head on a device."""
+        """Return the same head on `device`."""
         bias_V = None if self.bias_V is None else self.bias_V.to(device)
         return FrozenHead(weight_VD=self.weight_VD.to(device), bias_V=bias_V, rule=self.rule)
 
 
 def finish_logits(products_NV: Tensor, bias_V: Tensor | None, rule: LogitRule) -> Tensor:
-    """Matrix products to logits in float32 (float64 stays): bias, scale, soft cap."""
+    """Turn matrix products into float32 logits (float64 stays): bias, scale, soft cap."""
     logits_NV = products_NV if products_NV.dtype == torch.float64 else products_NV.float()
     if bias_V is not None:
         logits_NV = logits_NV + bias_V.to(logits_NV.dtype)
@@ -55,7 +55,7 @@ def finish_logits(products_NV: Tensor, bias_V: Tensor | None, rule: LogitRule) -
 
 
 def gradient_of_products(gradient_NV: Tensor, logits_NV: Tensor, rule: LogitRule) -> Tensor:
-    """The gradient of `finish_logits`'s products (and bias), from that of its logits."""
+    """Return the gradient of `finish_logits` for its products (and bias), given its logits'."""
     if rule.soft_cap is not None:
         gradient_NV = gradient_NV * (1 - (logits_NV / rule.soft_cap) ** 2)
     if rule.scale != 1.0:
@@ -71,11 +71,15 @@ def load_frozen_head(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> FrozenHead:
-    """The output head of a checkpoint, tied or not, read as one tensor (and a bias if it has one).
+    """Read the output head of the teacher's checkpoint: one tensor, tied or not, and its bias.
 
     `vocabulary_size` is the tokenizer's: rows beyond it are padding and are cut off. `dtype` None
-    keeps the checkpoint's. Only safetensors are read; the model is built without memory.
-    Raises ModelError: no safetensors, no such tensor, fewer rows than the vocabulary, unknown rule.
+    keeps the checkpoint's. Only safetensors are read. The model is built on the meta device, to
+    find the head's tensor by its name.
+
+    Raises:
+        ModelError: no safetensors, no such tensor, fewer rows than the vocabulary, or an unknown
+            head rule.
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     rule = logit_rule(config.to_dict())
@@ -84,8 +88,9 @@ def load_frozen_head(
     head = skeleton.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         raise ModelError(
-            f"the output head of {directory} is a {type(head).__name__}, not a linear layer: its"
-            " logits cannot be computed from hidden states here; use targets.type: logits"
+            f"teacher.model: the output head of {directory} must be a linear layer, got a"
+            f" {type(head).__name__}: the learner cannot compute logits from hidden states; use"
+            " another model"
         )
     files = _files_by_tensor(directory)
     prefix = f"{skeleton.base_model_prefix}."
@@ -93,7 +98,7 @@ def load_frozen_head(
 
     def read(wanted: Tensor) -> Tensor:
         names = [name for name, parameter in parameters.items() if parameter is wanted]
-        # Some checkpoints were saved from the bare backbone (GPT-2): names without its prefix.
+        # Checkpoints saved from the bare backbone (GPT-2's) have names without its prefix.
         names += [name.removeprefix(prefix) for name in names]
         for name in names:
             if name in files:
@@ -101,22 +106,23 @@ def load_frozen_head(
                     tensor = file.get_slice(name)[:vocabulary_size]
                 return tensor.to(device=device, dtype=dtype or tensor.dtype)
         raise ModelError(
-            f"{directory} has no tensor named {' or '.join(dict.fromkeys(names))}: the teacher's"
-            " output head is needed to turn its hidden states into distributions"
+            f"teacher.model: {directory} has no tensor named"
+            f" {' or '.join(dict.fromkeys(names))}: the learner needs the output head to turn"
+            " hidden states into distributions"
         )
 
     weight_VD = read(head.weight)
     if weight_VD.shape[0] < vocabulary_size:
         raise ModelError(
-            f"the output head of {directory} has {weight_VD.shape[0]} rows, the tokenizer has"
-            f" {vocabulary_size} ids: some ids would have no teacher probability"
+            f"teacher.model: the output head of {directory} has {weight_VD.shape[0]} rows, the"
+            f" tokenizer has {vocabulary_size} ids: some ids would have no teacher probability"
         )
     bias_V = None if head.bias is None else read(head.bias)
     return FrozenHead(weight_VD=weight_VD, bias_V=bias_V, rule=rule)
 
 
 def _files_by_tensor(directory: Path) -> dict[str, Path]:
-    """Tensor name to the safetensors file that holds it."""
+    """Map each tensor name to the safetensors file that holds it."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         names: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -124,8 +130,9 @@ def _files_by_tensor(directory: Path) -> dict[str, Path]:
     single = directory / "model.safetensors"
     if not single.exists():
         raise ModelError(
-            f"{directory} holds neither model.safetensors nor model.safetensors.index.json: other"
-            " formats can run code when they are read and are not loaded"
+            f"teacher.model: {directory} has neither model.safetensors nor"
+            " model.safetensors.index.json: other formats can run code when they are read and are"
+            " not loaded"
         )
     with safe_open(single, framework="pt") as file:
         return dict.fromkeys(file.keys(), single)

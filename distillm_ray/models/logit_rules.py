@@ -1,7 +1,7 @@
 """What a causal LM does to its logits after the output head's matrix product, from its config.
 
-Pure dictionaries: model checks read it without torch. Facts about the models are those of
-transformers 5.19; a key that looks like a rule of the head and is not listed here is refused.
+The module reads plain dictionaries, so that model checks need no torch. What the keys mean is taken
+from transformers 5.19. A key that looks like a rule of the head and is not listed here is refused.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from distillm_ray.errors import ModelError
 
 SOFT_CAP_KEYS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# model_type prefixes for which the key means: logits times, or divided by, its value
+# Key to the model_type prefixes that multiply, or divide, the logits by its value.
 MULTIPLIED = {
     "lm_head_multiplier": ("falcon_h1",),
     "logit_scale": ("cohere",),
     "logits_scaling": ("hyperclovax",),
 }
 DIVIDED = {"logits_scaling": ("granite",)}
-# what transformers assumes where config.json leaves the key out
+# The default of transformers where config.json omits the key.
 DEFAULTS = {
     ("cohere", "logit_scale"): 0.0625,
     ("gemma2", "final_logit_softcapping"): 30.0,
@@ -35,7 +35,7 @@ DEFAULTS = {
 SUSPICIOUS = re.compile(
     r"logit.*(scal|cap|mult|temp|mup)|lm_head_(mult|scal)|output_mult|dim_model_base|mup_scale"
 )
-# keys of attention, routing and vision that the pattern also finds
+# Keys of attention, routing and vision that also match SUSPICIOUS.
 HARMLESS = re.compile(r"attn|attention|router|init_value|contrastive")
 NEUTRAL: tuple[Any, ...] = (None, False, 1, 1.0)
 
@@ -49,16 +49,17 @@ class LogitRule:
 
     @property
     def name(self) -> str:
-        """For messages and `show`."""
+        """Description for messages and `show`."""
         parts = [f"scaled by {self.scale:g}"] if self.scale != 1.0 else []
         parts += [f"soft-capped at {self.soft_cap:g}"] if self.soft_cap is not None else []
         return ", ".join(parts) or "plain"
 
 
 def logit_rule(model_config: Mapping[str, Any]) -> LogitRule:
-    """The rule of a model, from its config as a dictionary (config.json, or `config.to_dict()`).
+    """Read the rule from a model's config (config.json, or `config.to_dict()`).
 
-    Raises ModelError with the key's name where the config asks for something that is not known.
+    Raises:
+        ModelError: a key that probably changes the logits, in an unknown way.
     """
     text_config = model_config.get("text_config") or model_config
     model_type = str(text_config.get("model_type") or model_config.get("model_type", ""))
@@ -79,7 +80,7 @@ def logit_rule(model_config: Mapping[str, Any]) -> LogitRule:
         else:
             raise ModelError(
                 f"{key} = {value!r} in the config of a {model_type!r} model changes its logits in"
-                " a way that is not known here: the divergence would be computed from other"
-                " distributions than the model's; use another model, or teach logit_rules.py"
+                " an unknown way: the divergence would compare other distributions than the"
+                " model's; use another model, or add the rule to logit_rules.py"
             )
     return LogitRule(scale=scale, soft_cap=soft_cap)

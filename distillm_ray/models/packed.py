@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from distillm_ray.errors import ModelError
-from distillm_ray.models.directory import Role, model_key
+from distillm_ray.models.directory import Role, key_of
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.packed_attention import attend_sequence_by_sequence, packed_arguments
 
@@ -63,7 +63,7 @@ def load_packed_model(
             attn_implementation="flash_attention_2" if flash else "sdpa",
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{model_key(role)}: {directory} cannot be loaded: {error}") from error
+        raise ModelError(f"{key_of(role)}: {directory} cannot be loaded: {error}") from error
     if device.type == "cpu":
         attend_sequence_by_sequence(model)
     model.config.use_cache = False
@@ -125,7 +125,7 @@ def check_packed_model(model: PreTrainedModel, head: FrozenHead, *, role: Role) 
     tolerance = HEAD_TOLERANCES[head.weight_VD.dtype]
     if not difference <= tolerance:  # NaN is refused as well
         raise ModelError(
-            f"{model_key(role)}: the logits of {name} must be its output head applied to its last"
+            f"{key_of(role)}: the logits of {name} must be its output head applied to its last"
             f" hidden state (head rule: {head.rule.name}), but they differ by {difference:.2g} of"
             f" the largest logit, rounding explains {tolerance:g}: the model changes its logits"
             " after the head in an unknown way, and the divergence would compare other"
@@ -135,7 +135,7 @@ def check_packed_model(model: PreTrainedModel, head: FrozenHead, *, role: Role) 
     tolerance = PACKING_TOLERANCES[head.weight_VD.dtype]
     if not difference <= tolerance:
         raise ModelError(
-            f"{model_key(role)}: {name} must keep the sequences of a packed row apart, but the logits"
+            f"{key_of(role)}: {name} must keep the sequences of a packed row apart, but the logits"
             " of two packed sequences differ from those of each sequence alone by"
             f" {difference:.2g} of the largest logit, rounding explains {tolerance:g}: state leaks"
             " from one sequence into the next, and the loss would depend on which sequences share"

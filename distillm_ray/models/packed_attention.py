@@ -1,9 +1,9 @@
 """Attention over a packed row, one sequence at a time.
 
-Packed rows hold whole sequences one after the other, and position ids that restart say where each
-begins. Flash attention on GPUs knows such boundaries. Without it transformers computes the whole
-row against itself under a block-diagonal mask, so that a row costs the square of its length; here
-it costs the sum of the sequences' squares.
+Packed rows hold whole sequences one after the other, and the position ids restart with each.
+FlashAttention on GPUs computes each sequence by itself. Without it, transformers computes the whole
+row under a block-diagonal mask: the cost is the square of the row's length. Here the cost is the
+sum of the squares of the sequences' lengths.
 
 Axes: L packed tokens; B = 1 row, H heads.
 """
@@ -24,9 +24,9 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def attend_sequence_by_sequence(model: PreTrainedModel) -> None:
-    """Give `model` this module's attention, if it is one whose attention can be replaced.
+    """Replace the attention of `model` by this module's, if its layers support that.
 
-    `packed_arguments` must then go into every forward pass of packed rows. Other models keep the
+    Every forward pass of a packed row must then get `packed_arguments`. Other models keep the
     mask, which gives the same result.
     """
     layers = set(getattr(model.config, "layer_types", None) or _KNOWN_LAYERS)
@@ -35,7 +35,7 @@ def attend_sequence_by_sequence(model: PreTrainedModel) -> None:
 
 
 def packed_arguments(model: nn.Module, position_ids_L: Tensor) -> dict[str, Any]:
-    """What a forward pass of a packed row needs besides its token and position ids."""
+    """Arguments of a packed forward pass besides token and position ids."""
     config: Any = model.config
     if config._attn_implementation != PACKED_SDPA:
         return {}
@@ -54,9 +54,9 @@ def packed_sdpa(
     sliding_window: int | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' own sdpa within each sequence; without `boundaries` the row is one.
+    """Call the sdpa of transformers for each sequence; without `boundaries` the row is one.
 
-    Returns `[B, L, H, D]`, as every attention function of transformers does.
+    Returns `[B, L, H, D]`, like every attention function of transformers.
     """
     assert attention_mask is None, "packed rows have no padding"
     length = query_BHLD.shape[2]
@@ -77,7 +77,7 @@ def packed_sdpa(
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """`[1, 1, L, L]`, true where a query sees a key; None where a causal mask says the same."""
+    """`[1, 1, L, L]`, true where a query sees a key; None where the causal mask is the same."""
     if window is None or length <= window:
         return None
     at_L = torch.arange(length, device=device)

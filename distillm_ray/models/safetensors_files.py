@@ -1,6 +1,6 @@
-"""The layout of safetensors files: a length, a JSON header, then the tensors' bytes.
+"""Safetensors files: a header length, a JSON header, then the tensors' bytes.
 
-Reading headers and copying byte ranges needs no torch, takes milliseconds, and keeps every bit.
+Reading headers and copying byte ranges needs no torch and keeps every bit.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 from distillm_ray.errors import ModelError
 
-_MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
+_MAX_HEADER_BYTES = 100 * 2**20  # limit of the format
 _COPY_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor lies."""
+    """The position of one tensor in a file."""
 
     file: Path
     dtype: str  # as in the header: BF16, F32, ...
@@ -31,12 +31,12 @@ class TensorInfo:
 
     @property
     def num_elements(self) -> int:
-        """Product of the shape."""
+        """The product of the shape."""
         return math.prod(self.shape)
 
 
 def read_tensors(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one file, from its header.
+    """Read the header of one file.
 
     Raises:
         ModelError: not a safetensors file, or shorter than its header says.
@@ -47,14 +47,14 @@ def read_tensors(file: Path) -> dict[str, TensorInfo]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 0 < length <= min(size, _MAX_HEADER_BYTES):
             raise ModelError(
-                f"{file} is not a safetensors file ({size} bytes): a download that was cut off, or"
-                " a pointer to large-file storage"
+                f"{file} is not a safetensors file ({size} bytes): probably an incomplete download"
+                " or a Git LFS pointer; download it again"
             )
         raw = stream.read(length)
     try:
         header: dict[str, Any] = json.loads(raw)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file} is not a safetensors file: its header is no JSON") from error
+        raise ModelError(f"{file} is not a safetensors file: its header is not JSON") from error
     header.pop("__metadata__", None)
     tensors = {
         name: TensorInfo(
@@ -69,7 +69,7 @@ def read_tensors(file: Path) -> dict[str, TensorInfo]:
     end = max((tensor.start + tensor.num_bytes for tensor in tensors.values()), default=0)
     if end > size:
         raise ModelError(
-            f"{file} is cut off: its header describes {end} bytes, the file has {size}; copy or"
+            f"{file} is incomplete: its header describes {end} bytes, the file has {size}; copy or"
             " download it again"
         )
     return tensors
@@ -87,7 +87,7 @@ def write_tensors(file: Path, tensors: Mapping[str, TensorInfo]) -> None:
         }
         offset += tensor.num_bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # readers map the tensors, aligned to 8 bytes
+    encoded += b" " * (-len(encoded) % 8)  # readers map the file and expect alignment to 8 bytes
     with file.open("xb") as out:
         out.write(struct.pack("<Q", len(encoded)))
         out.write(encoded)

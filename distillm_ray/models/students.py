@@ -1,7 +1,7 @@
 """A student made of some of the teacher's layers, tensor for tensor.
 
-Works for every decoder whose layers are stored as `model.layers.N.` or `transformer.h.N.`, on the
-bytes of the safetensors files: no torch, any dtype, and no more memory than a copy buffer.
+Supports every decoder that stores its layers as `model.layers.N.` or `transformer.h.N.`. It copies
+bytes between safetensors files: no torch, any dtype, and no more memory than a copy buffer.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def init_student(
 ) -> StudentSummary:
     """Write a model directory with the teacher's embeddings, head and the named layers, in order.
 
-    `out` appears complete or not at all.
+    `out` is written completely or not at all.
 
     Raises:
-        ModelError: `out` exists, the teacher is unusable or stores its layers otherwise, a layer
-            number is out of range or repeated, or the config has a per-layer rule that cannot be
-            carried over.
+        ModelError: `out` exists; the teacher is unusable or names its layers differently; a layer
+            number is out of range or repeated; or the config has a rule by layer number that
+            cannot be carried over.
     """
     if out.exists():
         raise ModelError(f"{out} exists: name a new directory, or remove it first")
@@ -91,8 +91,8 @@ def _select_tensors(facts: ModelFacts, chosen: tuple[int, ...]) -> dict[str, Ten
         if match is None:
             if re.search(r"\.\d+\.", name):
                 raise ModelError(
-                    f"{facts.path} ({facts.architecture}) has a tensor {name!r}: init-student knows"
-                    " layers named model.layers.N and transformer.h.N only"
+                    f"{facts.path} ({facts.architecture}) has a tensor {name!r}: init-student"
+                    " supports only layers named model.layers.N and transformer.h.N"
                 )
             selected[name] = tensor
             continue
@@ -103,14 +103,14 @@ def _select_tensors(facts: ModelFacts, chosen: tuple[int, ...]) -> dict[str, Ten
     if found != set(range(facts.num_layers)):
         raise ModelError(
             f"{facts.path} ({facts.architecture}) has the layers {sorted(found)} in its weights,"
-            f" but {facts.layers_key} is {facts.num_layers}: init-student knows layers named"
-            " model.layers.N and transformer.h.N only"
+            f" but {facts.layers_key} is {facts.num_layers}: init-student supports only layers"
+            " named model.layers.N and transformer.h.N"
         )
     return selected
 
 
 def _select_config(facts: ModelFacts, chosen: tuple[int, ...]) -> dict[str, Any]:
-    """The teacher's config with fewer layers; lists with one entry a layer keep theirs."""
+    """Return the teacher's config for the chosen layers, lists with one entry a layer included."""
     config: dict[str, Any] = dict(facts.config)
     config[facts.layers_key] = len(chosen)
     for key, value in facts.config.items():
@@ -123,21 +123,21 @@ def _select_config(facts: ModelFacts, chosen: tuple[int, ...]) -> dict[str, Any]
         else:
             raise ModelError(
                 f"{facts.path / 'config.json'}: {key} has {len(value)} entries for"
-                f" {facts.num_layers} layers, and init-student cannot tell which belong to the"
-                " chosen ones"
+                f" {facts.num_layers} layers: init-student cannot tell which entries belong to the"
+                " chosen layers"
             )
     _refuse_periodic_rules(facts.config, facts)
     return config
 
 
 def _refuse_periodic_rules(config: Mapping[str, Any], facts: ModelFacts) -> None:
-    """Rules by layer number would change their meaning when layers move."""
+    """Refuse rules by layer number, which would apply to other layers in the student."""
     by_number = ("first_k_dense_replace", "decoder_sparse_step", "moe_layer_freq")
     periodic = [key for key in by_number if config.get(key) not in (None, 0, 1)]
     if config.get("use_sliding_window") and "layer_types" not in config:
         periodic.append("max_window_layers")
     if periodic:
         raise ModelError(
-            f"{facts.path / 'config.json'}: {periodic[0]} decides by layer number what a layer is;"
-            " init-student would move layers to other numbers"
+            f"{facts.path / 'config.json'}: {periodic[0]} sets the type of a layer by its number,"
+            " and the layers of the student get other numbers: init-student does not support it"
         )

@@ -190,7 +190,7 @@ def test_top_k_and_logits_follow_from_the_models_logits_without_the_padded_ids(
         np.testing.assert_array_equal(some.ids_TK, expected.indices.numpy())
 
 
-def test_bfloat16_values_travel_as_their_bits(teacher: tuple[Path, LlamaForCausalLM]) -> None:
+def test_bfloat16_values_are_sent_as_their_bits(teacher: tuple[Path, LlamaForCausalLM]) -> None:
     directory, model = teacher
     (rollout,) = rollouts(1)
     ((report, targets),) = score_all(scorer_for(directory, dtype="bfloat16"), [rollout])
@@ -215,7 +215,7 @@ def test_a_sequence_longer_than_a_forward_pass_is_refused(
         score_all(scorer, [longest])
 
 
-def test_a_failed_forward_pass_reaches_its_callers_and_the_scorer_goes_on(
+def test_a_failed_forward_pass_raises_in_its_callers_and_the_scorer_continues(
     teacher: tuple[Path, LlamaForCausalLM],
 ) -> None:
     directory, _ = teacher
@@ -243,7 +243,7 @@ def test_a_failed_forward_pass_reaches_its_callers_and_the_scorer_goes_on(
     asyncio.run(work())
 
 
-def test_more_than_one_device_a_scorer_is_refused_with_the_key_to_raise(tmp_path: Path) -> None:
+def test_tensor_parallelism_is_refused_with_the_key_to_raise_instead(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"raise teacher\.actors"):
         Scorer(
             TeacherConfig(model=tmp_path, tensor_parallel=2),
