@@ -226,7 +226,7 @@ def _view(config: Config) -> Iterator[ConsoleView]:
 
 def _comparable(config: Config) -> tuple[Path, ...]:
     """Evaluated runs beside this one whose names begin with its name: ablations of it."""
-    from distillm_ray.report.summary import has_trained_student
+    from distillm_ray.evaluation.results import has_trained_student
 
     directory = config.run.directory
     return tuple(filter(has_trained_student, sorted(directory.parent.glob(f"{directory.name}-*"))))

@@ -17,9 +17,9 @@ from distillm_ray.data.files import check_files
 from distillm_ray.data.splits import load_dataset, load_splits
 from distillm_ray.errors import DataError, RunDirectoryError
 from distillm_ray.evaluation import inference
+from distillm_ray.evaluation.results import Evaluation
 from distillm_ray.models.directory import ModelFacts, check_lengths, check_model_directory
 from distillm_ray.report.console import ConsoleView
-from distillm_ray.report.summary import Evaluation
 from distillm_ray.run_directory import MODEL_FOLDER
 from distillm_ray.types import FinishReason, Source
 

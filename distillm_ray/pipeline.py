@@ -36,17 +36,14 @@ from distillm_ray.config import Config
 from distillm_ray.config_files import dump_config
 from distillm_ray.data.splits import Splits, load_splits
 from distillm_ray.errors import ClusterError, UserError
+from distillm_ray.evaluation.results import Evaluation, read_evaluation
 from distillm_ray.evaluation.run_evaluator import RunEvaluator
 from distillm_ray.files import write_atomically
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
+from distillm_ray.log.commit import package_commit
 from distillm_ray.log.records import DoneRecord, StepRecord, ValidationRecord
 from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.report.console import ConsoleView
-from distillm_ray.report.report import git_commit
-from distillm_ray.report.summary import (
-    Evaluation,
-    read_evaluation,
-)
 from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
 from distillm_ray.types import Rollout, Source
 
@@ -166,7 +163,7 @@ class _Job:
         config, preflight = self._config, self._preflight
         metrics = cluster.metrics(
             resume_step=resume_from.meta.step if resume_from else None,
-            commit=git_commit(config.run.directory),
+            commit=package_commit(),
             command=self._command,
         )
         buffer = cluster.buffer()

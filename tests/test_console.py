@@ -1,7 +1,8 @@
-"""What the live view and the plain log show."""
+"""The live view and the plain log lines."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 
@@ -21,7 +22,7 @@ from distillm_ray.log.records import (
     StepRecord,
     ValidationRecord,
 )
-from distillm_ray.report.console import ConsoleView, View, duration, line, mix_bar, render
+from distillm_ray.report.console import ConsoleView, View, duration, line, mix_bar, percent, render
 from distillm_ray.types import Mix
 
 
@@ -49,7 +50,7 @@ def step_record(step: int, *, skipped: bool = False) -> StepRecord:
         psi=0.2,
         mix=Mix(fresh=4, replay=2, dataset=10),
         buffer=BufferSizes(fresh=1, replay=30, in_flight=8, target_bytes=3 * 2**20),
-        work=Counters(generated_tokens=500, scored_tokens=700),
+        work=Counters(generated_tokens=500, scored_sequences=2, scored_tokens=1024),
     )
 
 
@@ -99,8 +100,8 @@ def test_every_kind_of_record_has_a_line() -> None:
         "checkpoint of step 5: checkpoints/x (1.5 s)": CheckpointRecord(
             step=5, path="checkpoints/x", seconds=1.5
         ),
-        "answers after step 5: Why not? -> Because.": ProbeRecord(step=5, samples=(sample,)),
-        "answers after step 6": ProbeRecord(step=6),
+        "responses after step 5: Why not? -> Because.": ProbeRecord(step=5, samples=(sample,)),
+        "responses after step 6": ProbeRecord(step=6),
         "scorer restarted (step 5): died": EventRecord(
             step=5, name="scorer restarted", detail="died"
         ),
@@ -122,6 +123,14 @@ def test_every_kind_of_record_has_a_line() -> None:
 )
 def test_durations_read_as_a_person_says_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.1759, "17.6 %"), (1.0, "100.0 %"), (-0.25, "-25.0 %"), (math.nan, "-")],
+)
+def test_shares_are_shown_in_percent(share: float, text: str) -> None:
+    assert percent(share) == text
 
 
 @pytest.mark.parametrize(
@@ -181,8 +190,16 @@ def test_the_screen_shows_phase_numbers_mix_buffer_and_what_is_awaited() -> None
         "fresh 1   replay 30   in flight 8   targets 3 MiB   newest weights: version 2",
         "learning 1.5 s   waiting 0.5 s",
         "generator restarted (step 2)",
+        "87.5 % of sequences   75.0 % of tokens",
     ):
         assert part in text
+
+
+def test_the_screen_shows_target_reuse_only_with_a_teacher() -> None:
+    scored = step_record(1)
+    assert "target reuse" in screen(View(total_steps=9).after(scored, 0.0), 0.0)
+    without = dataclasses.replace(scored, work=Counters(), buffer=BufferSizes())
+    assert "target reuse" not in screen(View(total_steps=9).after(without, 0.0), 0.0)
 
 
 def test_the_screen_before_the_first_step_shows_the_phase_only() -> None:

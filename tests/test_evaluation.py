@@ -7,13 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from distillm_ray.evaluation.scores import (
-    EvaluationResult,
-    bleu,
-    evaluate_responses,
-    rouge_l,
-    summarize,
-)
+from distillm_ray.evaluation.results import Score
+from distillm_ray.evaluation.scores import bleu, mean_and_deviation, rouge_l, score_responses
 from distillm_ray.types import FinishReason, Prompt, Rollout, Source
 
 
@@ -69,48 +64,40 @@ def a_prompt(name: str, *references: str) -> Prompt:
     )
 
 
-def a_response(name: str, text: str, num_tokens: int, reason: FinishReason) -> Rollout:
+def a_response(name: str, text: str) -> Rollout:
     return Rollout(
         rollout_id=f"r-{name}",
         prompt_id=name,
         prompt_ids=np.array([1], np.int32),
-        response_ids=np.ones(num_tokens, np.int32),
-        loss_mask=np.ones(num_tokens, np.bool_),
+        response_ids=np.array([2], np.int32),
+        loss_mask=np.array([True]),
         source=Source.STUDENT,
         version=0,
-        finish_reason=reason,
+        finish_reason=FinishReason.STOP,
         text=text,
     )
 
 
-def test_responses_are_scored_against_their_own_prompts_references() -> None:
+def test_responses_are_scored_against_their_own_prompts_references_seed_by_seed() -> None:
     prompts = [a_prompt("a", "blue sky"), a_prompt("b", "green grass")]
-    responses = [
-        a_response("a", "blue sky", 3, FinishReason.STOP),
-        a_response("b", "red", 8, FinishReason.LENGTH),
-    ]
-    result = evaluate_responses(prompts, responses)
-    assert result.rouge_l == pytest.approx(50.0)
-    assert (result.num_prompts, result.num_truncated) == (2, 1)
-    assert result.mean_response_tokens == 5.5
+    half = [a_response("a", "blue sky"), a_response("b", "red")]
+    full = [a_response("a", "blue sky"), a_response("b", "green grass")]
+    scores = score_responses(prompts, [half, full])
+    assert scores.rouge_l is not None and scores.bleu is not None
+    assert scores.rouge_l.mean == pytest.approx(75.0)
+    assert scores.rouge_l.std == pytest.approx(25 * math.sqrt(2))
+    texts = [["blue sky", "red"], ["blue sky", "green grass"]]
+    references = [["blue sky"], ["green grass"]]
+    assert scores.bleu.mean == pytest.approx(np.mean([bleu(text, references) for text in texts]))
+    assert math.isnan(scores.validation_loss)
     with pytest.raises(ValueError, match="one for b in the place of a"):
-        evaluate_responses(prompts, responses[::-1])
+        score_responses(prompts, [half[::-1]])
 
 
-def test_seeds_are_summarized_by_mean_and_sample_deviation() -> None:
-    def result(rouge: float, truncated: int) -> EvaluationResult:
-        return EvaluationResult(
-            rouge_l=rouge,
-            bleu=1.0,
-            num_prompts=4,
-            mean_response_tokens=10.0,
-            num_truncated=truncated,
-        )
-
-    summary = summarize({10: result(20.0, 0), 20: result(22.0, 2), 30: result(27.0, 1)})
-    assert summary.seeds == (10, 20, 30)
-    assert summary.rouge_l.mean == pytest.approx(23.0)
-    assert summary.rouge_l.std == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
-    assert summary.bleu.std == 0.0
-    assert summary.truncated_fraction == pytest.approx(0.25)
-    assert summarize({10: result(20.0, 0)}).rouge_l.std == 0.0
+def test_values_over_seeds_become_mean_and_sample_deviation() -> None:
+    score = mean_and_deviation([20.0, 22.0, 27.0])
+    assert score.mean == pytest.approx(23.0)
+    assert score.std == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
+    assert mean_and_deviation([20.0]) == Score(mean=20.0, std=0.0)
+    with pytest.raises(ValueError, match="at least one seed, got none"):
+        mean_and_deviation([])

@@ -1,4 +1,4 @@
-"""The run's log: what is written can be read back, whatever the crash left behind."""
+"""The run's log: what is written can be read back, also after a crash."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def step_record(step: int, *, loss: float = 1.0, tokens: int = 10) -> StepRecord
         seconds=2.0,
         wait_seconds=0.5,
         mix=Mix(fresh=1, replay=2, dataset=3),
-        work=Counters(generated_tokens=7, target_hits=2),
+        work=Counters(generated_tokens=7, scored_sequences=2, scored_tokens=5),
     )
 
 
@@ -124,21 +124,22 @@ def test_a_step_record_joins_what_learner_buffer_and_rollout_loop_know() -> None
     )
     mix = Mix(fresh=2, replay=1, dataset=1)
     plan = StepPlan(step=6, phi=0.6, psi=0.4, mix=mix, ranks=ranks)
-    before = Counters(generated_tokens=100, scored_tokens=50, target_hits=3, generate_seconds=1.5)
-    after = Counters(generated_tokens=180, scored_tokens=90, target_hits=4, generate_seconds=4.0)
+    before = Counters(generated_tokens=100, scored_tokens=50, lost=3, generate_seconds=1.5)
+    after = Counters(generated_tokens=180, scored_tokens=90, lost=4, generate_seconds=4.0)
     record = StepRecord.build(
         TrainStep(step=7, loss=0.5, loss_by_shelf={"fresh": 0.7}, seconds=3.0, wait_seconds=1.0),
         draw_facts(plan),
         buffer=BufferSizes(replay=40),
         work=after.since(before),
     )
-    assert before.since(after) == Counters(), "an actor that was replaced"
+    assert before.since(after) == Counters(), "an actor was replaced"
+    assert before.plus(after.since(before)) == after
     assert (record.step, record.phi, record.psi, record.mix) == (7, 0.6, 0.4, mix)
     assert record.fresh_age_mean == 1.5
     assert record.fresh_age_max == 3
     assert record.replay_age_mean == 9.0
     assert record.learn_seconds == 2.0
-    expected = Counters(generated_tokens=80, scored_tokens=40, target_hits=1, generate_seconds=2.5)
+    expected = Counters(generated_tokens=80, scored_tokens=40, lost=1, generate_seconds=2.5)
     assert record.work == expected
     assert {shelf: len(ids) for shelf, ids in record.rollout_ids.items()} == {
         "fresh": 2,
@@ -224,23 +225,6 @@ def test_steps_after_the_checkpoint_are_superseded_and_kept(tmp_path: Path) -> N
     assert kinds == ["start", "step", "step", "step", "event", "start", "step"]
 
 
-def test_the_totals_count_only_the_steps_that_still_count(tmp_path: Path) -> None:
-    log = open_log(tmp_path)
-    for step in range(1, 6):
-        log.add(step_record(step))
-    log.rewind(2)
-    log.add(step_record(3, tokens=1000))
-    totals = log.totals
-    assert (totals.steps, totals.tokens) == (3, 1020)
-    assert (totals.fresh, totals.replay, totals.dataset) == (3, 6, 9)
-    assert (totals.generated_tokens, totals.target_hits) == (21, 6)
-    assert (totals.learn_seconds, totals.wait_seconds) == (4.5, 1.5)
-    log.close()
-    resumed = open_log(tmp_path, resume_step=3)
-    assert resumed.totals == totals
-    resumed.close()
-
-
 def test_a_run_from_the_beginning_supersedes_what_was_there(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.add(ValidationRecord(step=0, loss=3.0))
@@ -273,7 +257,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     log.close()
     path = tmp_path / FILE_NAME
     path.write_text(path.read_text() + "oops\n" + '{"kind":"event","step":1,"name":"x"}\n')
-    with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl, line 2: no JSON object"):
+    with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl, line 2: not a JSON object"):
         open_log(tmp_path, resume_step=0)
 
 
@@ -296,9 +280,6 @@ def test_a_live_view_gets_every_record_once(tmp_path: Path) -> None:
         seen += new
     assert log.since(position) == ([], position)
     assert [record.kind for record in seen] == ["start", "step", "step"]
-    newest = log.latest("step")
-    assert newest is not None and newest.step == 2
-    assert log.latest("validation") is None
     log.close()
 
 
@@ -328,6 +309,30 @@ def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
     assert scalars_in(events, "train/loss") == [(1, 1.5), (3, 0.5)]
     assert scalars_in(events, "validation/loss") == [(3, 2.5)]
     assert scalars_in(events, "mix/replay") == [(1, 2.0), (2, 2.0), (3, 2.0)]
+    assert scalars_in(events, "work/generated_tokens") == [(1, 7.0), (2, 7.0), (3, 7.0)]
+
+
+def test_tensorboard_shows_the_target_reuse_of_all_steps_so_far(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, clock=Clock())
+    for step, scored in ((1, 6), (2, 0)):  # of 6 sequences with 10 tokens each step
+        work = Counters(scored_sequences=scored, scored_tokens=2 * scored)
+        log.add(dataclasses.replace(step_record(step), work=work))
+    log.close()
+    log = MetricsLog(tmp_path, resume_step=2, clock=Clock())
+    log.add(dataclasses.replace(step_record(3), work=Counters()))
+    log.close()
+    events = tensorboard_events(tmp_path)
+    reuse = scalars_in(events, "targets/reuse_sequences")
+    assert reuse == [(1, 0.0), (2, 0.5), (3, pytest.approx(2 / 3))]
+    reuse = scalars_in(events, "targets/reuse_tokens")
+    assert reuse == [(step, pytest.approx(1 - 12 / (10 * step))) for step in (1, 2, 3)]
+
+
+def test_tensorboard_shows_no_target_reuse_without_a_teacher(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, clock=Clock())
+    log.add(dataclasses.replace(step_record(1), work=Counters()))
+    log.close()
+    assert scalars_in(tensorboard_events(tmp_path), "targets/reuse_tokens") == []
 
 
 def test_tensorboard_forgets_the_steps_that_a_resume_repeats(tmp_path: Path) -> None:

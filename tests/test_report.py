@@ -1,4 +1,4 @@
-"""Summaries, the table and the figures, from a log made up by hand."""
+"""Summaries, the table and the figures of a run, from a synthetic log."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ import pytest
 from rich.console import Console, RenderableType
 
 from distillm_ray.errors import RunDirectoryError
+from distillm_ray.evaluation.results import (
+    ComparedSample,
+    Evaluation,
+    ModelScores,
+    Score,
+    has_trained_student,
+)
 from distillm_ray.log.metrics import MetricsLog
 from distillm_ray.log.records import (
     BufferSizes,
@@ -22,16 +29,8 @@ from distillm_ray.log.records import (
     ValidationRecord,
 )
 from distillm_ray.report.plots import draw_all, draw_overview, running_mean
-from distillm_ray.report.report import git_commit, render_report, write_report, write_samples
-from distillm_ray.report.summary import (
-    ComparedSample,
-    Evaluation,
-    ModelScores,
-    Score,
-    has_trained_student,
-    read_run,
-    summarize,
-)
+from distillm_ray.report.report import render_report, write_report, write_samples
+from distillm_ray.report.summary import read_run, summarize
 from distillm_ray.types import Mix, TrainStep
 
 NUM_STEPS, BATCH = 200, 16
@@ -89,9 +88,8 @@ def write_run(directory: Path, *, num_steps: int = NUM_STEPS, start: float = 0.3
         work = Counters(
             generated_sequences=fresh,
             generated_tokens=100 * fresh,
+            scored_sequences=fresh + 1,
             scored_tokens=150 * fresh + 100,
-            target_hits=replay,
-            target_misses=BATCH - replay,
             generate_seconds=0.5,
             score_seconds=0.125,
         )
@@ -136,16 +134,19 @@ def test_the_summary_adds_up_the_log(finished: Path) -> None:
     steps = [record for record in run.records if isinstance(record, StepRecord)]
     drawn = np.array([[r.mix.fresh, r.mix.replay, r.mix.dataset] for r in steps]).sum(axis=0)
     assert summary.status == "complete"
-    assert (summary.totals.fresh, summary.totals.replay, summary.totals.dataset) == tuple(drawn)
+    mix = summary.totals.mix
+    assert (mix.fresh, mix.replay, mix.dataset) == tuple(drawn)
     assert drawn.sum() == 60 * BATCH
     assert summary.student_share == pytest.approx((drawn[0] + drawn[1]) / (60 * BATCH))
-    assert summary.totals.generated_tokens == 100 * drawn[0]
-    assert summary.target_hit_rate == pytest.approx(drawn[1] / (60 * BATCH))
+    assert summary.totals.work.generated_tokens == 100 * drawn[0]
+    scored_sequences, scored_tokens = drawn[0] + 60, 150 * drawn[0] + 100 * 60
+    assert summary.target_reuse_sequences == pytest.approx(1 - scored_sequences / (60 * BATCH))
+    assert summary.target_reuse_tokens == pytest.approx(1 - scored_tokens / (60 * 4000))
     assert summary.packing_efficiency == pytest.approx(40 / 41)
     waited = 0.25 * sum(r.mix.fresh > 0 for r in steps)
     assert summary.totals.wait_seconds == pytest.approx(waited)
     assert summary.totals.learn_seconds == pytest.approx(120 - waited)
-    assert summary.totals.generate_seconds == pytest.approx(30)
+    assert summary.totals.work.generate_seconds == pytest.approx(30)
     assert summary.first_validation_loss == 3.4
     assert summary.last_validation_loss == pytest.approx(3.4 * math.exp(-50 / 80) + 1.2)
     assert summary.totals.skipped_steps == 1
@@ -181,6 +182,22 @@ def test_the_report_leaves_summary_samples_and_pictures(finished: Path) -> None:
     for word in ("generating", "scoring", "learning", "waiting", "wall-clock"):
         assert word in text
     assert "1 steps were skipped" in text
+    reuse = [100 * summary[f"target_reuse_{unit}"] for unit in ("sequences", "tokens")]
+    expected = f"target reuse: {reuse[0]:.1f} % of the sequences, {reuse[1]:.1f} % of the tokens"
+    assert expected in text
+
+
+def test_a_run_without_a_teacher_reports_no_target_reuse(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tensorboard=False)
+    draw = DrawFacts(phi=0.0, psi=0.0, mix=Mix(dataset=4))
+    train = TrainStep(step=1, loss=1.0, tokens=100)
+    log.add(StepRecord.build(train, draw, buffer=BufferSizes(), work=Counters()))
+    log.close()
+    text = printed(write_report(tmp_path))
+    assert "no teacher targets" in text and "reuse" not in text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["target_reuse_sequences"] is None
+    assert summary["target_reuse_tokens"] is None
 
 
 def test_another_run_becomes_a_row_of_the_table(finished: Path, tmp_path: Path) -> None:
@@ -217,7 +234,7 @@ def test_a_directory_without_a_log_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_evaluation_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path, num_steps=2)
     (tmp_path / "evaluation.json").write_text('{"models": 3}')
-    with pytest.raises(RunDirectoryError, match=r"is no evaluation .* delete it"):
+    with pytest.raises(RunDirectoryError, match=r"is not a valid evaluation .* delete it"):
         read_run(tmp_path)
 
 
@@ -267,7 +284,3 @@ def test_samples_cannot_break_out_of_their_quotes(tmp_path: Path) -> None:
     write_samples(tmp_path / "samples.md", [sample])
     written = (tmp_path / "samples.md").read_text()
     assert "> # Title\n> \n> ```\n> end" in written
-
-
-def test_outside_of_git_there_is_no_commit(tmp_path: Path) -> None:
-    assert git_commit(tmp_path) == ""

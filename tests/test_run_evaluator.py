@@ -14,12 +14,12 @@ from distillm_ray.cluster.cluster import Cluster
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.data.splits import Splits
 from distillm_ray.evaluation import inference, run_evaluator
+from distillm_ray.evaluation.results import Evaluation
 from distillm_ray.evaluation.run_evaluator import RunEvaluator
 from distillm_ray.log.metrics import MetricsLog
 from distillm_ray.log.records import ValidationRecord
 from distillm_ray.models.directory import ModelFacts
 from distillm_ray.preflight import Preflight
-from distillm_ray.report.summary import Evaluation
 from distillm_ray.types import FinishReason, Prompt, Rollout, Source
 
 STEPS = 10

@@ -103,11 +103,11 @@ class RolloutLoopActor:
         buffer = await self._buffer.counters()
         stores = await asyncio.gather(*(store.counters.remote() for store in self._stores))
         work = self._loop.counters().plus(
-            target_hits=sum(store.hits for store in stores),
-            target_misses=sum(store.misses for store in stores),
-            target_evictions=sum(store.evictions for store in stores),
-            duplicates=buffer.duplicates,
-            late=buffer.late,
+            Counters(
+                target_evictions=sum(store.evictions for store in stores),
+                duplicates=buffer.duplicates,
+                late=buffer.late,
+            )
         )
         record = StepRecord.build(
             train,

@@ -1,1 +1,1 @@
-"""How good a model is: answers to held-out prompts, ROUGE-L and BLEU."""
+"""How good a model is: responses to held-out prompts, ROUGE-L and BLEU."""

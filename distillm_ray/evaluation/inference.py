@@ -15,9 +15,9 @@ from distillm_ray.cluster.cluster import Cluster, ask, release
 from distillm_ray.cluster.loop_actor import LoopPeers
 from distillm_ray.config import Config, SamplingConfig, StudentConfig, TeacherConfig
 from distillm_ray.data.templates import decode
-from distillm_ray.evaluation.scores import evaluate_responses, summarize
+from distillm_ray.evaluation.results import ModelScores
+from distillm_ray.evaluation.scores import score_responses
 from distillm_ray.models.directory import ModelFacts
-from distillm_ray.report.summary import ModelScores, Score
 from distillm_ray.types import Prompt, Rollout, Source
 
 if TYPE_CHECKING:
@@ -83,9 +83,8 @@ def score_answers(
     sampling = config.evaluation.sampling
     limit = sampling.max_tokens or config.data.max_response_tokens
     sampling = sampling.model_copy(update={"max_tokens": limit})
-    seeds = evaluation_seeds(config)
-    by_seed = {
-        seed: answer_all(
+    by_seed = [
+        answer_all(
             loop,
             prompts,
             sampling,
@@ -93,14 +92,9 @@ def score_answers(
             tokenizer=tokenizer,
             timeout_s=config.rollout.timeout_s * max(1, len(prompts) // 8),
         )
-        for seed in seeds
-    }
-    result = summarize({seed: evaluate_responses(prompts, got) for seed, got in by_seed.items()})
-    scores = ModelScores(
-        rouge_l=Score(mean=result.rouge_l.mean, std=result.rouge_l.std),
-        bleu=Score(mean=result.bleu.mean, std=result.bleu.std),
-    )
-    return scores, list(by_seed.values())
+        for seed in evaluation_seeds(config)
+    ]
+    return score_responses(prompts, by_seed), by_seed
 
 
 def score_model(

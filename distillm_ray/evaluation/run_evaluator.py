@@ -15,11 +15,7 @@ from distillm_ray.cluster.cluster import Cluster
 from distillm_ray.config import Config
 from distillm_ray.data.splits import Splits
 from distillm_ray.evaluation import inference
-from distillm_ray.log.metrics import FILE_NAME, read_records
-from distillm_ray.log.records import ValidationRecord
-from distillm_ray.models.directory import check_model_directory
-from distillm_ray.preflight import Preflight
-from distillm_ray.report.summary import (
+from distillm_ray.evaluation.results import (
     STUDENT_AFTER,
     STUDENT_BEFORE,
     TEACHER,
@@ -27,6 +23,10 @@ from distillm_ray.report.summary import (
     Evaluation,
     ModelScores,
 )
+from distillm_ray.log.metrics import FILE_NAME, read_records
+from distillm_ray.log.records import ValidationRecord
+from distillm_ray.models.directory import check_model_directory
+from distillm_ray.preflight import Preflight
 from distillm_ray.run_directory import MODEL_FOLDER
 from distillm_ray.types import Prompt, Rollout
 

@@ -1,1 +1,1 @@
-"""What a run writes down while it works: records, `metrics.jsonl`, TensorBoard."""
+"""The log of a run: records, `metrics.jsonl`, TensorBoard. Below the roles that write to it."""

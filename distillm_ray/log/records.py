@@ -1,9 +1,12 @@
-"""What a run writes down: one frozen record a step or event, one JSON object a line.
+"""The records of a run: one frozen dataclass a step or event, one JSON object a line.
 
-The train loop knows a step's `TrainStep` and what was drawn; the rollout loop and the stores know
-how much work they have done so far (`Counters`). `StepRecord.build` puts the two together. Steps
-are completed optimizer steps: the first is 1, and 0 is before training. JSON has no NaN and no
-infinity, so a non-finite number is written as null and read back as NaN.
+`metrics.jsonl` holds the fields of a record as they stand here. A `step` object has the fields of
+`TrainStep` (loss, tokens, seconds, ...) at its top level, beside `phi`, `psi`, the ages of the
+samples and four objects: `mix` and `rollout_ids` (what was drawn, by shelf), `buffer`
+(`BufferSizes`) and `work` (`Counters`). Every object has `kind`, `step` and `time`.
+
+Steps are completed optimizer steps: the first is 1, and 0 is before training. JSON has no NaN and
+no infinity, so a non-finite number is written as null; null is read as NaN.
 """
 
 from __future__ import annotations
@@ -14,30 +17,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from distillm_ray.types import DrawFacts, Mix, TrainStep
 
-Measured: TypeAlias = Annotated[
-    float, BeforeValidator(lambda value: math.nan if value is None else value)
-]
-"""A number that can be non-finite, or that was not measured (NaN)."""
-
 UNKNOWN_STEP = -1
-"""Of an event whose witness does not follow the steps; the log puts in its newest one."""
+"""Step of an event whose sender does not follow the steps; the log replaces it by the newest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
-    """Work done by the roles beside the learner since the job, or the actor, started."""
+    """Work of the roles other than the learner, counted from the start of the job or the actor."""
 
     generated_sequences: int = 0
     generated_tokens: int = 0  # response tokens
     scored_sequences: int = 0
-    scored_tokens: int = 0  # positions that the teacher's forward pass computed
-    target_hits: int = 0  # sequences whose targets a store had
-    target_misses: int = 0
-    target_evictions: int = 0
+    scored_tokens: int = 0  # positions that the teacher computed, prompts included
+    target_evictions: int = 0  # targets that a store removed to make room for others
     empty: int = 0  # responses without a token, or with the end token only
     truncated: int = 0
     looping: int = 0
@@ -45,29 +41,32 @@ class Counters:
     lost: int = 0  # ordinals given out again
     duplicates: int = 0
     late: int = 0  # trained on at an age above rollout.lookahead + rollout.sync_interval - 2
-    generate_seconds: float = 0.0  # with at least one call to the role under way
+    generate_seconds: float = 0.0  # wall-clock with at least one call to the role in progress
     score_seconds: float = 0.0
-    sync_seconds: float = 0.0  # generators taking new weights
+    sync_seconds: float = 0.0  # generators loading new weights
 
-    def plus(self, **more: int) -> Counters:
-        """With counts of other roles added."""
-        return dataclasses.replace(
-            self, **{name: getattr(self, name) + value for name, value in more.items()}
+    def plus(self, other: Counters) -> Counters:
+        """The sum of both, counter by counter."""
+        return Counters(
+            **{name: getattr(self, name) + getattr(other, name) for name in _COUNTER_NAMES}
         )
 
     def since(self, earlier: Counters) -> Counters:
-        """The work between two readings; none where a count fell because its actor was replaced."""
+        """The work between two readings. 0 where a count fell because its actor was replaced."""
         return Counters(
             **{
-                item.name: max(0, getattr(self, item.name) - getattr(earlier, item.name))
-                for item in dataclasses.fields(self)
+                name: max(0, getattr(self, name) - getattr(earlier, name))
+                for name in _COUNTER_NAMES
             }
         )
 
 
+_COUNTER_NAMES = tuple(item.name for item in dataclasses.fields(Counters))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferSizes:
-    """What the replay buffer and the target stores hold at this moment."""
+    """What the replay buffer and the target stores hold at the time of a step."""
 
     fresh: int = 0  # finished ordinals that no step has taken yet
     replay: int = 0
@@ -77,7 +76,7 @@ class BufferSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartRecord:
-    """A process began or resumed the run, from checkpoint `step` on."""
+    """A process started or resumed the run from checkpoint `step`."""
 
     kind: Literal["start"] = "start"
     step: int
@@ -88,34 +87,21 @@ class StartRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """One optimizer step. Work is what was done since the step before it."""
+class StepRecord(TrainStep):
+    """One optimizer step: the learners' report, what was drawn, and the other roles' work."""
 
     kind: Literal["step"] = "step"
-    step: int
     time: float = 0.0  # seconds since the epoch, set by the log
-    loss: Measured
-    loss_by_shelf: dict[str, Measured] = field(default_factory=dict)
-    learning_rate: float = 0.0
-    gradient_norm: Measured = math.nan
-    tokens: int = 0
-    loss_tokens: int = 0
-    positions: int = 0
-    seconds: float = 0.0  # of the learner, waiting included
-    wait_seconds: float = 0.0
-    skipped: bool = False
-    infinite_tokens: int = 0
-    rank_token_imbalance: float = 0.0
     phi: float = 0.0
     psi: float = 0.0  # rollout rate
     mix: Mix = field(default_factory=Mix)
     rollout_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)  # drawn, by shelf
-    fresh_age_mean: Measured = math.nan  # NaN without fresh samples
+    fresh_age_mean: float = math.nan  # NaN without fresh samples
     fresh_age_max: int = 0
-    replay_age_mean: Measured = math.nan
+    replay_age_mean: float = math.nan  # NaN without replayed samples
     buffer: BufferSizes = BufferSizes()
-    work: Counters = Counters()
-    logprob_gap: Measured = math.nan  # mean |engine - learner| over fresh tokens, in nats
+    work: Counters = Counters()  # since the previous step
+    logprob_gap: float = math.nan  # mean |engine - learner| over fresh tokens, in nats
 
     @classmethod
     def build(
@@ -127,7 +113,7 @@ class StepRecord:
         work: Counters,
         logprob_gap: float = math.nan,
     ) -> StepRecord:
-        """Join what the learner reports with what the other roles did since the last step."""
+        """Join the learners' report with the work of the other roles since the previous step."""
         return cls(
             **dataclasses.asdict(train),
             phi=draw.phi,
@@ -144,37 +130,37 @@ class StepRecord:
 
     @property
     def learn_seconds(self) -> float:
-        """Seconds of the learner without its waiting."""
+        """Seconds of the learner without the time it waited for data."""
         return max(self.seconds - self.wait_seconds, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationRecord:
-    """Held-out loss after `step`, and the schedule that follows from it."""
+    """Held-out loss after `step`, and the phi that the schedule derives from it."""
 
     kind: Literal["validation"] = "validation"
     step: int
     time: float = 0.0
-    loss: Measured
+    loss: float
     tokens: int = 0
-    phi: float = 0.0  # holds from here on
+    phi: float = 0.0  # from the next draw on
     seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishRecord:
-    """Weights of version `step` went out to the generators."""
+    """The learners published the weights of version `step`."""
 
     kind: Literal["publish"] = "publish"
     step: int
     time: float = 0.0
     nbytes: int = 0
-    seconds: float = 0.0  # gathering and handing over, on the learner's side
+    seconds: float = 0.0  # of the learners: gathering and handing over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord:
-    """The run's state after `step` is on disk."""
+    """A complete checkpoint of the run after `step`."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     step: int
@@ -185,7 +171,7 @@ class CheckpointRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A held-out prompt, the data set's answer and a model's."""
+    """A held-out prompt with the data set's response and a model's."""
 
     prompt: str
     reference: str
@@ -194,18 +180,18 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeRecord:
-    """The student's answers to a few held-out prompts after `step`."""
+    """The student's responses to a few held-out prompts after `step`."""
 
     kind: Literal["probe"] = "probe"
     step: int
     time: float = 0.0
     samples: tuple[Sample, ...] = ()
-    logprob_gap: Measured = math.nan  # mean |engine - learner| over these answers, in nats
+    logprob_gap: float = math.nan  # mean |engine - learner| over these responses, in nats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventRecord:
-    """Something that happened: an actor was restarted, an ordinal lost."""
+    """An incident outside of the steps, such as a restarted actor or a lost ordinal."""
 
     kind: Literal["event"] = "event"
     step: int = UNKNOWN_STEP
@@ -216,7 +202,7 @@ class EventRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoneRecord:
-    """The job ended as it was asked to. A job that failed leaves no such record."""
+    """The job ended without a failure. A job that failed leaves no such record."""
 
     kind: Literal["done"] = "done"
     step: int
@@ -245,13 +231,23 @@ def to_json(record: Record) -> str:
     return _RECORDS.dump_json(record).decode()
 
 
-def from_json(value: Any) -> Record:
-    """The record of a parsed JSON object; unknown fields are left out.
+def from_json(value: dict[str, Any]) -> Record:
+    """The record of a parsed JSON object; unknown fields are ignored.
 
     Raises:
-        ValueError: it is no record.
+        ValueError: the object is not a record.
     """
-    return _RECORDS.validate_python(value)
+    return _RECORDS.validate_python(_nan_for_null(value))
+
+
+def _nan_for_null(value: Any) -> Any:  # any JSON value
+    match value:
+        case None:
+            return math.nan
+        case dict():
+            return {name: _nan_for_null(item) for name, item in value.items()}
+        case _:
+            return value
 
 
 def _mean(values: Sequence[int]) -> float:

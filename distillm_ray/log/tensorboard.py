@@ -1,7 +1,8 @@
-"""What TensorBoard gets to see of a record."""
+"""What TensorBoard shows of a record."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -13,13 +14,14 @@ from distillm_ray.log.records import (
     StepRecord,
     ValidationRecord,
 )
+from distillm_ray.log.totals import Totals
 
 
-def scalars(record: Record) -> Iterator[tuple[str, float]]:
-    """Names and values for TensorBoard; what is not finite is left out."""
+def scalars(record: Record, totals: Totals) -> Iterator[tuple[str, float]]:
+    """Names and values; non-finite values are left out. `totals` include the record."""
     values: dict[str, float] = {}
     match record:
-        case StepRecord(work=work, buffer=buffer):
+        case StepRecord():
             values = {
                 "train/loss": record.loss,
                 **{f"train/loss_{shelf}": loss for shelf, loss in record.loss_by_shelf.items()},
@@ -29,28 +31,23 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
                 "train/infinite_tokens": record.infinite_tokens,
                 "train/skipped": float(record.skipped),
                 "train/rank_token_imbalance": record.rank_token_imbalance,
+                "train/seconds": record.seconds,
+                "train/wait_seconds": record.wait_seconds,
                 "schedule/phi": record.phi,
                 "schedule/rollout_rate": record.psi,
-                "mix/fresh": record.mix.fresh,
-                "mix/replay": record.mix.replay,
-                "mix/dataset": record.mix.dataset,
                 "age/fresh_mean": record.fresh_age_mean,
                 "age/replay_mean": record.replay_age_mean,
-                "buffer/fresh": buffer.fresh,
-                "buffer/replay": buffer.replay,
-                "buffer/in_flight": buffer.in_flight,
-                "targets/bytes": buffer.target_bytes,
-                "targets/hits": work.target_hits,
-                "targets/misses": work.target_misses,
-                "work/generated_tokens": work.generated_tokens,
-                "work/scored_tokens": work.scored_tokens,
-                "work/lost_ordinals": work.lost,
-                "seconds/step": record.seconds,
-                "seconds/waiting": record.wait_seconds,
-                "seconds/generating": work.generate_seconds,
-                "seconds/scoring": work.score_seconds,
                 "rollout/logprob_gap": record.logprob_gap,
+                "targets/reuse_sequences": totals.target_reuse_sequences,
+                "targets/reuse_tokens": totals.target_reuse_tokens,
             }
+            for group, part in (
+                ("mix", record.mix),
+                ("buffer", record.buffer),
+                ("work", record.work),
+            ):
+                for name, value in dataclasses.asdict(part).items():
+                    values[f"{group}/{name}"] = value
         case ValidationRecord():
             values = {"validation/loss": record.loss, "schedule/phi_next": record.phi}
         case PublishRecord():

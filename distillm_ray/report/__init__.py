@@ -1,1 +1,1 @@
-"""What a run says of itself: records, the log, the live view, figures and the summary."""
+"""What a reader sees of a run: the live view, the summary, figures and the final table."""

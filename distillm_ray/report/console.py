@@ -1,7 +1,7 @@
-"""What a person sees while a run goes on: a live view on a terminal, plain lines in a log.
+"""Progress of a run: a live view on a terminal, plain lines in a log file.
 
-What is shown is a pure function of a `View`; `ConsoleView` keeps the view up to date and decides
-when to print. Lines carry no color codes, so that a job's log stays readable.
+`render` and `line` are pure functions of a `View` and a record. `ConsoleView` updates the view and
+decides when to print. Plain lines have no color codes, so that a job's log stays readable.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -33,25 +33,27 @@ from distillm_ray.log.records import (
     StepRecord,
     ValidationRecord,
 )
+from distillm_ray.log.totals import Totals
 from distillm_ray.types import Mix
 
 _NUM_EVENTS = 4
-_SMOOTHING = 0.1  # weight of the newest step in the average that the ETA is made of
-_SHELF_STYLES = (("fresh", "#e69f00"), ("replay", "#56b4e9"), ("dataset", "#999999"))
+_SMOOTHING = 0.1  # weight of the newest step in the average behind the remaining time
+_FRESH, _REPLAY, _DATASET = "#e69f00", "#56b4e9", "#999999"  # colors of the shelves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """Everything that the live view shows. Times are of the view's own clock."""
+    """Everything that the live view shows. Times are readings of the view's own clock."""
 
     total_steps: int
     phase: str = ""
     phase_started: float = 0.0
-    waiting: str = ""  # for what, or empty
+    waiting: str = ""  # what the run waits for, or empty
     step: StepRecord | None = None
+    totals: Totals = field(default_factory=Totals)  # of the records that the view has seen
     first_validation: ValidationRecord | None = None
     validation: ValidationRecord | None = None
-    version: int | None = None  # newest weights published
+    version: int | None = None  # of the newest published weights
     sample: Sample | None = None
     events: tuple[str, ...] = ()
     step_seconds: float = math.nan  # smoothed wall-clock from one step to the next
@@ -59,16 +61,17 @@ class View:
 
     @property
     def completed(self) -> int:
-        """Optimizer steps behind us."""
+        """Completed optimizer steps."""
         return self.step.step if self.step is not None else 0
 
     @property
     def eta_seconds(self) -> float:
-        """Seconds until the last step at the present rate; NaN while not known."""
+        """Seconds until the last step at the current rate; NaN before two steps."""
         return self.step_seconds * (self.total_steps - self.completed)
 
     def after(self, record: Record, now: float) -> View:
         """The view with one more record."""
+        self = dataclasses.replace(self, totals=self.totals.plus(record))
         match record:
             case StepRecord():
                 pace = self.step_seconds
@@ -115,8 +118,8 @@ def line(record: Record, total_steps: int) -> str:
         case CheckpointRecord():
             return f"checkpoint of step {record.step}: {record.path} ({record.seconds:.1f} s)"
         case ProbeRecord(samples=samples):
-            shown = [f"{_one_line(s.prompt)} -> {_one_line(s.response)}" for s in samples[:1]]
-            return ": ".join([f"answers after step {record.step}", *shown])
+            shown = [_exchange(sample) for sample in samples[:1]]
+            return ": ".join([f"responses after step {record.step}", *shown])
         case StartRecord(resumed=resumed):
             return f"resumed from step {record.step}" if resumed else "run started"
         case EventRecord(name=name, detail=detail):
@@ -126,7 +129,7 @@ def line(record: Record, total_steps: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3 min 05 s, 2 h 07 min; a dash if not known."""
+    """Seconds for a reader: 42 s, 3 min 05 s, 2 h 07 min; a dash for NaN."""
     if not math.isfinite(seconds):
         return "-"
     whole = round(seconds)
@@ -137,22 +140,27 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def percent(share: float) -> str:
+    """A share for a reader: 17.6 %; a dash for NaN."""
+    return f"{100 * share:.1f} %" if math.isfinite(share) else "-"
+
+
 def mix_bar(mix: Mix, width: int) -> Text:
-    """A bar of exactly `width` cells (if anything was drawn): fresh, replay, data set."""
+    """A bar of `width` cells in proportion to fresh, replay and data set; empty for no slots."""
     bar = Text()
     if mix.total == 0:
         return bar
     drawn, cells = 0, 0
-    for name, style in _SHELF_STYLES:
-        drawn += {"fresh": mix.fresh, "replay": mix.replay, "dataset": mix.dataset}[name]
+    for color, count in ((_FRESH, mix.fresh), (_REPLAY, mix.replay), (_DATASET, mix.dataset)):
+        drawn += count
         upto = round(width * drawn / mix.total)
-        bar.append("█" * (upto - cells), style=style)
+        bar.append("█" * (upto - cells), style=color)
         cells = upto
     return bar
 
 
 def render(view: View, now: float) -> RenderableType:
-    """The live view as rich shows it."""
+    """The live view."""
     head = Table.grid(padding=(0, 2))
     elapsed = duration(now - view.phase_started)
     head.add_row(Text(view.phase or "starting", style="bold"), Text(elapsed, style="dim"))
@@ -167,12 +175,7 @@ def render(view: View, now: float) -> RenderableType:
     if view.step is not None or view.validation is not None:
         parts.append(_numbers(view))
     if view.sample is not None:
-        parts.append(
-            Text(
-                f"{_one_line(view.sample.prompt)} -> {_one_line(view.sample.response)}",
-                "italic",
-            )
-        )
+        parts.append(Text(_exchange(view.sample), "italic"))
     parts.extend(Text(event, style="dim") for event in view.events)
     if view.waiting:
         parts.append(Spinner("dots", Text(f"waiting for {view.waiting}", style="yellow")))
@@ -199,9 +202,9 @@ def _numbers(view: View) -> Table:
         phi = view.validation.phi if view.validation is not None else step.phi
         table.add_row("phi", f"{phi:.2f}   rollout rate {step.psi:.2f}")
         mix = mix_bar(step.mix, 24)
-        mix.append(f"  fresh {step.mix.fresh}", style=_SHELF_STYLES[0][1])
-        mix.append(f"  replay {step.mix.replay}", style=_SHELF_STYLES[1][1])
-        mix.append(f"  data set {step.mix.dataset}", style=_SHELF_STYLES[2][1])
+        mix.append(f"  fresh {step.mix.fresh}", style=_FRESH)
+        mix.append(f"  replay {step.mix.replay}", style=_REPLAY)
+        mix.append(f"  data set {step.mix.dataset}", style=_DATASET)
         table.add_row("mix", mix)
         buffer = step.buffer
         published = "" if view.version is None else f"   newest weights: version {view.version}"
@@ -220,18 +223,26 @@ def _numbers(view: View) -> Table:
             f"generated {step.work.generated_tokens} tokens"
             f"   scored {step.work.scored_tokens} tokens",
         )
+        if view.totals.has_targets:
+            table.add_row(
+                "target reuse",
+                f"{percent(view.totals.target_reuse_sequences)} of sequences"
+                f"   {percent(view.totals.target_reuse_tokens)} of tokens",
+            )
     return table
 
 
 class ConsoleView:
-    """Shows a run. `start` a phase, `update` with each record, `tick` every second or so, `stop`.
+    """Shows a run from its records. `stop` ends the view.
+
+    Call `start` at each phase, `update` with each record and `tick` about once a second.
 
     Args:
-        total_steps: of the whole run.
-        stream: where to print; a terminal gets the live view, anything else plain lines.
-        interactive: overrides what the stream is.
-        line_interval_s: plain lines: at most one step line in so many seconds, besides the last.
-        heartbeat_s: plain lines: say that the phase goes on when nothing else was printed so long.
+        total_steps: optimizer steps of the whole run.
+        stream: where to print: the live view on a terminal, plain lines elsewhere.
+        interactive: True or False decides between the two regardless of the stream.
+        line_interval_s: shortest time between two plain step lines; the last step is always shown.
+        heartbeat_s: time without a plain line after which `tick` prints one.
     """
 
     def __init__(
@@ -262,14 +273,14 @@ class ConsoleView:
             self._live.start()
 
     def start(self, phase: str) -> None:
-        """A new phase begins: "starting generators", "training" …"""
+        """Enter a phase, such as "starting generators" or "training"."""
         self.view = dataclasses.replace(
             self.view, phase=phase, phase_started=self._clock(), waiting=""
         )
         self._print(phase)
 
     def update(self, record: Record) -> None:
-        """Take up a record of the run's log."""
+        """Show a record of the run's log."""
         now = self._clock()
         self.view = self.view.after(record, now)
         match record:
@@ -283,18 +294,18 @@ class ConsoleView:
         self._print(line(record, self.view.total_steps))
 
     def note(self, text: str) -> None:
-        """Say something that stays on the screen."""
+        """Print a line that stays on the screen above the live view."""
         if self._live is None:
             self._print(text)
         else:
             self._live.console.print(text)
 
     def waiting(self, reason: str) -> None:
-        """Say what the learner waits for; an empty reason when it goes on."""
+        """Show what the learner waits for; an empty reason clears it."""
         self.view = dataclasses.replace(self.view, waiting=reason)
 
     def tick(self) -> None:
-        """A sign of life where nothing else was printed for a while."""
+        """Print a plain heartbeat line if nothing was printed for `heartbeat_s`."""
         now = self._clock()
         if self._live is None and now - self._printed_at >= self._heartbeat_s:
             reason = f", waiting for {self.view.waiting}" if self.view.waiting else ""
@@ -302,7 +313,7 @@ class ConsoleView:
             self._print(f"{self.view.phase or 'starting'}: {elapsed}{reason}")
 
     def stop(self) -> None:
-        """Leave the last view on the screen and give the terminal back."""
+        """Restore the terminal; the last view stays on the screen."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -313,6 +324,10 @@ class ConsoleView:
             self._stream.write(f"{stamp}  {text}\n")
             self._stream.flush()
             self._printed_at = self._clock()
+
+
+def _exchange(sample: Sample) -> str:
+    return f"{_one_line(sample.prompt)} -> {_one_line(sample.response)}"
 
 
 def _one_line(text: str, limit: int = 90) -> str:

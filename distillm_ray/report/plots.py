@@ -1,6 +1,6 @@
-"""Figures of a run: pictures from records, nothing computed here that the summary would need.
+"""Figures of a run, drawn from its records.
 
-Colors are of the Okabe-Ito palette, which people with any color vision can tell apart.
+The colors are from the Okabe-Ito palette, which stays distinguishable under color blindness.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BLUE, ORANGE, GREEN, RED, SKY, GREY = (
     "#56b4e9",
     "#9a9a9a",
 )
-_STYLE: dict[Any, Any] = {
+_STYLE: dict[Any, Any] = {  # Any: matplotlib types each key of its settings
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -51,7 +51,7 @@ _Corner: TypeAlias = Literal["upper left", "upper right"]
 
 
 def draw_overview(records: Sequence[Record], path: Path, *, title: str, subtitle: str) -> None:
-    """Loss, phi, mix and buffer in one picture, 1200 pixels wide, for the first screen."""
+    """Draw loss, phi, mix and buffer into one picture, 1200 pixels wide."""
     panels = (draw_loss, draw_phi, draw_mix, draw_buffer)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(12, 7.2), layout="constrained")
@@ -67,7 +67,7 @@ def draw_overview(records: Sequence[Record], path: Path, *, title: str, subtitle
 
 
 def draw_all(records: Sequence[Record], directory: Path) -> tuple[Path, ...]:
-    """One picture a panel; the paths written."""
+    """Draw one picture for each panel; returns their paths."""
     panels: dict[str, Callable[[Axes, Sequence[Record]], None]] = {
         "loss": draw_loss,
         "phi": draw_phi,
@@ -90,7 +90,7 @@ def draw_all(records: Sequence[Record], directory: Path) -> tuple[Path, ...]:
 
 
 def draw_loss(ax: Axes, records: Sequence[Record]) -> None:
-    """Distillation loss by step, its running mean, and held-out cross-entropy."""
+    """Training loss by step with its running mean, and the validation loss."""
     steps, at = _steps(records)
     losses = np.array([record.loss for record in steps], dtype=float)
     ax.plot(at, losses, color=BLUE, alpha=0.25, linewidth=1)
@@ -114,19 +114,15 @@ def draw_loss(ax: Axes, records: Sequence[Record]) -> None:
     )
     right.set_ylabel("validation loss, nats a token", color=RED)
     right.set_ylim(bottom=0)
-    for index, record in enumerate(_skipped(steps)):
+    for index, record in enumerate(record for record in steps if record.skipped):
         label = "skipped step" if index == 0 else None
         ax.axvline(record.step, color="black", linestyle=":", linewidth=1, label=label)
-    handles = [
-        *ax.get_legend_handles_labels()[0],
-        *right.get_legend_handles_labels()[0],
-    ]
-    ax.legend(handles=handles, loc="upper right")
+    _legend_of_both(ax, right, "upper right")
     _finish(ax, "Loss", records)
 
 
 def draw_phi(ax: Axes, records: Sequence[Record]) -> None:
-    """The SGO probability and the rollout rate, which is what still has to be generated."""
+    """The SGO probability, and the rollout rate: the share of slots that need a new response."""
     steps, at = _steps(records)
     ax.step(
         at,
@@ -143,7 +139,7 @@ def draw_phi(ax: Axes, records: Sequence[Record]) -> None:
 
 
 def draw_mix(ax: Axes, records: Sequence[Record]) -> None:
-    """Where the sequences of each step came from, as drawn."""
+    """Share of the shelves in each global batch, beside the shares that the schedule asked for."""
     steps, at = _steps(records)
     shares = np.array([[r.mix.fresh, r.mix.replay, r.mix.dataset] for r in steps], dtype=float)
     shares = shares.reshape(-1, 3)
@@ -161,7 +157,7 @@ def draw_mix(ax: Axes, records: Sequence[Record]) -> None:
     ax.set_ylabel("share of the batch")
     ax.legend(loc="upper right", ncols=5, frameon=True, framealpha=0.85, edgecolor="none")
     ax.grid(visible=False)
-    _finish(ax, "Mix actually drawn", records)
+    _finish(ax, "Mix drawn", records)
 
 
 def draw_age(ax: Axes, records: Sequence[Record]) -> None:
@@ -188,7 +184,7 @@ def draw_age(ax: Axes, records: Sequence[Record]) -> None:
 
 
 def draw_buffer(ax: Axes, records: Sequence[Record]) -> None:
-    """What the buffer holds, and how much of its demand is still being generated."""
+    """Size of the replay shelf, and the demanded sequences in flight and finished."""
     steps, at = _steps(records)
     ax.fill_between(at, [r.buffer.replay for r in steps], color=SKY, alpha=0.35, linewidth=0)
     ax.plot(at, [r.buffer.replay for r in steps], color=SKY, label="replay shelf (left)")
@@ -203,13 +199,13 @@ def draw_buffer(ax: Axes, records: Sequence[Record]) -> None:
     highest = max((r.buffer.in_flight + r.buffer.fresh for r in steps), default=0)
     right.set_ylim(0, max(2 * highest, 1))
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
-    right.set_ylabel("sequences awaited")
+    right.set_ylabel("demanded sequences")
     _legend_of_both(ax, right, "upper left")
     _finish(ax, "Replay buffer", records)
 
 
 def draw_seconds(ax: Axes, records: Sequence[Record]) -> None:
-    """Busy seconds by role; roles work at the same time, so they don't add up to a step."""
+    """Busy seconds of each role. Roles work in parallel, so the sum exceeds a step's seconds."""
     steps, at = _steps(records)
     for label, color, values in (
         ("learning", BLUE, [r.learn_seconds for r in steps]),
@@ -226,7 +222,10 @@ def draw_seconds(ax: Axes, records: Sequence[Record]) -> None:
 
 
 def draw_work(ax: Axes, records: Sequence[Record]) -> None:
-    """Tokens trained on, generated and scored: the gap is what replay and the cache save."""
+    """Tokens trained on, scored and generated so far.
+
+    The gap between the first two is the work that target reuse saves.
+    """
     steps, at = _steps(records)
     for label, color, values in (
         ("trained on", BLUE, [r.tokens for r in steps]),
@@ -241,7 +240,7 @@ def draw_work(ax: Axes, records: Sequence[Record]) -> None:
 
 
 def running_mean(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
-    """Mean over the last `width` values, those that are not finite left out; NaN if none is."""
+    """Mean of the finite ones among the last `width` values; NaN where there are none."""
     array = np.asarray(values, dtype=float)
     finite = np.isfinite(array)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, array, 0.0))])
@@ -257,10 +256,6 @@ def _steps(records: Sequence[Record]) -> tuple[list[StepRecord], list[int]]:
     return steps, [record.step for record in steps]
 
 
-def _skipped(steps: Sequence[StepRecord]) -> list[StepRecord]:
-    return [record for record in steps if record.skipped]
-
-
 def _right_axis(ax: Axes) -> Axes:
     right = ax.twinx()
     right.spines["right"].set_visible(True)
@@ -274,7 +269,7 @@ def _legend_of_both(ax: Axes, right: Axes, location: _Corner) -> None:
 
 
 def _finish(ax: Axes, title: str, records: Sequence[Record]) -> None:
-    """Title and step axis, and a thin line where the run was resumed."""
+    """Title, step axis, and a thin line at each resume."""
     for record in records:
         match record:
             case StartRecord(resumed=True) | EventRecord(name="rewound"):

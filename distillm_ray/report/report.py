@@ -1,10 +1,8 @@
-"""What a run leaves for its reader: the figures, `samples.md`, and the table at the end."""
+"""The report of a run: `summary.json`, figures, `samples.md`, and the table on the terminal."""
 
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,25 +11,21 @@ from rich.table import Table
 from rich.text import Text
 
 from distillm_ray.errors import RunDirectoryError
-from distillm_ray.log.metrics import FILE_NAME
-from distillm_ray.report.console import duration
-from distillm_ray.report.plots import draw_all, draw_overview
-from distillm_ray.report.summary import (
+from distillm_ray.evaluation.results import (
     EVALUATION_FILE,
     STUDENT_AFTER,
     STUDENT_BEFORE,
-    SUMMARY_FILE,
     TEACHER,
     ComparedSample,
     Evaluation,
     ModelScores,
-    Run,
     Score,
-    Summary,
     read_evaluation,
-    read_run,
-    summarize,
 )
+from distillm_ray.log.metrics import FILE_NAME
+from distillm_ray.report.console import duration, percent
+from distillm_ray.report.plots import draw_all, draw_overview
+from distillm_ray.report.summary import SUMMARY_FILE, Run, Summary, read_run, summarize
 from distillm_ray.run_directory import MODEL_FOLDER
 
 SAMPLES_FILE = "samples.md"
@@ -42,11 +36,11 @@ def write_report(directory: Path, *, compare: Sequence[Path] = ()) -> Renderable
     """Write `summary.json`, `plots/` and (after an evaluation) `samples.md`; return the table.
 
     Args:
-        directory: the run.
-        compare: other run directories, whose evaluations become rows of the table.
+        directory: the run directory.
+        compare: other run directories; the scores of their trained students become rows.
 
     Raises:
-        RunDirectoryError: a directory is no run, or one to compare has no evaluation.
+        RunDirectoryError: `directory` is not a run, or one of `compare` has no evaluation.
     """
     run = read_run(directory)
     others: dict[str, ModelScores] = {}
@@ -55,17 +49,16 @@ def write_report(directory: Path, *, compare: Sequence[Path] = ()) -> Renderable
         if evaluation is None or STUDENT_AFTER not in evaluation.models:
             raise RunDirectoryError(
                 f"{other} holds no {EVALUATION_FILE} with a trained student to compare with:"
-                " a run that ended, with evaluation.at_end, has one"
+                " only a completed run with evaluation.at_end has one"
             )
         others[f"student after ({other.name})"] = evaluation.models[STUDENT_AFTER]
     summary = summarize(run)
     summary.write(directory)
-    commit = f"commit {summary.commit}" if summary.commit else ""
     draw_overview(
         run.records,
         directory / PLOTS_FOLDER / "overview.png",
         title=summary.command or directory.name,
-        subtitle=commit,
+        subtitle=f"commit {summary.commit}" if summary.commit else "",
     )
     draw_all(run.records, directory / PLOTS_FOLDER)
     if run.evaluation is not None and run.evaluation.samples:
@@ -74,8 +67,8 @@ def write_report(directory: Path, *, compare: Sequence[Path] = ()) -> Renderable
 
 
 def write_samples(path: Path, samples: Sequence[ComparedSample]) -> None:
-    """Before and after, side by side for a reader, as Markdown."""
-    parts = ["# Held-out prompts, answered before and after training\n"]
+    """Write prompts, references and both responses as Markdown."""
+    parts = ["# Responses to held-out prompts before and after training\n"]
     for number, sample in enumerate(samples, start=1):
         parts.append(f"## {number}\n")
         for name, text in (
@@ -92,7 +85,7 @@ def write_samples(path: Path, samples: Sequence[ComparedSample]) -> None:
 def render_report(
     run: Run, summary: Summary, others: Mapping[str, ModelScores] | None = None
 ) -> RenderableType:
-    """The end of a run on a terminal: scores, seconds, where things are."""
+    """The table at the end of a run: scores, seconds by role, and where the files are."""
     parts: list[RenderableType] = []
     if run.evaluation is not None:
         parts.append(_scores(run.evaluation, others or {}))
@@ -100,30 +93,6 @@ def render_report(
     parts.append(_places(run.directory))
     parts.extend(Text(f"note: {note}", style="yellow") for note in summary.notes)
     return Group(*parts)
-
-
-def git_commit(directory: Path) -> str:
-    """Short hash of the commit that `directory` is at, "+" if files differ; "" outside of git."""
-    git = shutil.which("git")
-    if git is None:
-        return ""
-    command = [
-        git,
-        "-C",
-        str(directory),
-        "describe",
-        "--always",
-        "--dirty=+",
-        "--abbrev=9",
-    ]
-    found = subprocess.run(
-        [*command, "--exclude=*"],
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=False,
-    )
-    return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def _scores(evaluation: Evaluation, others: Mapping[str, ModelScores]) -> Table:
@@ -145,36 +114,34 @@ def _scores(evaluation: Evaluation, others: Mapping[str, ModelScores]) -> Table:
 
 def _seconds(summary: Summary) -> Table:
     totals = summary.totals
+    mix, work = totals.mix, totals.work
     table = Table(title=f"{summary.steps} steps, {summary.status}", title_justify="left")
     for name in ("seconds spent", "", "work"):
         table.add_column(name, justify="right" if name == "" else "left")
-    hits = _percent(summary.target_hit_rate)
-    generated = f"{totals.generated_tokens:,} tokens in {totals.generated_sequences:,} responses"
-    scored = f"{totals.scored_tokens:,} tokens; {hits} of the targets were there already"
-    learned = f"{totals.tokens:,} tokens: {totals.fresh:,} fresh, {totals.replay:,} replayed,"
-    rows = (
-        ("generating", totals.generate_seconds, generated),
-        ("scoring", totals.score_seconds, scored),
-        (
-            "learning",
-            totals.learn_seconds,
-            f"{learned} {totals.dataset:,} data-set sequences",
-        ),
+    generated = f"{work.generated_tokens:,} tokens in {work.generated_sequences:,} responses"
+    scored = "no teacher targets"
+    if totals.has_targets:
+        scored = (
+            f"{work.scored_tokens:,} tokens in {work.scored_sequences:,} sequences\n"
+            f"target reuse: {percent(summary.target_reuse_sequences)} of the sequences,"
+            f" {percent(summary.target_reuse_tokens)} of the tokens trained on"
+        )
+    learned = (
+        f"{totals.tokens:,} tokens: {mix.fresh:,} fresh, {mix.replay:,} replayed,"
+        f" {mix.dataset:,} data-set sequences"
+    )
+    published = f"{totals.publishes} versions published"
+    for name, seconds, done in (
+        ("generating", work.generate_seconds, generated),
+        ("scoring", work.score_seconds, scored),
+        ("learning", totals.learn_seconds, learned),
         ("waiting (learner)", totals.wait_seconds, ""),
-        (
-            "taking new weights",
-            totals.sync_seconds,
-            f"{totals.publishes} versions published",
-        ),
-    )
-    for name, seconds, work in rows:
-        table.add_row(name, f"{seconds:.1f}", work)
+        ("loading new weights", work.sync_seconds, published),
+    ):
+        table.add_row(name, f"{seconds:.1f}", done)
     table.add_section()
-    table.add_row(
-        "wall-clock",
-        f"{summary.wall_seconds:.1f}",
-        f"{duration(summary.wall_seconds)} in all",
-    )
+    wall = summary.wall_seconds
+    table.add_row("wall-clock", f"{wall:.1f}", f"{duration(wall)} in all")
     return table
 
 
@@ -196,7 +163,3 @@ def _score(score: Score | None) -> str:
     if score is None:
         return "-"
     return f"{score.mean:.1f} ± {score.std:.1f}" if score.std > 0 else f"{score.mean:.1f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if math.isfinite(share) else "none"

@@ -18,12 +18,8 @@ Value = TypeVar("Value")
 class StoreCounters:
     """What a store holds now, and what it has evicted since it started."""
 
-    entries: int
     nbytes: int
-    hits: int  # keys that `get` found
-    misses: int  # keys that `get` did not find
     evictions: int  # values removed to make room for newer ones
-    refused: int  # values larger than the whole store
 
 
 class TargetStore(Generic[Value]):
@@ -42,10 +38,7 @@ class TargetStore(Generic[Value]):
         self.max_bytes = max_bytes
         self._values: OrderedDict[str, tuple[Value, int]] = OrderedDict()
         self._nbytes = 0
-        self._hits = 0
-        self._misses = 0
         self._evictions = 0
-        self._refused = 0
 
     def put(self, key: str, value: Value, nbytes: int) -> bool:
         """Keep a value as the most recently used one; it replaces an earlier value of the key.
@@ -55,7 +48,6 @@ class TargetStore(Generic[Value]):
         assert nbytes >= 0, f"{key}: a size cannot be negative, got {nbytes}"
         self.drop((key,))
         if nbytes > self.max_bytes:
-            self._refused += 1
             return False
         while self._nbytes + nbytes > self.max_bytes:
             _, (_, freed) = self._values.popitem(last=False)
@@ -69,12 +61,9 @@ class TargetStore(Generic[Value]):
         """The values that are here, now the most recently used; missing keys are absent."""
         found: dict[str, Value] = {}
         for key in keys:
-            if (entry := self._values.get(key)) is None:
-                self._misses += 1
-                continue
-            self._values.move_to_end(key)
-            self._hits += 1
-            found[key] = entry[0]
+            if (entry := self._values.get(key)) is not None:
+                self._values.move_to_end(key)
+                found[key] = entry[0]
         return found
 
     def drop(self, keys: Iterable[str]) -> None:
@@ -90,11 +79,4 @@ class TargetStore(Generic[Value]):
     @property
     def counters(self) -> StoreCounters:
         """A snapshot."""
-        return StoreCounters(
-            entries=len(self._values),
-            nbytes=self._nbytes,
-            hits=self._hits,
-            misses=self._misses,
-            evictions=self._evictions,
-            refused=self._refused,
-        )
+        return StoreCounters(nbytes=self._nbytes, evictions=self._evictions)

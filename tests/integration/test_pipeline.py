@@ -213,8 +213,7 @@ def test_every_visit_after_the_first_finds_its_targets(whole: Whole) -> None:
     assert len(visits) > 2 * len(set(visits)), "the data set is visited more than twice"
     scored = sum(record.work.scored_sequences for record in steps)
     assert scored == len(set(visits)) + len(list(fresh_ordinals(whole.run)))
-    assert sum(record.work.target_hits for record in steps) == STEPS * BATCH_SIZE
-    assert sum(record.work.target_misses for record in steps) == 0
+    assert sum(record.work.target_evictions for record in steps) == 0
 
 
 def test_weights_go_out_every_sync_interval(whole: Whole) -> None:
@@ -228,7 +227,9 @@ def test_summary_and_evaluation_say_what_happened(whole: Whole) -> None:
     assert summary["steps"] == STEPS
     assert summary["superseded_steps"] == 0
     assert summary["packing_efficiency"] >= 0.95
-    assert summary["target_hit_rate"] == 1.0
+    scored = sum(record.work.scored_sequences for record in records(whole.run, StepRecord))
+    assert summary["target_reuse_sequences"] == pytest.approx(1 - scored / (STEPS * BATCH_SIZE))
+    assert 0 < summary["target_reuse_tokens"] < 1
     assert summary["totals"]["publishes"] >= STEPS / 2
     models = json.loads((whole.run / "evaluation.json").read_text())["models"]
     assert set(models) == {"student before", "student after", "teacher"}

@@ -1,0 +1,86 @@
+"""Sums over the steps of a run, and the target reuse that follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from distillm_ray.log.records import Counters, PublishRecord, Record, StepRecord
+from distillm_ray.types import Mix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Sums over the records that are not superseded."""
+
+    steps: int = 0
+    last_step: int = 0
+    skipped_steps: int = 0
+    tokens: int = 0  # trained on: prompts included, fillers left out
+    positions: int = 0  # computed by the learners, padding and fillers included
+    infinite_tokens: int = 0
+    learn_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    publishes: int = 0
+    mix: Mix = field(default_factory=Mix)  # sequences trained on
+    work: Counters = field(default_factory=Counters)
+    has_targets: bool = False  # the teacher scored a sequence, or a store held targets
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Totals:
+        """The sums over several records."""
+        totals = cls()
+        for record in records:
+            totals = totals.plus(record)
+        return totals
+
+    def plus(self, record: Record) -> Totals:
+        """The sums with one more record."""
+        match record:
+            case PublishRecord():
+                return dataclasses.replace(self, publishes=self.publishes + 1)
+            case StepRecord(mix=mix, work=work):
+                return Totals(
+                    steps=self.steps + 1,
+                    last_step=record.step,
+                    skipped_steps=self.skipped_steps + record.skipped,
+                    tokens=self.tokens + record.tokens,
+                    positions=self.positions + record.positions,
+                    infinite_tokens=self.infinite_tokens + record.infinite_tokens,
+                    learn_seconds=self.learn_seconds + record.learn_seconds,
+                    wait_seconds=self.wait_seconds + record.wait_seconds,
+                    publishes=self.publishes,
+                    mix=Mix(
+                        fresh=self.mix.fresh + mix.fresh,
+                        replay=self.mix.replay + mix.replay,
+                        dataset=self.mix.dataset + mix.dataset,
+                    ),
+                    work=self.work.plus(work),
+                    has_targets=self.has_targets
+                    or work.scored_sequences > 0
+                    or record.buffer.target_bytes > 0,
+                )
+            case _:
+                return self
+
+    @property
+    def target_reuse_sequences(self) -> float:
+        """1 - sequences scored / sequences trained on.
+
+        Negative where more was scored than trained on, for example again after an eviction.
+        NaN before the first step and in a run without teacher targets.
+        """
+        return self._reuse(self.work.scored_sequences, self.mix.total)
+
+    @property
+    def target_reuse_tokens(self) -> float:
+        """1 - positions the teacher computed / tokens trained on, prompts included in both.
+
+        Negative or NaN as `target_reuse_sequences`.
+        """
+        return self._reuse(self.work.scored_tokens, self.tokens)
+
+    def _reuse(self, scored: int, trained: int) -> float:
+        return 1 - scored / trained if self.has_targets and trained else math.nan
