@@ -1,4 +1,4 @@
-"""YAML files and `key=value` overrides into a checked `Config`, with errors a user can act on."""
+"""Reads YAML files and `key=value` overrides into a checked `Config`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from distillm_ray.errors import ConfigError
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read `path`, apply dotted `key=value` overrides in order, check everything.
+    """Read `path`, apply dotted `key=value` overrides in order, and check the result.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown (with the nearest known one),
-            a value has the wrong type, or values contradict each other. All problems at once.
+        ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type,
+            or values contradict each other. Lists all problems; for an unknown key it suggests the
+            nearest known one.
     """
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
@@ -48,7 +49,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(values: Any, *, name: str) -> Config:
-    """Check a plain tree of values; `name` is what the message calls it."""
+    """Check a plain tree of values; error messages call it `name`."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -57,12 +58,12 @@ def parse_config(values: Any, *, name: str) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved tree as YAML that `load_config` reads back to an equal config."""
+    """The resolved config as YAML; `load_config` reads it back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _with_override(tree: DictConfig, override: str) -> DictConfig:
-    """The tree with one key set; another `type` replaces the old one together with its keys."""
+    """The tree with one key set. Setting another `type` also drops the keys of the old type."""
     patch = OmegaConf.from_dotlist([override])
     key = override.partition("=")[0].removesuffix(".type")
     old, new = OmegaConf.select(tree, key), OmegaConf.select(patch, key)
@@ -80,7 +81,7 @@ def _explain(item: Any) -> str:
     tag = ""  # of the innermost union on the way
     choices = _choices(Config)
     for part in item["loc"]:
-        # pydantic puts the chosen union member into the location, by its tag or its annotation
+        # pydantic adds the chosen union member to the location, by its tag or its annotation.
         if part in choices.get(".".join(keys), ()):
             tag = part
         elif "[" not in str(part):
@@ -118,7 +119,7 @@ def _explain(item: Any) -> str:
 
 
 def _choices(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, ...]]:
-    """The tags that each union of sections knows, by its dotted key."""
+    """The tags of each union of sections, by its dotted key."""
     found: dict[str, tuple[str, ...]] = {}
     for name, info in section.model_fields.items():
         members = tuple(_sections_in(info.annotation))

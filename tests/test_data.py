@@ -1,4 +1,4 @@
-"""Rows, templates and splits: token ids by hand with a word-level tokenizer, messages by line."""
+"""Rows, templates and splits, with token ids written by hand for a word-level tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from distillm_ray.config import ChatTemplate, DataConfig, PlainTemplate
-from distillm_ray.data.files import check_files
+from distillm_ray.data.files import DataFile, check_files, decode_row, read_rows
 from distillm_ray.data.rows import Example, RowError, parse_row
 from distillm_ray.data.splits import Dataset, hold_out, load_dataset, load_splits
 from distillm_ray.data.templates import Renderer
@@ -36,7 +36,7 @@ def ids_of(words: str) -> list[int]:
 
 
 def make_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
-    """One id a word; white space is dropped, so the expected ids can be written by hand."""
+    """One id per word; white space is dropped, so expected ids can be written by hand."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *WORDS])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")  # type: ignore[assignment]
@@ -48,8 +48,9 @@ def make_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def question(text: str, *answers: str) -> Example:
-    return parse_row({"prompt": text, "response": list(answers)}, require_responses=bool(answers))
+def question(text: str, *responses: str) -> Example:
+    row = {"prompt": text, "response": list(responses)}
+    return parse_row(row, require_responses=bool(responses))
 
 
 # ---- rows ---------------------------------------------------------------------------------------
@@ -65,13 +66,13 @@ def question(text: str, *answers: str) -> Example:
         {"prompt": "why", "references": ["so"]},
     ],
 )
-def test_every_column_form_says_the_same(row: dict[str, Any]) -> None:
+def test_every_column_form_gives_the_same_example(row: dict[str, Any]) -> None:
     example = parse_row(row, require_responses=True)
     assert [(turn.role, turn.content) for turn in example.turns] == [("user", "why")]
     assert (example.text, example.references) == ("why", ("so",))
 
 
-def test_context_follows_the_instruction_and_several_answers_are_kept() -> None:
+def test_context_follows_the_instruction_and_several_responses_are_kept() -> None:
     row = {"id": 7, "instruction": "why", "input": "sky", "output": ["so", "yes"]}
     example = parse_row(row, require_responses=True)
     assert (example.text, example.references) == ("why\n\nsky", ("so", "yes"))
@@ -83,11 +84,12 @@ def test_context_follows_the_instruction_and_several_answers_are_kept() -> None:
     [
         ([1], "malformed", "a row must be an object, got list"),
         ({"question": "why"}, "malformed", "columns must be .*; got question"),
-        ({"prompt": "why"}, "malformed", "no answer: one of response, responses"),
+        ({"prompt": "why"}, "malformed", "no response: one of response, responses"),
         ({"prompt": "  ", "response": "so"}, "empty", "prompt is empty"),
         ({"prompt": "why", "response": ""}, "empty", "response is empty"),
         ({"prompt": "why", "response": []}, "empty", "response is an empty list"),
         ({"prompt": "why", "response": 3}, "malformed", "response must be text, got int"),
+        ({"prompt": "why \ud83d"}, "malformed", "prompt has an unpaired surrogate at character 5"),
         ({"messages": [{"role": "user"}]}, "malformed", r"messages\[0\]\.content must be text"),
         (
             {"messages": [{"role": "user", "content": "why"}]},
@@ -101,20 +103,20 @@ def test_context_follows_the_instruction_and_several_answers_are_kept() -> None:
         ),
     ],
 )
-def test_a_bad_row_is_named_for_what_it_lacks(row: Any, kind: str, message: str) -> None:
+def test_a_bad_row_is_refused_with_its_reason(row: Any, kind: str, message: str) -> None:
     with pytest.raises(RowError, match=message) as caught:
         parse_row(row, require_responses=True)
     assert caught.value.kind == kind
 
 
-def test_prompts_alone_are_enough_where_no_answer_is_required() -> None:
+def test_prompts_alone_are_enough_if_no_response_is_required() -> None:
     assert parse_row({"prompt": "why", "topic": "x"}, require_responses=False).references == ()
 
 
 # ---- templates ----------------------------------------------------------------------------------
 
 
-def test_a_chat_prompt_ends_where_generation_begins_and_answers_end_with_the_end_of_turn() -> None:
+def test_a_chat_prompt_ends_where_generation_starts_and_responses_end_with_end_of_turn() -> None:
     renderer = Renderer(make_tokenizer(), ChatTemplate(system="be brief"))
     assert renderer.end_token_id == END
     rendered = renderer.render(question("why", "so", "sky is blue"))
@@ -149,9 +151,9 @@ def test_a_template_without_end_of_turn_falls_back_to_the_eos_token() -> None:
     assert renderer.render(question("why", "so")).reference_ids == [[*ids_of("so"), EOS]]
 
 
-def test_a_template_whose_prompt_is_no_prefix_of_the_conversation_is_refused() -> None:
+def test_a_template_whose_prompt_is_not_a_prefix_of_the_conversation_is_refused() -> None:
     template = CHAT + "{% if add_generation_prompt %}sky {% endif %}"
-    with pytest.raises(DataError, match="prompt is not the beginning of the whole conversation"):
+    with pytest.raises(DataError, match="prompt is not a prefix of the whole conversation"):
         Renderer(make_tokenizer(template), ChatTemplate())
 
 
@@ -165,12 +167,33 @@ def test_a_template_that_rewrites_earlier_turns_refuses_multi_turn_rows() -> Non
         renderer.render(parse_row(row, require_responses=True))
 
 
-def test_a_template_that_refuses_a_system_message_is_named() -> None:
+def test_a_template_that_refuses_or_drops_the_system_message_is_refused() -> None:
     template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     )
     with pytest.raises(DataError, match="refuses the row: no system"):
         Renderer(make_tokenizer(template + CHAT), ChatTemplate(system="be brief"))
+    template = CHAT.replace("for m in messages", "for m in messages if m['role'] != 'system'")
+    with pytest.raises(DataError, match="the chat template changes the system message"):
+        Renderer(make_tokenizer(template), ChatTemplate(system="be brief"))
+
+
+def test_a_row_whose_content_the_template_changes_is_refused() -> None:
+    template = CHAT.replace("m['content']", "m['content'] | replace('red', 'blue')")
+    renderer = Renderer(make_tokenizer(template), ChatTemplate())
+    renderer.render(question("why", "so"))
+    with pytest.raises(RowError, match="changes the user message"):
+        renderer.render(question("why red", "so"))
+    with pytest.raises(RowError, match="changes the response"):
+        renderer.render(question("why", "red"))
+
+
+@pytest.mark.parametrize("template", [ChatTemplate(), PlainTemplate(name="raw")])
+def test_a_response_that_contains_the_end_token_is_refused(
+    template: ChatTemplate | PlainTemplate,
+) -> None:
+    with pytest.raises(RowError, match=r"contains the end token '(<end>|</s>)'"):
+        Renderer(make_tokenizer(), template).render(question("why", "so <end> </s> yes"))
 
 
 def test_a_tokenizer_without_chat_template_names_the_remedy() -> None:
@@ -178,7 +201,7 @@ def test_a_tokenizer_without_chat_template_names_the_remedy() -> None:
         Renderer(make_tokenizer(None), ChatTemplate())
 
 
-def test_the_plain_templates_put_the_answer_after_the_prompt_and_end_with_eos() -> None:
+def test_the_plain_templates_put_the_response_after_the_prompt_and_end_with_eos() -> None:
     raw = Renderer(make_tokenizer(None), PlainTemplate(name="raw"))
     rendered = raw.render(question("why sky", "so"))
     assert rendered.prompt_ids == ids_of("why sky")
@@ -199,7 +222,7 @@ def test_the_plain_templates_put_the_answer_after_the_prompt_and_end_with_eos() 
 def test_a_plain_template_refuses_a_conversation() -> None:
     messages = [("user", "why"), ("assistant", "so"), ("user", "and"), ("assistant", "yes")]
     row = {"messages": [{"role": role, "content": content} for role, content in messages]}
-    with pytest.raises(RowError, match="one question with one answer, got 3 messages"):
+    with pytest.raises(RowError, match="one user message with one response, got 3 messages"):
         Renderer(make_tokenizer(), PlainTemplate()).render(parse_row(row, require_responses=True))
 
 
@@ -232,12 +255,28 @@ def test_a_missing_file_is_named_with_its_key(tmp_path: Path) -> None:
         ("a.parquet", "no parquet", r"a\.parquet is not a readable parquet file"),
     ],
 )
-def test_the_quick_check_finds_bad_files(
+def test_the_check_before_a_run_finds_bad_files(
     tmp_path: Path, name: str, content: str, message: str
 ) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         check_files(DataConfig(train=(tmp_path / name,)))
+
+
+def test_bytes_in_a_binary_file_are_read_as_utf_8_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    prompts = pa.array(["Grüße".encode(), b"\xff"], pa.binary())
+    pq.write_table(pa.table({"prompt": prompts, "score": [1.0, float("nan")]}), path)
+    with path.open("rb") as stream:
+        rows = [
+            decode_row(payload)
+            for _, payload in read_rows(
+                stream, DataFile(path=path, name="a.parquet", format="parquet")
+            )
+        ]
+    assert parse_row(rows[0], require_responses=False).text == "Grüße"
+    with pytest.raises(RowError, match="prompt must be text, got dict"):
+        parse_row(rows[1], require_responses=False)
 
 
 def test_a_file_listed_twice_is_refused(tmp_path: Path) -> None:
@@ -331,7 +370,7 @@ class TestWithRayData:
             "duplicate": 1,
             "long": 2,
         }
-        assert f"{path}:4: id 'a' was used before, at {path}:3" in str(dataset.report)
+        assert f"{path}:4: id 'a' is already used at {path}:3" in str(dataset.report)
         assert f"{path}:6: the response has 4 tokens, data.max_response_tokens is 3" in str(
             dataset.report
         )
@@ -361,7 +400,7 @@ class TestWithRayData:
         with pytest.raises(DataError, match=r"^.*a\.parquet is not a readable parquet file: .*$"):
             load(path)
 
-    def test_prompts_are_read_without_answers_for_generation(self, tmp_path: Path) -> None:
+    def test_prompts_are_read_without_responses_for_generation(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "a.jsonl", {"id": "x", "topic": "y", "prompt": "why"})
         dataset = load(path, require_responses=False)
         assert [prompt.prompt_id for prompt in dataset.prompts] == ["x"]
@@ -374,7 +413,7 @@ class TestWithRayData:
         dataset = load(tmp_path / "one" / "a.jsonl", tmp_path / "two" / "a.jsonl")
         assert [prompt.prompt_id for prompt in dataset.prompts] == ["a.0-1", "a.1-1"]
 
-    def test_held_out_prompts_depend_on_seed_and_words_only_and_twins_stay_together(
+    def test_held_out_prompts_depend_only_on_seed_and_text_and_twins_stay_together(
         self, tmp_path: Path
     ) -> None:
         texts = [f"{a} {b}" for a in WORDS for b in WORDS]
@@ -408,7 +447,7 @@ class TestWithRayData:
         assert (len(splits.train.prompts), len(splits.validation.prompts)) == (2, 3)
         assert (splits.num_validation_twins, splits.test) == (1, None)
 
-    def test_one_distinct_prompt_cannot_be_split(self, tmp_path: Path) -> None:
+    def test_a_single_distinct_prompt_cannot_be_split(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "a.jsonl", {"prompt": "why", "response": "so"})
         with pytest.raises(DataError, match="at least 2 distinct training prompts, got 1"):
             load_splits(DataConfig(train=(path,)), make_tokenizer(), seed=0)

@@ -8,6 +8,7 @@ import importlib
 import pytest
 
 MODULES = [
+    "distillm_ray.data.rows",
     "distillm_ray.packing",
     "distillm_ray.replay.buffer",
     "distillm_ray.replay.draw",

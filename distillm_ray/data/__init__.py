@@ -1,3 +1,1 @@
-"""Files of prompts and responses into tokenized splits: files → rows → templates → tokenizing →
-splits.
-"""
+"""From files of prompts and responses to tokenized splits."""

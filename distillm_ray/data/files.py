@@ -1,7 +1,6 @@
-"""Where rows come from: files, their formats, and each row's place in them.
+"""Finds data files and reads their rows, each with its position in the file.
 
-No Ray here: the quick check before a run reads the first rows with the same code as Ray Data's
-tasks do.
+No Ray here: the check before a run reads the first rows with the same code as Ray Data's tasks.
 """
 
 from __future__ import annotations
@@ -28,29 +27,29 @@ _FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-_NUM_ROWS_CHECKED = 3  # per file, before anything is started
+_NUM_ROWS_CHECKED = 3  # per file, before anything starts
 _PARQUET_BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFile:
-    """One file of rows, named as the user named it."""
+    """One file of rows."""
 
     path: Path  # absolute
-    name: str
+    name: str  # as the user wrote it
     format: Format
 
     def position(self, row: int) -> str:
-        """`FILE:LINE` for messages; rows of binary formats count from 1 too."""
+        """`FILE:LINE` for messages. Rows of binary formats are counted from 1 too."""
         return f"{self.name}:{row}"
 
 
 def find_files(paths: Sequence[Path], split: Split) -> tuple[DataFile, ...]:
-    """The files behind `paths`, in order; a directory stands for its files of `split`.
+    """The files of `paths`, in order; a directory stands for its files of `split`.
 
     Raises:
-        DataError: a path does not exist, has an unknown extension, is empty, appears twice, or is
-            a directory without rows for the split.
+        DataError: a path does not exist, has an unknown extension, is empty, is listed twice, or
+            is a directory without files of the split.
     """
     files: list[DataFile] = []
     for path in paths:
@@ -63,7 +62,9 @@ def find_files(paths: Sequence[Path], split: Split) -> tuple[DataFile, ...]:
     seen: set[Path] = set()
     for file in files:
         if file.path in seen:
-            raise DataError(f"data.{split}: {file.name} is listed twice: its rows would be too")
+            raise DataError(
+                f"data.{split}: {file.name} is listed twice: its rows would be read twice"
+            )
         seen.add(file.path)
         if file.path.stat().st_size == 0:
             raise DataError(f"data.{split}: {file.name} is empty")
@@ -71,10 +72,10 @@ def find_files(paths: Sequence[Path], split: Split) -> tuple[DataFile, ...]:
 
 
 def check_files(config: DataConfig) -> None:
-    """Existence, format and the first rows of every file, within milliseconds and without Ray.
+    """Check existence, format and first rows of every file, in milliseconds and without Ray.
 
     Raises:
-        DataError: the first problem found; with `bad_rows: skip`, rows are not looked at.
+        DataError: the first problem found. With `bad_rows: skip` the rows are not checked.
     """
     splits: tuple[tuple[Split, tuple[Path, ...]], ...] = (
         ("train", config.train),
@@ -88,10 +89,10 @@ def check_files(config: DataConfig) -> None:
 
 
 def read_rows(stream: BinaryIO, file: DataFile) -> Iterator[tuple[int, bytes]]:
-    """Row number, counted from 1, and the row as one line of JSON; blank lines are passed over.
+    """Yield each row's number, counted from 1, and its JSON; blank lines are counted, not yielded.
 
     Raises:
-        DataError: a binary file that is damaged or not what its extension says.
+        DataError: a binary file is damaged, or its content does not match its extension.
     """
     if file.format == "jsonl":
         for line_number, line in enumerate(stream, start=1):
@@ -104,16 +105,16 @@ def read_rows(stream: BinaryIO, file: DataFile) -> Iterator[tuple[int, bytes]]:
         for batch in _record_batches(stream, file):
             for row in batch.to_pylist():
                 row_number += 1
-                yield row_number, json.dumps(row, default=str).encode()
+                yield row_number, json.dumps(row, default=_to_json).encode()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file.name} is not a readable {file.format} file: {error}") from error
 
 
 def decode_row(payload: bytes) -> Any:
-    """The row behind one line of JSON.
+    """Decode one line of JSON.
 
     Raises:
-        RowError: not UTF-8 or not JSON.
+        RowError: the line is not UTF-8 or not JSON.
     """
     try:
         return json.loads(payload.decode("utf-8"))
@@ -123,6 +124,16 @@ def decode_row(payload: bytes) -> Any:
         raise RowError(
             "malformed", f"not valid JSON: {error.msg} at column {error.colno}"
         ) from error
+
+
+def _to_json(value: Any) -> Any:
+    """A value that JSON lacks. Bytes become text if they are valid UTF-8, else an object."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return {"bytes": len(value)}
 
 
 def _record_batches(stream: BinaryIO, file: DataFile) -> Iterator[pa.RecordBatch]:
@@ -143,8 +154,8 @@ def _check_first_rows(file: DataFile) -> None:
             number, payload = item
             if number == 1 and file.format == "jsonl" and payload.lstrip()[:1] == b"[":
                 raise DataError(
-                    f"{file.position(number)}: the file is one JSON array; write one object a line"
-                    " (JSONL)"
+                    f"{file.position(number)}: the file is one JSON array; write one object per"
+                    " line (JSONL)"
                 )
             try:
                 parse_row(decode_row(payload), require_responses=True)
@@ -163,7 +174,7 @@ def _data_file(path: Path, split: Split) -> DataFile:
 
 
 def _files_of_directory(directory: Path, split: Split) -> list[DataFile]:
-    """`save_to_disk` directories (one split or several), else files whose names name the split."""
+    """Shards of a `save_to_disk` directory, else the files whose names start with the split's."""
     if (directory / "dataset_dict.json").is_file():
         splits = json.loads((directory / "dataset_dict.json").read_text())["splits"]
         if split not in splits:
@@ -188,7 +199,7 @@ def _files_of_directory(directory: Path, split: Split) -> list[DataFile]:
     )
     if not found:
         raise DataError(
-            f"data.{split}: {directory} is no Hugging Face dataset directory: it has neither"
+            f"data.{split}: {directory} is not a Hugging Face dataset directory: it has neither"
             f" state.json nor dataset_dict.json nor files named {split}*.jsonl or {split}*.parquet"
         )
     return [_data_file(path, split) for path in found]

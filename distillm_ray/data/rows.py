@@ -1,7 +1,6 @@
-"""One row of a data file into an `Example`: the column forms, and what is wrong with a row.
+"""Parses one row of a data file into an `Example`, or says why it cannot be used.
 
-Pure and without heavy imports: the quick check before a run and the Ray Data tasks use the same
-code.
+Pure and without heavy imports: the check before a run and the Ray Data tasks share this code.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ RESPONSE_COLUMNS = ("response", "responses", "output", "references")
 
 KNOWN_FORMS = (
     "prompt + response, instruction [+ input or context] + output or response, or messages"
-    " (several answers: a list of texts)"
+    " (several responses: a list of texts)"
 )
 
 
 class RowError(Exception):
-    """A row that cannot be used: its kind decides whether the run fails or the row is skipped."""
+    """A row that cannot be used. Its kind decides whether the run fails or skips the row."""
 
     def __init__(self, kind: RowProblemKind, reason: str) -> None:
-        """`reason` reads well after `FILE:LINE: `."""
+        """`reason` is shown after `FILE:LINE: `."""
         super().__init__(reason)
         self.kind: RowProblemKind = kind
         self.reason = reason
@@ -42,13 +41,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """What a row says, whichever columns it used."""
+    """The content of a row, independent of its column names."""
 
     example_id: str | None  # the row's `id` column
-    turns: tuple[Turn, ...]  # everything before the answer; the last one is not the assistant's
+    turns: tuple[Turn, ...]  # all messages before the response; the last is not the assistant's
     instruction: str  # the last user turn without its context
     context: str  # Alpaca's `input`, Dolly's `context`; may be empty
-    references: tuple[str, ...]  # the answers; empty only where the caller needs none
+    references: tuple[str, ...]  # the responses; empty only if the caller requires none
 
     @property
     def text(self) -> str:
@@ -57,11 +56,19 @@ class Example:
 
 
 def parse_row(row: Any, *, require_responses: bool) -> Example:
-    """Read one decoded row.
+    """Parse one decoded row.
+
+    Example:
+        >>> row = {"instruction": "Add.", "input": "2 + 2", "output": "4"}
+        >>> example = parse_row(row, require_responses=True)
+        >>> example.turns
+        (Turn(role='user', content='Add.\\n\\n2 + 2'),)
+        >>> example.references
+        ('4',)
 
     Raises:
-        RowError: `malformed` for unknown columns and wrong types, `empty` where the prompt or an
-            answer has no text.
+        RowError: `malformed` for unknown columns and wrong types, `empty` if the prompt or a
+            response has no text.
     """
     if not isinstance(row, Mapping):
         raise RowError("malformed", f"a row must be an object, got {type(row).__name__}")
@@ -97,6 +104,13 @@ def _text_of(value: Any, column: str) -> str:
         raise RowError("malformed", f"{column} must be text, got {type(value).__name__}")
     if not value.strip():
         raise RowError("empty", f"{column} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        # JSON may escape half of a surrogate pair, which no tokenizer accepts.
+        raise RowError(
+            "malformed", f"{column} has an unpaired surrogate at character {error.start + 1}"
+        ) from error
     return value
 
 
@@ -105,7 +119,7 @@ def _references(columns: Mapping[str, Any], *, require_responses: bool) -> tuple
     if column is None:
         if require_responses:
             wanted = ", ".join(RESPONSE_COLUMNS)
-            raise RowError("malformed", f"the row has no answer: one of {wanted} is required")
+            raise RowError("malformed", f"the row has no response: one of {wanted} is required")
         return ()
     value = columns[column]
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Files → prompts and demonstrations: read and tokenized with Ray Data, in the files' order.
+"""From files to prompts and demonstrations, read and tokenized with Ray Data in the files' order.
 
-One Ray Data pipeline per split. Rows carry their file and line through it, so that every message
-can name them and the result does not depend on how the work was divided.
+One Ray Data pipeline per split. Rows carry their file and line, so that messages can name them and
+the result does not depend on how Ray divides the work.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NUM_PROBLEMS_SHOWN = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowProblem:
-    """One row that is not trained on, and why."""
+    """One row that is not used, and why."""
 
     position: str  # FILE:LINE
     kind: RowProblemKind
@@ -46,7 +46,7 @@ class RowProblem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """What was read for one split."""
+    """Counts of what was read for one split."""
 
     split: str
     num_rows: int
@@ -57,7 +57,7 @@ class DataReport:
     num_response_tokens: int
 
     def __str__(self) -> str:
-        """One line, and one more for each problem that is shown."""
+        """One line of counts, and one for each shown problem."""
         skipped = ", ".join(f"{count} {kind}" for kind, count in self.num_problems.items())
         head = (
             f"{self.split}: {self.num_kept} of {self.num_rows} rows,"
@@ -69,11 +69,11 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Dataset:
-    """One split: `demonstrations[i]` answers `prompts[i]`."""
+    """One split. `demonstrations[i]` is the data set's response to `prompts[i]`."""
 
     prompts: tuple[Prompt, ...]
-    demonstrations: tuple[Rollout, ...]  # empty where responses are not required
-    split_keys: tuple[bytes, ...]  # equal for equal prompts, whatever their ids
+    demonstrations: tuple[Rollout, ...]  # empty if responses are not required
+    split_keys: tuple[bytes, ...]  # equal for prompts with equal text
     end_token_id: int  # ends every response; generators must stop at it
     report: DataReport
 
@@ -85,17 +85,17 @@ class Splits:
     train: Dataset
     validation: Dataset
     test: Dataset | None
-    num_validation_twins: int  # validation prompts that are also training prompts, word for word
+    num_validation_twins: int  # validation prompts whose text is also a training prompt
 
 
 def load_splits(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Splits:
     """Read all splits; without validation files, hold out a part of the training prompts.
 
-    Which prompts are held out depends on their words and the seed only; equal prompts stay
-    together. Uses the Ray that is running; call it while CPUs are free.
+    The choice of held-out prompts depends only on their text and the seed; equal prompts stay
+    together. Needs a connection to Ray and free CPUs.
 
     Raises:
-        DataError: see `load_dataset`; or too few prompts to hold any out.
+        DataError: as in `load_dataset` and `hold_out`.
     """
     train = load_dataset(config.train, config, tokenizer, split="train")
     if config.validation:
@@ -122,11 +122,12 @@ def load_dataset(
 ) -> Dataset:
     """Read and tokenize the files of one split, in the order of files and rows.
 
-    Rows that are empty, malformed or duplicates by id are refused or skipped as `config.bad_rows`
-    says, rows beyond the token limits as `config.long_rows` says.
+    `config.bad_rows` decides whether rows that are empty, malformed or have a used id fail the run
+    or are skipped; `config.long_rows` decides it for rows beyond the token limits.
 
     Raises:
-        DataError: missing or unreadable files, refused rows (by file and line), or no row left.
+        DataError: a file is missing or unreadable, rows are refused (by file and line), or no row
+            is left.
     """
     files = find_files(paths, split)
     renderer = Renderer(tokenizer, config.template)
@@ -135,7 +136,7 @@ def load_dataset(
 
 
 def hold_out(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split into the rest and the held-out part, at least one distinct prompt in each.
+    """Split into the rest and the held-out part, with at least one distinct prompt in each.
 
     Raises:
         DataError: fewer than two distinct prompts.
@@ -147,7 +148,7 @@ def hold_out(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, 
     if len(distinct) < 2:
         raise DataError(
             f"data.validation_fraction needs at least 2 distinct training prompts, got"
-            f" {len(distinct)}: none could be held out; name files in data.validation"
+            f" {len(distinct)}: none can be held out; name files in data.validation"
         )
     num_held_out = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
     held_out = set(distinct[:num_held_out])
@@ -185,7 +186,7 @@ def _collect(
             problems.append(RowProblem(position=position, kind=row["kind"], reason=row["reason"]))
             continue
         if prompt_id in first_with_id:
-            reason = f"id {prompt_id!r} was used before, at {first_with_id[prompt_id]}"
+            reason = f"id {prompt_id!r} is already used at {first_with_id[prompt_id]}"
             problems.append(RowProblem(position=position, kind="duplicate", reason=reason))
             continue
         first_with_id[prompt_id] = position
@@ -267,7 +268,7 @@ def _int32(ids: Sequence[int]) -> Int32Array:
 
 
 def _part(dataset: Dataset, split: Split, keep: Sequence[bool]) -> Dataset:
-    """The kept rows; the rows that were skipped stay in the training report."""
+    """The rows with `keep`. Only the training report keeps the count of skipped rows."""
     prompts = [p for p, kept in zip(dataset.prompts, keep, strict=True) if kept]
     demonstrations = [d for d, kept in zip(dataset.demonstrations, keep, strict=True) if kept]
     report = dataset.report

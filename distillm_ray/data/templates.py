@@ -1,6 +1,6 @@
-"""From an `Example` to token ids: the tokenizer's chat template, or a named plain one.
+"""Renders an `Example` into token ids, with the tokenizer's chat template or a plain template.
 
-Every response ends with the end token that stops generation, so that the student learns to stop.
+Every response ends with the token that stops generation, so that the student learns to stop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distillm_ray.types import Rollout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The instruction format that Alpaca introduced and that the paper's Dolly runs use.
+# Alpaca's instruction format, which the DistiLLM paper's Dolly runs use too.
 _INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes"
     " the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -32,9 +32,10 @@ _INSTRUCTION_WITH_CONTEXT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedExample:
-    """Token ids of one example. The demonstration differs from the prompt in multi-turn rows only.
+    """Token ids of one example.
 
-    There it starts at the first assistant turn, so that every assistant turn is learned.
+    A demonstration is prompt and first reference. In multi-turn rows its response starts at the
+    first assistant turn instead of the last, so that every assistant turn is learned.
     """
 
     prompt_ids: list[int]  # up to the last assistant turn, ready for generation
@@ -45,10 +46,10 @@ class RenderedExample:
 
 
 class Renderer:
-    """Applies one template with one tokenizer. Picklable: Ray Data ships it to its tasks.
+    """Applies one template with one tokenizer. Picklable, because Ray Data sends it to its tasks.
 
-    `end_token_id` is the token that ends every response: the chat template's end-of-turn token, or
-    the tokenizer's `eos_token` where the template has none. Generators must stop at it.
+    `end_token_id` ends every response, and generators must stop at it. It is the chat template's
+    end-of-turn token, or the tokenizer's `eos_token` if the template has none.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class Renderer:
         """Check the template on a probe conversation.
 
         Raises:
-            DataError: no chat template, no end token, a system message that the template refuses,
-                or a template whose prompt is not the beginning of the conversation.
+            DataError: there is no chat template or no end token, the template refuses or drops the
+                system message, or its prompt is not a prefix of its conversation.
         """
         self._tokenizer = tokenizer
         self._template = template
@@ -77,7 +78,8 @@ class Renderer:
         """Token ids of the prompt, its references and its demonstration.
 
         Raises:
-            RowError: the template cannot express this row, or rewrites its earlier turns.
+            RowError: the template cannot express this row, changes its content, or rewrites its
+                earlier turns; or a response contains the end token.
         """
         match self._template:
             case ChatTemplate():
@@ -89,10 +91,10 @@ class Renderer:
 
     def _render_chat(self, example: Example) -> RenderedExample:
         turns = self._with_system(example.turns)
-        prompt_text = self._chat_text(turns, generate=True)
+        prompt_text = self._prompt_text(turns)
         prompt_ids = self._encode(prompt_text)
         references = [
-            self._continue(prompt_text, prompt_ids, self._answer_text(turns, reference))
+            self._continue(prompt_text, prompt_ids, self._response_text(turns, reference))
             for reference in example.references
         ]
         reference_ids = [self._ended(ids) for ids in references]
@@ -110,18 +112,18 @@ class Renderer:
         if self._end_text is None:
             raise RowError(
                 "malformed",
-                "the chat template marks no end of an assistant turn, so several turns cannot be"
-                " learned from",
+                "the chat template does not mark the end of an assistant turn, so rows with several"
+                " turns cannot be trained on",
             )
         conversation = (*turns, Turn(role="assistant", content=reference))
-        answered = [i for i, turn in enumerate(conversation) if turn.role == "assistant"]
-        text = self._chat_text(conversation[: answered[0]], generate=True)
+        assistant_turns = [i for i, turn in enumerate(conversation) if turn.role == "assistant"]
+        text = self._chat_text(conversation[: assistant_turns[0]], generate=True)
         ids = self._encode(text)
         num_prompt = len(ids)
         mask: list[bool] = []
-        for index in answered:
+        for index in assistant_turns:
             before = self._chat_text(conversation[:index], generate=True)
-            answer = self._answer_text(conversation[:index], conversation[index].content)
+            response = self._response_text(conversation[:index], conversation[index].content)
             if not before.startswith(text):
                 raise RowError(
                     "malformed",
@@ -129,8 +131,10 @@ class Renderer:
                     f" {index + 1} does not begin with the turns before it, so its tokens cannot"
                     " be learned in one sequence",
                 )
-            for addition, learned in ((before[len(text) :], False), (answer, True)):
+            for addition, learned in ((before[len(text) :], False), (response, True)):
                 added = self._continue(text, ids, addition)
+                if learned:
+                    added = self._ended(added)
                 ids = ids + added
                 text += addition
                 mask += [learned] * len(added)
@@ -142,20 +146,30 @@ class Renderer:
             demonstration_loss_mask=mask,
         )
 
-    def _answer_text(self, turns: tuple[Turn, ...], answer: str) -> str:
-        """What the template adds for `answer`, up to and including its end token."""
+    def _prompt_text(self, turns: tuple[Turn, ...]) -> str:
+        text = self._chat_text(turns, generate=True)
+        for turn in turns:
+            # Not the assistant's: templates may drop the reasoning of earlier turns.
+            if turn.role in ("system", "user") and not _contains(text, turn.content):
+                raise RowError("malformed", f"the chat template changes the {turn.role} message")
+        return text
+
+    def _response_text(self, turns: tuple[Turn, ...], response: str) -> str:
+        """The text that the template adds for `response`, up to and including its end token."""
         prompt = self._chat_text(turns, generate=True)
         conversation = self._chat_text(
-            (*turns, Turn(role="assistant", content=answer)), generate=False
+            (*turns, Turn(role="assistant", content=response)), generate=False
         )
         if not conversation.startswith(prompt):
             raise RowError(
                 "malformed",
-                "the chat template's prompt is not the beginning of the whole conversation:"
+                "the chat template's prompt is not a prefix of the whole conversation:"
                 f" the prompt ends in {prompt[-60:]!r}, the conversation has"
                 f" {conversation[max(0, len(prompt) - 60) : len(prompt) + 20]!r} there",
             )
         tail = conversation[len(prompt) :]
+        if not _contains(tail, response):
+            raise RowError("malformed", "the chat template changes the response")
         if self._end_text is not None and (end := tail.rfind(self._end_text)) >= 0:
             return tail[: end + len(self._end_text)]
         return tail
@@ -183,16 +197,16 @@ class Renderer:
                 f"data.template is chat, but the tokenizer of {self._tokenizer.name_or_path} has no"
                 " chat template; set data.template.type=plain"
             )
-        answer = "probe"
+        response = "probe"
+        turns = self._with_system((Turn(role="user", content="probe"),))
         try:
-            tail = self._answer_text(
-                self._with_system((Turn(role="user", content="probe"),)), answer
-            )
+            self._prompt_text(turns)
+            tail = self._response_text(turns, response)
         except RowError as error:
             raise DataError(
                 f"data.template: {error.reason} (tokenizer of {self._tokenizer.name_or_path})"
             ) from error
-        after = tail[tail.rfind(answer) + len(answer) :]
+        after = tail[tail.rfind(response) + len(response) :]
         special = set(self._tokenizer.all_special_ids) | {
             index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -210,8 +224,8 @@ class Renderer:
         if len(example.turns) != 1 or example.turns[0].role != "user":
             raise RowError(
                 "malformed",
-                f"data.template {name} expresses one question with one answer, got"
-                f" {len(example.turns)} messages before the answer; use data.template.type=chat",
+                f"data.template {name} expresses one user message with one response, got"
+                f" {len(example.turns)} messages before the response; use data.template.type=chat",
             )
         if name == "raw":
             text = example.text
@@ -223,8 +237,8 @@ class Renderer:
             text = _INSTRUCTION.format(instruction=example.instruction)
         prompt_ids = self._bos_ids + self._encode(text)
         references = [
-            self._ended(self._continue(text, prompt_ids, answer, num_special=len(self._bos_ids)))
-            for answer in example.references
+            self._ended(self._continue(text, prompt_ids, response, num_special=len(self._bos_ids)))
+            for response in example.references
         ]
         return _single_turn(prompt_ids, references)
 
@@ -237,10 +251,10 @@ class Renderer:
     def _continue(
         self, text: str, ids: list[int], addition: str, *, num_special: int = 0
     ) -> list[int]:
-        """Tokens of `addition` after `text`, whose tokens `ids` must stay as they are.
+        """Tokens of `addition` after `text`, whose tokens `ids` are kept.
 
-        Where the tokenizer would merge across the border, `addition` is tokenized on its own:
-        generation too starts from exactly the tokens of `text`.
+        If the tokenizer would merge tokens across the border, `addition` is tokenized alone:
+        generation also starts from exactly the tokens of `text`.
         """
         whole = self._encode(text + addition)
         known = ids[num_special:]
@@ -249,13 +263,22 @@ class Renderer:
         return self._encode(addition)
 
     def _ended(self, ids: list[int]) -> list[int]:
-        return ids if ids[-1:] == [self.end_token_id] else [*ids, self.end_token_id]
+        """The response with its end token, which must not occur earlier in it."""
+        ended = ids if ids[-1:] == [self.end_token_id] else [*ids, self.end_token_id]
+        if self.end_token_id in ended[:-1]:
+            raise RowError(
+                "malformed",
+                f"the response contains the end token"
+                f" {self._tokenizer.convert_ids_to_tokens(self.end_token_id)!r}, which would stop"
+                " generation there",
+            )
+        return ended
 
     def _require_eos(self) -> int:
         if self._eos_token_id is None:
             raise DataError(
                 f"the tokenizer of {self._tokenizer.name_or_path} has no eos_token: responses would"
-                " have no end and the student would never learn to stop"
+                " have no end token and the student would never learn to stop"
             )
         return self._eos_token_id
 
@@ -269,6 +292,11 @@ def _single_turn(prompt_ids: list[int], reference_ids: list[list[int]]) -> Rende
         demonstration_response_ids=response_ids,
         demonstration_loss_mask=[True] * len(response_ids),
     )
+
+
+def _contains(text: str, content: str) -> bool:
+    """Whether `content` stands in `text`; white space, which templates may trim, is ignored."""
+    return "".join(content.split()) in "".join(text.split())
 
 
 def _id_or_none(value: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Ray Data at work: files in, a table of token ids out, each row with its file and line."""
+"""Reads and tokenizes files with Ray Data into one table, each row with its file and line."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from distillm_ray.data.templates import RenderedExample, Renderer
 from distillm_ray.errors import DataError
 
 _ROWS_PER_READ_BLOCK = 4096
-_BYTES_PER_TASK = 8 * 2**20  # below this one task is quickest: each worker imports the tokenizer
-_BYTES_WITH_PROGRESS_BAR = 64 * 2**20
+_BYTES_PER_TASK = 8 * 2**20  # smaller tasks do not pay for importing transformers in a worker
+_BYTES_WITH_PROGRESS_BAR = 64 * 2**20  # less is read in seconds
 
 TOKENIZED = pa.schema(
     [
         ("file", pa.int32()),
         ("row", pa.int64()),
-        ("kind", pa.string()),  # of the problem; null where the row is good
+        ("kind", pa.string()),  # of the problem; null if the row is good
         ("reason", pa.string()),
         ("id", pa.string()),
         ("split_key", pa.binary()),  # equal for equal prompts
@@ -45,7 +45,14 @@ TOKENIZED = pa.schema(
 
 
 class RowsDatasource(FileBasedDatasource):
-    """Rows as (file, row, payload): Ray's own readers do not keep line numbers."""
+    """Reads rows as (file, row number, JSON).
+
+    Our own reader because the JSON readers of Ray Data, pyarrow and `datasets` know no line
+    numbers and fail a whole file for one bad line, so neither messages with `FILE:LINE` nor
+    `data.bad_rows: skip` would work. The first two also refuse a column that holds a text in one
+    row and a list of texts in another. Loading only `save_to_disk` directories with `datasets`
+    would save ten lines in files.py.
+    """
 
     def __init__(self, files: Sequence[DataFile]) -> None:
         """`file` in the rows is the index into `files`."""
@@ -55,7 +62,7 @@ class RowsDatasource(FileBasedDatasource):
     def _read_stream(self, f: Any, path: str) -> Iterator[pa.Table]:
         index, file = self._files[path]
         rows: list[tuple[int, bytes]] = []
-        # an Arrow file cannot read lines by itself
+        # An Arrow input file does not iterate over lines.
         stream = io.BufferedReader(f) if file.format == "jsonl" else f
         for row in read_rows(stream, file):
             rows.append(row)
@@ -65,7 +72,7 @@ class RowsDatasource(FileBasedDatasource):
         yield _raw_table(index, rows)
 
     def _open_input_source(self, filesystem: Any, path: str, **open_args: Any) -> Any:
-        # parquet needs to seek, which a plain input stream cannot
+        # Parquet needs a seekable file; the default is an input stream.
         return filesystem.open_input_file(path)
 
 
@@ -89,7 +96,7 @@ def tokenize_files(
     """All rows in the order of files and rows, with the columns of `TOKENIZED`.
 
     Raises:
-        DataError: a file that cannot be read.
+        DataError: a file cannot be read.
     """
     num_bytes = sum(file.path.stat().st_size for file in files)
     with _quiet_ray_data(progress_bars=num_bytes >= _BYTES_WITH_PROGRESS_BAR):
@@ -111,7 +118,7 @@ def tokenize_files(
             tables: list[pa.Table] = ray.get(references)
         except RayTaskError as error:
             if isinstance(error.cause, DataError):
-                # its own line, without the task's stack trace and Ray Data's notes on retries
+                # The first line only: Ray adds the task's stack trace and notes on retries.
                 raise DataError(str(error.cause).splitlines()[0]) from error
             raise
     table = pa.concat_tables([TOKENIZED.empty_table(), *(t for t in tables if t.num_rows)])
@@ -125,7 +132,7 @@ def tokenize_rows(
     max_response_tokens: int,
     require_responses: bool,
 ) -> pa.Table:
-    """One batch of raw rows into the columns of `TOKENIZED`; runs inside Ray Data's tasks."""
+    """Turn a batch of raw rows into the columns of `TOKENIZED`; runs in Ray Data's tasks."""
     out: list[dict[str, Any]] = []
     for file, row, payload in zip(
         batch["file"].to_pylist(),
@@ -163,7 +170,9 @@ def _columns(example: Example, rendered: RenderedExample) -> dict[str, Any]:
 def _check_lengths(
     rendered: RenderedExample, max_prompt_tokens: int, max_response_tokens: int
 ) -> None:
-    """The demonstration must fit: its tokens are those of the prompt and the first reference."""
+    """Check prompt and first reference; a demonstration has the same tokens."""
+    if not rendered.prompt_ids:
+        raise RowError("empty", "the prompt has no tokens")
     if len(rendered.prompt_ids) > max_prompt_tokens:
         raise RowError(
             "long",
@@ -180,9 +189,9 @@ def _check_lengths(
 
 @contextlib.contextmanager
 def _quiet_ray_data(*, progress_bars: bool) -> Iterator[None]:
-    """Ray Data logs a plan and draws a bar for every execution; only long work deserves them."""
+    """Silence the plan and the progress bar that Ray Data shows for every execution."""
     context = ray.data.DataContext.get_current()
-    # the second one warns that the bars are off
+    # The second logger warns that the bars are off.
     loggers = [logging.getLogger(name) for name in ("ray.data", "ray.data._internal.progress")]
     levels = [logger.level for logger in loggers]
     before = context.enable_progress_bars
