@@ -323,7 +323,7 @@ class _Job:
 
 def _describe(splits: Splits) -> list[str]:
     datasets = [splits.train, splits.validation, *([splits.test] if splits.test else [])]
-    lines = [str(dataset.report) for dataset in datasets]
+    lines = [dataset.summary() for dataset in datasets]
     if splits.num_validation_twins:
         lines.append(
             f"warning: {splits.num_validation_twins} validation prompts are also training prompts,"

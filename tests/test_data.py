@@ -192,7 +192,7 @@ def test_a_row_whose_content_the_template_changes_is_refused() -> None:
 def test_a_response_that_contains_the_end_token_is_refused(
     template: ChatTemplate | PlainTemplate,
 ) -> None:
-    with pytest.raises(RowError, match="contains the end token '(<end>|</s>)'"):
+    with pytest.raises(RowError, match=r"contains the end token '(<end>|</s>)'"):
         Renderer(make_tokenizer(), template).render(question("why", "so <end> </s> yes"))
 
 
@@ -327,8 +327,7 @@ class TestWithRayData:
         assert (demonstration.rollout_id, demonstration.text) == ("dataset-named", "yes")
         assert demonstration.prompt_ids.tolist() == [USER, *ids_of("why sky"), END, ASSISTANT]
         assert demonstration.response_ids.tolist() == [*ids_of("yes"), END]
-        assert (dataset.report.num_rows, dataset.report.num_kept) == (3, 3)
-        assert (dataset.report.num_prompt_tokens, dataset.report.num_response_tokens) == (13, 6)
+        assert dataset.summary() == "train: 3 of 3 rows, 13 prompt and 6 response tokens"
 
     def test_a_dataset_directory_is_read_by_split(self, tmp_path: Path) -> None:
         from datasets import Dataset as HuggingFaceDataset
@@ -364,16 +363,15 @@ class TestWithRayData:
         )
         dataset = load(path, bad_rows="skip", max_prompt_tokens=6, max_response_tokens=3)
         assert [prompt.prompt_id for prompt in dataset.prompts] == ["a"]
-        assert dataset.report.num_problems == {
+        assert dataset.num_skipped == {
             "malformed": 1,
             "empty": 1,
             "duplicate": 1,
             "long": 2,
         }
-        assert f"{path}:4: id 'a' is already used at {path}:3" in str(dataset.report)
-        assert f"{path}:6: the response has 4 tokens, data.max_response_tokens is 3" in str(
-            dataset.report
-        )
+        assert f"{path}:4: id 'a' is already used at {path}:3" in dataset.summary()
+        long = f"{path}:6: the response has 4 tokens, data.max_response_tokens is 3"
+        assert long in dataset.summary()
 
     def test_a_long_prompt_is_refused_where_the_config_says_so(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "a.jsonl", {"prompt": "why sky", "response": "so"})

@@ -127,7 +127,7 @@ def decode_row(payload: bytes) -> Any:
 
 
 def _to_json(value: Any) -> Any:
-    """A value that JSON lacks. Bytes become text if they are UTF-8, else something that is none."""
+    """A value that JSON lacks. Bytes become text if they are valid UTF-8, else an object."""
     if not isinstance(value, bytes):
         return str(value)
     try:

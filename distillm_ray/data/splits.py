@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,38 +45,30 @@ class RowProblem:
         return f"{self.position}: {self.reason}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataReport:
-    """Counts of what was read for one split."""
-
-    split: str
-    num_rows: int
-    num_kept: int
-    num_problems: dict[RowProblemKind, int]
-    problems: tuple[RowProblem, ...]  # the first few
-    num_prompt_tokens: int
-    num_response_tokens: int
-
-    def __str__(self) -> str:
-        """One line of counts, and one for each shown problem."""
-        skipped = ", ".join(f"{count} {kind}" for kind, count in self.num_problems.items())
-        head = (
-            f"{self.split}: {self.num_kept} of {self.num_rows} rows,"
-            f" {self.num_prompt_tokens} prompt and {self.num_response_tokens} response tokens"
-            + (f"; skipped: {skipped}" if skipped else "")
-        )
-        return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Dataset:
     """One split. `demonstrations[i]` is the data set's response to `prompts[i]`."""
 
+    split: Split
     prompts: tuple[Prompt, ...]
     demonstrations: tuple[Rollout, ...]  # empty if responses are not required
     split_keys: tuple[bytes, ...]  # equal for prompts with equal text
     end_token_id: int  # ends every response; generators must stop at it
-    report: DataReport
+    num_skipped: dict[RowProblemKind, int]
+    skipped: tuple[RowProblem, ...]  # the first few
+
+    def summary(self) -> str:
+        """One line of counts, and one for each of the first skipped rows."""
+        num_kept = len(self.prompts)
+        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
+        num_response_tokens = sum(len(rollout.response_ids) for rollout in self.demonstrations)
+        skipped = ", ".join(f"{count} {kind}" for kind, count in self.num_skipped.items())
+        head = (
+            f"{self.split}: {num_kept} of {num_kept + sum(self.num_skipped.values())} rows,"
+            f" {num_prompt_tokens} prompt and {num_response_tokens} response tokens"
+            + (f"; skipped: {skipped}" if skipped else "")
+        )
+        return "\n".join([head, *(f"  {problem}" for problem in self.skipped)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -202,19 +195,13 @@ def _collect(
             + (f"; the first: {problems[0]})" if problems else ")")
         )
     return Dataset(
+        split=split,
         prompts=tuple(prompts),
         demonstrations=tuple(demonstrations),
         split_keys=tuple(split_keys),
         end_token_id=renderer.end_token_id,
-        report=DataReport(
-            split=split,
-            num_rows=table.num_rows,
-            num_kept=len(prompts),
-            num_problems=dict(Counter(problem.kind for problem in problems)),
-            problems=tuple(problems[:_NUM_PROBLEMS_SHOWN]),
-            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
-            num_response_tokens=sum(len(rollout.response_ids) for rollout in demonstrations),
-        ),
+        num_skipped=dict(Counter(problem.kind for problem in problems)),
+        skipped=tuple(problems[:_NUM_PROBLEMS_SHOWN]),
     )
 
 
@@ -268,23 +255,14 @@ def _int32(ids: Sequence[int]) -> Int32Array:
 
 
 def _part(dataset: Dataset, split: Split, keep: Sequence[bool]) -> Dataset:
-    """The rows with `keep`. Only the training report keeps the count of skipped rows."""
-    prompts = [p for p, kept in zip(dataset.prompts, keep, strict=True) if kept]
-    demonstrations = [d for d, kept in zip(dataset.demonstrations, keep, strict=True) if kept]
-    report = dataset.report
-    num_skipped = report.num_rows - report.num_kept if split == "train" else 0
+    """The rows with `keep`. Only the training split keeps the skipped rows."""
+    is_train = split == "train"
     return Dataset(
-        prompts=tuple(prompts),
-        demonstrations=tuple(demonstrations),
-        split_keys=tuple(k for k, kept in zip(dataset.split_keys, keep, strict=True) if kept),
+        split=split,
+        prompts=tuple(compress(dataset.prompts, keep)),
+        demonstrations=tuple(compress(dataset.demonstrations, keep)),
+        split_keys=tuple(compress(dataset.split_keys, keep)),
         end_token_id=dataset.end_token_id,
-        report=DataReport(
-            split=split,
-            num_rows=len(prompts) + num_skipped,
-            num_kept=len(prompts),
-            num_problems=report.num_problems if split == "train" else {},
-            problems=report.problems if split == "train" else (),
-            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
-            num_response_tokens=sum(len(rollout.response_ids) for rollout in demonstrations),
-        ),
+        num_skipped=dataset.num_skipped if is_train else {},
+        skipped=dataset.skipped if is_train else (),
     )

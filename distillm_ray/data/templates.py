@@ -150,7 +150,7 @@ class Renderer:
         text = self._chat_text(turns, generate=True)
         for turn in turns:
             # Not the assistant's: templates may drop the reasoning of earlier turns.
-            if turn.role in ("system", "user") and turn.content.strip() not in text:
+            if turn.role in ("system", "user") and not _contains(text, turn.content):
                 raise RowError("malformed", f"the chat template changes the {turn.role} message")
         return text
 
@@ -168,7 +168,7 @@ class Renderer:
                 f" {conversation[max(0, len(prompt) - 60) : len(prompt) + 20]!r} there",
             )
         tail = conversation[len(prompt) :]
-        if response.strip() not in tail:
+        if not _contains(tail, response):
             raise RowError("malformed", "the chat template changes the response")
         if self._end_text is not None and (end := tail.rfind(self._end_text)) >= 0:
             return tail[: end + len(self._end_text)]
@@ -253,7 +253,7 @@ class Renderer:
     ) -> list[int]:
         """Tokens of `addition` after `text`, whose tokens `ids` are kept.
 
-        If the tokenizer would merge tokens across the border, `addition` is tokenized alone, because
+        If the tokenizer would merge tokens across the border, `addition` is tokenized alone:
         generation also starts from exactly the tokens of `text`.
         """
         whole = self._encode(text + addition)
@@ -292,6 +292,11 @@ def _single_turn(prompt_ids: list[int], reference_ids: list[list[int]]) -> Rende
         demonstration_response_ids=response_ids,
         demonstration_loss_mask=[True] * len(response_ids),
     )
+
+
+def _contains(text: str, content: str) -> bool:
+    """Whether `content` stands in `text`; white space, which templates may trim, is ignored."""
+    return "".join(content.split()) in "".join(text.split())
 
 
 def _id_or_none(value: Any) -> int | None:

@@ -22,9 +22,7 @@ from distillm_ray.data.templates import RenderedExample, Renderer
 from distillm_ray.errors import DataError
 
 _ROWS_PER_READ_BLOCK = 4096
-_BYTES_PER_TASK = (
-    8 * 2**20
-)  # smaller tasks cost more than they save: each worker loads transformers
+_BYTES_PER_TASK = 8 * 2**20  # smaller tasks do not pay for importing transformers in a worker
 _BYTES_WITH_PROGRESS_BAR = 64 * 2**20  # less is read in seconds
 
 TOKENIZED = pa.schema(

@@ -18,7 +18,7 @@ import numpy as np
 
 from distillm_ray.replay.draw import promise_fresh, slot_uniforms
 from distillm_ray.replay.schedule import Schedule
-from distillm_ray.replay.shelves import Position, Shelves, Taken
+from distillm_ray.replay.shelves import Shelves, Taken
 from distillm_ray.replay.state import BufferState, digest
 from distillm_ray.types import Demand, Draw, Mix, Prompt, Rollout, Validation
 
@@ -325,10 +325,7 @@ class ReplayBuffer:
             first_ordinal=position.first_ordinal,
             dataset_position=position.dataset_position,
             fresh_counts={s: n for s, n in self._fresh_counts.items() if s >= completed},
-            outstanding=tuple(
-                (demand.ordinal, demand.prompt.prompt_id, demand.min_version, demand.attempt)
-                for demand in self._ordinals.outstanding()
-            ),
+            outstanding=self._ordinals.outstanding(),
             finished=(*drawn, *self._ordinals.finished()),
             replay=position.replay,
             lost=self._ordinals.lost,
@@ -357,12 +354,9 @@ class ReplayBuffer:
         self._fresh_counts = {
             step: count for step, count in state.fresh_counts.items() if step < self._total_steps
         }
-        self._shelves.restore(
-            Position(
-                first_ordinal=state.first_ordinal,
-                dataset_position=state.dataset_position,
-                replay=state.replay,
-            ),
+        self._shelves.restore(dataset_position=state.dataset_position, replay=state.replay)
+        self._ordinals.restore(
+            first=state.first_ordinal,
             end=state.first_ordinal + sum(self._fresh_counts.values()),
             finished=state.finished,
             outstanding=state.outstanding,

@@ -105,9 +105,12 @@ class Ordinals:
         self._first = stop
         return drawn
 
-    def outstanding(self) -> tuple[Demand, ...]:
-        """The demands that are queued or in flight, by ordinal."""
-        return tuple(self._open[ordinal] for ordinal in sorted(self._open))
+    def outstanding(self) -> tuple[tuple[int, str, int, int], ...]:
+        """(ordinal, prompt id, min_version, attempt) of what is queued or in flight."""
+        return tuple(
+            (ordinal, demand.prompt.prompt_id, demand.min_version, demand.attempt)
+            for ordinal, demand in sorted(self._open.items())
+        )
 
     def finished(self) -> tuple[Rollout, ...]:
         """The rollouts that are finished and not drawn, by ordinal."""
@@ -124,7 +127,7 @@ class Ordinals:
         """Restore the ordinals [first, end) of a saved state; what was in flight is queued.
 
         Args:
-            outstanding: (ordinal, prompt id, min_version, attempt) of each unfinished ordinal.
+            outstanding: as returned by `outstanding`.
 
         Raises:
             ValueError: an ordinal's prompt is not the saved one.

@@ -101,20 +101,10 @@ class Shelves:
             before=before,
         )
 
-    def restore(
-        self,
-        position: Position,
-        *,
-        end: int,
-        finished: Iterable[Rollout],
-        outstanding: Iterable[tuple[int, str, int, int]],
-    ) -> None:
-        """Restore a saved position; the other arguments are those of `Ordinals.restore`."""
-        self.ordinals.restore(
-            first=position.first_ordinal, end=end, finished=finished, outstanding=outstanding
-        )
-        self._replay = deque(position.replay, maxlen=self._replay.maxlen)
-        self._dataset_position = self._announced = position.dataset_position
+    def restore(self, *, dataset_position: int, replay: Iterable[Rollout]) -> None:
+        """Restore a saved position; the ordinals are restored on their own."""
+        self._replay = deque(replay, maxlen=self._replay.maxlen)
+        self._dataset_position = self._announced = dataset_position
 
     def _dataset(self, start: int, stop: int) -> list[Rollout]:
         return [self._demonstrations[index] for index in self._order.indices(start, stop)]

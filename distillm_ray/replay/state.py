@@ -9,7 +9,7 @@ import io
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -43,18 +43,12 @@ class BufferState:
         rollouts = [*self.finished, *self.replay]
         meta = {
             "format": FORMAT,
-            "step": self.step,
-            "identity": self.identity,
-            "schedule": self.schedule,
-            "last_validation": self.last_validation,
-            "first_ordinal": self.first_ordinal,
-            "dataset_position": self.dataset_position,
-            "fresh_counts": sorted(self.fresh_counts.items()),
-            "outstanding": self.outstanding,
+            "values": {
+                field.name: getattr(self, field.name)
+                for field in fields(self)
+                if field.name not in ("finished", "replay")
+            },
             "num_finished": len(self.finished),
-            "lost": self.lost,
-            "duplicates": self.duplicates,
-            "late": self.late,
             "rollouts": [_describe(rollout) for rollout in rollouts],
         }
         file = io.BytesIO()
@@ -87,21 +81,14 @@ class BufferState:
                     " written by another version of distillm-ray; resume with that version"
                 )
             rollouts = _rollouts(meta["rollouts"], file)
-        num_finished = meta["num_finished"]
+        values, num_finished = meta["values"], meta["num_finished"]
+        # JSON keeps neither integer keys nor tuples.
+        values["fresh_counts"] = {int(s): n for s, n in values["fresh_counts"].items()}
+        values["outstanding"] = tuple(tuple(entry) for entry in values["outstanding"])
         return cls(
-            step=meta["step"],
-            identity=meta["identity"],
-            schedule=meta["schedule"],
-            last_validation=meta["last_validation"],
-            first_ordinal=meta["first_ordinal"],
-            dataset_position=meta["dataset_position"],
-            fresh_counts=dict(meta["fresh_counts"]),
-            outstanding=tuple(tuple(entry) for entry in meta["outstanding"]),
+            **values,
             finished=tuple(rollouts[:num_finished]),
             replay=tuple(rollouts[num_finished:]),
-            lost=meta["lost"],
-            duplicates=meta["duplicates"],
-            late=meta["late"],
         )
 
 
@@ -110,9 +97,9 @@ def _describe(rollout: Rollout) -> dict[str, Any]:
     return {
         "rollout_id": rollout.rollout_id,
         "prompt_id": rollout.prompt_id,
-        "source": rollout.source.value,
+        "source": rollout.source,
         "version": rollout.version,
-        "finish_reason": rollout.finish_reason.value,
+        "finish_reason": rollout.finish_reason,
         "ordinal": rollout.ordinal,
         "text": rollout.text,
         "prompt_tokens": len(rollout.prompt_ids),
