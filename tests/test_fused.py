@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distillm_ray import types
 from distillm_ray.config import (
     AdaptiveKL,
+    CrossEntropy,
     Divergence,
     ForwardKL,
     JensenShannon,
@@ -30,7 +31,7 @@ from distillm_ray.config import (
 from distillm_ray.loss import token_losses
 from distillm_ray.loss.divergences import skew_kl
 from distillm_ray.loss.fused import fused_loss
-from distillm_ray.loss.head_loss import DivergenceTerm, HeadLoss, LossRequest, plain_loss
+from distillm_ray.loss.head_loss import HeadLoss, LossRequest, WeightedTerm, plain_loss
 from distillm_ray.loss.teacher_tensors import (
     TeacherHidden,
     TeacherLogits,
@@ -123,14 +124,16 @@ def request(
 ) -> LossRequest:
     """A request about the case, with different weights for each term."""
     weights_N = c.weights_N.to(torch.promote_types(dtype, torch.float32))
+    terms = [
+        WeightedTerm(term=divergence, weights_N=weights_N.roll(index))
+        for index, divergence in enumerate(divergences)
+    ]
+    if cross_entropy:
+        terms.append(WeightedTerm(term=CrossEntropy(), weights_N=weights_N.flip(0)))
     return LossRequest(
-        terms=tuple(
-            DivergenceTerm(divergence=divergence, weights_N=weights_N.roll(index))
-            for index, divergence in enumerate(divergences)
-        ),
+        terms=tuple(terms),
         teacher=c.teacher(kind, dtype, rule=rule, k=k) if divergences else None,
         labels_N=c.labels_N,
-        cross_entropy_weights_N=weights_N.flip(0) if cross_entropy else None,
         temperature=temperature,
     )
 
@@ -166,7 +169,8 @@ def assert_same(
     """Loss, values of each token and all gradients agree."""
     close = partial(torch.testing.assert_close, rtol=rtol, atol=atol, check_dtype=False)
     close(actual[0].loss, expected[0].loss)
-    for a, b in zip(actual[0].divergences, expected[0].divergences, strict=True):
+    close(actual[0].losses_M, expected[0].losses_M)
+    for a, b in zip(actual[0].values, expected[0].values, strict=True):
         close(a, b)
     if expected[0].log_probs_N is not None:
         close(actual[0].log_probs_N, expected[0].log_probs_N)
@@ -217,7 +221,7 @@ def test_the_block_of_the_elementwise_part_does_not_change_the_result(
 
 
 @pytest.mark.parametrize("kind", ["hidden", "top_k", "logits"])
-def test_several_terms_and_cross_entropy_mix_in_one_walk(kind: Kind) -> None:
+def test_several_divergences_and_cross_entropy_mix_in_one_walk(kind: Kind) -> None:
     c = case(seed=1)
     wanted = request(
         c, torch.float64, (SkewKL(), SkewReverseKL(), ForwardKL()), kind=kind, cross_entropy=True
@@ -236,7 +240,7 @@ def test_temperature_applies_to_divergences_and_not_to_cross_entropy(kind: Kind)
     student_NV = c.hidden_ND @ c.weight_VD[:V].T + c.bias_V[:V]
     teacher_NV = c.teacher_hidden_ND @ c.teacher_weight_VD.T + c.teacher_bias_V
     torch.testing.assert_close(
-        actual[0].divergences[0], skew_kl(student_NV / 2.5, teacher_NV / 2.5, 0.1)
+        actual[0].values[0], skew_kl(student_NV / 2.5, teacher_NV / 2.5, 0.1)
     )
     log_probs_N = torch.log_softmax(student_NV, -1)[torch.arange(N), c.labels_N]
     torch.testing.assert_close(actual[0].log_probs_N, log_probs_N)
@@ -386,7 +390,7 @@ def test_the_gradients_are_handed_out_once() -> None:
         request=request(c, torch.float64),
     )
     answer.loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="call backward once"):
+    with pytest.raises(RuntimeError, match="can be called only once"):
         answer.loss.backward()
 
 
@@ -406,14 +410,15 @@ def test_infinite_tokens_are_counted_and_left_out_of_loss_and_gradient(loss: Any
     )
     answer, gradients = run(loss, c, torch.float64, wanted)
     assert answer.num_infinite == 2
-    assert answer.divergences[0].isposinf().nonzero().flatten().tolist() == [2, 5]
+    assert answer.values[0].isposinf().nonzero().flatten().tolist() == [2, 5]
     without = replace(
         request(c, torch.float64, (ReverseKL(),), kind="logits", cross_entropy=True),
         terms=(
-            DivergenceTerm(
-                divergence=ReverseKL(),
+            WeightedTerm(
+                term=ReverseKL(),
                 weights_N=c.weights_N.index_fill(0, torch.tensor([2, 5]), 0.0),
             ),
+            wanted.terms[1],
         ),
     )
     expected, expected_gradients = run(plain_loss, c, torch.float64, without)
@@ -452,7 +457,7 @@ def test_top_k_is_the_divergence_of_k_ids_and_one_bucket() -> None:
     q_NK = q_NV.gather(-1, ids_NK)
     p_tail_N, q_tail_N = 1 - p_NK.sum(-1), 1 - q_NK.sum(-1)
     expected_N = (p_NK * (p_NK / q_NK).log()).sum(-1) + p_tail_N * (p_tail_N / q_tail_N).log()
-    torch.testing.assert_close(answer.divergences[0], expected_N)
+    torch.testing.assert_close(answer.values[0], expected_N)
 
 
 def test_a_tail_lost_to_rounding_stays_possible() -> None:
@@ -490,7 +495,7 @@ def test_bfloat16_is_as_near_to_float32_as_its_rounding(loss: Any) -> None:
     expected = run(plain_loss, rounded, torch.float32, request(rounded, torch.float32))
     answer, gradients = run(loss, rounded, torch.bfloat16, request(rounded, torch.bfloat16))
     assert answer.loss.dtype == torch.float32
-    assert answer.divergences[0].dtype == torch.float32
+    assert answer.values[0].dtype == torch.float32
     torch.testing.assert_close(answer.loss, expected[0].loss, rtol=1e-2, atol=0)
     for name, gradient in expected[1].items():
         assert gradients[name].dtype == torch.bfloat16

@@ -109,14 +109,13 @@ def planned(shelf: Shelf, age: int) -> PlannedSequence:
         rollout=rollout,
         shelf=shelf,
         age=age,
-        token_weights=weights,
-        cross_entropy_weights=weights,
+        term_weights=(weights,),
     )
 
 
 def test_a_step_record_joins_what_learner_buffer_and_rollout_loop_know() -> None:
     fresh = planned(Shelf.FRESH, 0)
-    filler = dataclasses.replace(fresh, token_weights=np.zeros(1, np.float32))  # of a third rank
+    filler = dataclasses.replace(fresh, is_filler=True)  # of a third rank
     ranks = (
         (MicroBatchPlan(sequences=(fresh, planned(Shelf.REPLAY, 9))),),
         (MicroBatchPlan(sequences=(planned(Shelf.FRESH, 3), planned(Shelf.DATASET, 0))),),

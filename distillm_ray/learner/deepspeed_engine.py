@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import nn
 
 from distillm_ray.config import LearnerConfig
 
@@ -36,26 +34,6 @@ def join_group(device: torch.device) -> None:
         alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-
-
-def build_optimizer(
-    config: LearnerConfig, parameters: Sequence[nn.Parameter]
-) -> torch.optim.Optimizer:
-    """torch's own: they need no build. DeepSpeed gives them float32 master weights."""
-    match config.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(
-                parameters,
-                lr=config.learning_rate,
-                betas=config.adam_betas,
-                eps=config.adam_epsilon,
-                weight_decay=config.weight_decay,
-                fused=True,  # one pass over the states instead of ten
-            )
-        case "sgd":
-            return torch.optim.SGD(
-                parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-            )
 
 
 def engine_config(

@@ -96,6 +96,7 @@ class StepRecord:
     time: float = 0.0  # seconds since the epoch, set by the log
     loss: Measured
     loss_by_shelf: dict[str, Measured] = field(default_factory=dict)
+    loss_by_term: dict[str, Measured] = field(default_factory=dict)  # before each term's weight
     learning_rate: float = 0.0
     gradient_norm: Measured = math.nan
     tokens: int = 0
@@ -125,7 +126,6 @@ class StepRecord:
         *,
         buffer: BufferSizes,
         work: Counters,
-        logprob_gap: float = math.nan,
     ) -> StepRecord:
         """Join what the learner reports with what the other roles did since the last step."""
         return cls(
@@ -139,7 +139,6 @@ class StepRecord:
             replay_age_mean=_mean(draw.replay_ages),
             buffer=buffer,
             work=work,
-            logprob_gap=logprob_gap,
         )
 
     @property

@@ -1,0 +1,21 @@
+"""The `Example:` blocks of docstrings, run as doctests."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = (
+    "distillm_ray.batching",
+    "distillm_ray.loss.fused",
+    "distillm_ray.loss.terms",
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_a_module_give_what_they_show(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0, f"{name} has no example"
+    assert result.failed == 0, "the difference is in the captured output"
