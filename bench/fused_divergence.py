@@ -83,7 +83,7 @@ class Problem:
 
         def call() -> Tensor:
             self.forget()
-            answer = loss(
+            result = loss(
                 self.hidden_ND,
                 self.weight_VD,
                 None,
@@ -92,8 +92,8 @@ class Problem:
                 request=request,
                 **options,
             )
-            answer.loss.backward()
-            return answer.loss.detach()
+            result.loss.backward()
+            return result.loss.detach()
 
         return call
 

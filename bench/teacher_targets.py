@@ -43,7 +43,7 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     """Each token's value, and the gradient of its hidden state (as the student sees it)."""
     hidden_ND = positions.student_hidden_ND.clone().requires_grad_()
-    answer = fused_loss(
+    result = fused_loss(
         hidden_ND,
         positions.student_head.weight_VD,
         None,
@@ -54,9 +54,9 @@ def evaluate(
             teacher=teacher,
         ),
     )
-    answer.loss.backward()
+    result.loss.backward()
     assert hidden_ND.grad is not None
-    return answer.values[0], hidden_ND.grad
+    return result.values[0], hidden_ND.grad
 
 
 def kinds(positions: Positions) -> dict[str, tuple[int, Callable[[], TeacherTensors]]]:

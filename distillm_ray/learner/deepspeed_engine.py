@@ -1,4 +1,4 @@
-"""How the learner uses DeepSpeed: process group, settings, optimizer and random state."""
+"""How the learner uses DeepSpeed: process group, settings and random state."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from deepspeed.accelerator import get_accelerator
 
 from distillm_ray.config import LearnerConfig
 
-_BUCKET_ELEMENTS = 50_000_000  # of communication buffers
+_BUCKET_ELEMENTS = 50_000_000  # size of a communication buffer: 200 MB in float32
 
 
 def join_group(device: torch.device) -> None:
-    """Make DeepSpeed use the process group there is, or a group of this process alone."""
+    """Make DeepSpeed use the existing process group, or a new group of this process only."""
     accelerator = get_accelerator()
     assert accelerator is not None
     chosen = accelerator.device_name()
@@ -26,9 +26,9 @@ def join_group(device: torch.device) -> None:
         f"DeepSpeed chose {chosen} for a learner on {device}; set DS_ACCELERATOR before it starts"
     )
     if device.type == "cpu":
-        # No kernels to build: DeepSpeed would compile C++ for its shared-memory all-reduce.
+        # Otherwise DeepSpeed compiles a C++ extension for its shared-memory all-reduce.
         deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed wants it, on CPUs too
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed reads it, also on CPUs
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -39,12 +39,12 @@ def join_group(device: torch.device) -> None:
 def engine_config(
     config: LearnerConfig, dtype: torch.dtype, *, persistence_threshold: int
 ) -> dict[str, Any]:
-    """DeepSpeed's settings: `step()` is the accumulation boundary, sums are in float32."""
+    """DeepSpeed's settings: `step()` ends the accumulation, and gradients are summed in float32."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        # At stage 0 the learner clips in a hook, which also learns the norm.
+        # At stage 0 the learner clips in a hook, because it needs the norm.
         "gradient_clipping": config.max_gradient_norm if config.zero_stage > 0 else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
@@ -63,7 +63,7 @@ def engine_config(
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of every generator that dropout or a library may draw from."""
+    """The state of every random number generator that dropout or a library may use."""
     state = {
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state(),
@@ -75,7 +75,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """The inverse of `random_state`; a state taken on another kind of device keeps its CPU part."""
+    """The inverse of `random_state`. A GPU's state is set only if the saved run had one."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])

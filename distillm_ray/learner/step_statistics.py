@@ -76,7 +76,7 @@ class StepStatistics:
         sums[_SHELF_LOSS:_SHELF_FINITE].index_add_(0, shelf_N, losses_N)
         sums[_SHELF_FINITE:_TERM_LOSS].index_add_(0, shelf_N, finite_N.double())
         if batch.behaviour_logprobs_N is not None and result.log_probs_N is not None:
-            # Only samples of this very version: older ones differ because the weights do.
+            # Only samples of the current weights: others differ because the weights do.
             current_S = np.array([age == 0 for age in batch.ages])
             behaviour_N = np.where(
                 current_S[batch.sequence_index_N], batch.behaviour_logprobs_N, np.nan

@@ -1,4 +1,4 @@
-"""Which token weighs what in which term of the loss (DESIGN.md section 4).
+"""Which token weighs what in which term of the loss.
 
 The weights of all terms are computed once for the global batch, when it is drawn, and travel with
 the sequences. They depend on who wrote a response (`Rollout.source`), never on the shelf that the

@@ -37,7 +37,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 def run(
     loss: Any, divergence: Divergence, dtype: torch.dtype, *, num_tokens: int = N, top_k: int = 0
 ) -> tuple[HeadLoss, Tensor, Tensor]:
-    """The answer, and the gradients of hidden states and head."""
+    """The result, and the gradients of hidden states and head."""
     hidden_ND = normal(num_tokens, D, seed=0).to(dtype).requires_grad_()
     weight_VD = (normal(V, D, seed=1) * 0.3).to(dtype).requires_grad_()
     head = FrozenHead(weight_VD=(normal(V, D, seed=2) * 0.3).to(dtype))
@@ -55,13 +55,13 @@ def run(
         labels_N=torch.arange(num_tokens, device="cuda") % V,
     )
     options = {} if loss is plain_loss else {"memory_bytes": 2 * 100 * V * 4}
-    answer = loss(
+    result = loss(
         hidden_ND, weight_VD, None, rule=RULE, vocabulary_size=V, request=request, **options
     )
-    answer.loss.backward()
+    result.loss.backward()
     assert hidden_ND.grad is not None
     assert weight_VD.grad is not None
-    return answer, hidden_ND.grad, weight_VD.grad
+    return result, hidden_ND.grad, weight_VD.grad
 
 
 @pytest.mark.parametrize("top_k", [0, 16])

@@ -179,8 +179,8 @@ def run_rank(rank: int, directory: str) -> None:
         )
         engine.train()
         for step in range(NUM_STEPS):
-            answer = engine(*batch(step, rank, case.dtype))
-            engine.backward(answer.loss * NUM_RANKS)
+            result = engine(*batch(step, rank, case.dtype))
+            engine.backward(result.loss * NUM_RANKS)
             engine.step()
         parameters = dict(model.named_parameters())
         with deepspeed.zero.GatheredParameters(list(parameters.values())):
