@@ -53,11 +53,11 @@ class LossTerm(Section):
     """One term of the loss: on which text it holds, and its weight in the sum of all terms."""
 
     on: Text = "all"
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
 
     @property
     def formula(self) -> Self:
-        """The term with its parameters only: `on` and `weight` are back at their defaults."""
+        """The term with its parameters only: `on` and `weight` have their defaults."""
         return type(self).model_validate(self.model_dump(exclude={"on", "weight"}))
 
 
@@ -119,8 +119,8 @@ class AdaptiveKL(LossTerm):
 class CrossEntropy(LossTerm):
     """-log q(token), without a teacher.
 
-    The default is data-set text: on text that the student sampled itself, the expected gradient of
-    the cross-entropy is zero, so that the term would only add noise.
+    The default is data-set text. On text that the student samples itself, the expected gradient of
+    the cross-entropy is zero, so there the term would only add noise.
     """
 
     type: Literal["cross_entropy"] = "cross_entropy"

@@ -1,4 +1,4 @@
-"""Token weights, loss positions, packing and the split over ranks, against hand computations."""
+"""Loss positions, packing, the split over ranks and the loss of a step, against hand computations."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def draw_of(rollouts: list[Rollout]) -> Draw:
 
 
 def real_token_share(ranks: Sequence[Sequence[MicroBatchPlan]]) -> float:
-    """Tokens that count / tokens computed. Rows hold no padding, so only fillers lower it."""
+    """Counted tokens / computed tokens. Rows have no padding, so only fillers lower it."""
     sequences = [one for rank in ranks for micro_batch in rank for one in micro_batch.sequences]
     computed = sum(one.rollout.num_tokens for one in sequences)
     fillers = sum(one.rollout.num_tokens for one in sequences if one.is_filler)
@@ -271,7 +271,7 @@ def test_the_loss_is_the_hand_computed_one_whatever_the_split(
         max_micro_batch_tokens=max_tokens,
         loss=LossConfig(terms=(SkewKL(), CrossEntropy()), normalize=normalize),
     )
-    # A loss for every token that tells it apart: by sequence number and offset.
+    # A different loss for every token, from its sequence number and offset.
     losses = {
         one.rollout_id: np.sin(1.7 * index + 0.3 * np.arange(one.num_loss_tokens))
         for index, one in enumerate(rollouts)
@@ -311,7 +311,7 @@ def test_ranks_have_the_same_number_of_rows_within_the_limit_and_lose_nothing(
         assert 0 < sum(one.rollout.num_tokens for one in row.sequences) <= max_tokens
     real = [one.rollout.rollout_id for row in rows for one in row.sequences if not one.is_filler]
     assert sorted(real) == sorted(one.rollout_id for one in rollouts)
-    # Only where there are fewer sequences than rows, one filler a row.
+    # One filler a row, only where there are fewer sequences than rows.
     fillers = [row for row in rows if any(one.is_filler for one in row.sequences)]
     assert len(fillers) == max(0, len(rows) - len(rollouts))
     assert all(len(row.sequences) == 1 for row in fillers)
@@ -362,7 +362,7 @@ def test_small_batches_are_nearly_as_even_as_the_best_split_of_all() -> None:
 
 
 def test_few_micro_batches_come_before_equal_tokens() -> None:
-    # Four rows of 10 hold these exactly, two on each rank.
+    # These fill four rows of 10 exactly, two on each rank.
     lengths = [6, 4, 7, 3, 8, 2, 5, 5]
     ranks = split(lengths, num_ranks=2, max_tokens=10)
     assert [len(rank) for rank in ranks] == [2, 2]

@@ -177,6 +177,10 @@ def test_an_unknown_key_is_refused_and_the_nearest_one_named(
             "loss.terms.0.weight: Input should be greater than 0, got 0",
         ),
         (
+            {"loss": {"terms": [{"type": "skew_kl", "weight": float("inf")}]}},
+            "loss.terms.0.weight: Input should be a finite number",
+        ),
+        (
             {"loss": {"terms": [{"type": "skew_kl", "on": "replay"}]}},
             "loss.terms.0.on: Input should be 'dataset', 'student', 'teacher' or 'all', got",
         ),

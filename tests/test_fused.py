@@ -93,7 +93,7 @@ class Case:
 
 
 def case(num_tokens: int = N, seed: int = 0) -> Case:
-    """Random, reproducible."""
+    """Random values from a seed."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -122,7 +122,7 @@ def request(
     cross_entropy: bool = False,
     temperature: float = 1.0,
 ) -> LossRequest:
-    """A request about the case, with different weights for each term."""
+    """A request for the case, with different weights for each term."""
     weights_N = c.weights_N.to(torch.promote_types(dtype, torch.float32))
     terms = [
         WeightedTerm(term=divergence, weights_N=weights_N.roll(index))
@@ -288,7 +288,7 @@ def test_gradients_are_the_slopes_of_the_loss_along_random_directions() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements any operation returned."""
+    """Records the largest number of elements that any operation returned."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -273,10 +273,10 @@ def reference(directory: Path) -> tuple[list[float], list[float], dict[str, torc
             values_T = skew_kl(student_TV, teacher_TV, alpha=0.1)
             labels_T = torch.from_numpy(rollout.response_ids).long()
             entropy_T = torch.nn.functional.cross_entropy(student_TV, labels_T, reduction="none")
-            # Half of the slots each; every token of a source weighs the same.
+            # Each source has half of the slots, spread evenly over its tokens.
             num_tokens = num_data_tokens if rollout.source is Source.DATASET else num_student_tokens
             loss = loss + 0.8 * values_T.sum() / 2 / num_tokens
-            # Cross-entropy is for the data set's words, never for the student's own.
+            # Cross-entropy holds on data-set text only.
             if rollout.source is Source.DATASET:
                 loss = loss + 0.3 * entropy_T.sum() / num_data_tokens
         loss.backward()
@@ -398,7 +398,7 @@ def test_the_log_of_a_step_counts_over_all_ranks(runs: Path, stage: int) -> None
         assert record["loss_tokens"] == sum(response for _, response in LENGTHS)
         assert record["learning_rate"] == pytest.approx(0.5)
         assert record["infinite_tokens"] == 0
-        # Half of the slots each; cross-entropy has all of its weight on the data set's.
+        # Each source has half of the slots; cross-entropy is the mean over the data-set tokens.
         shares = record["loss_by_shelf"]
         divergences = 0.5 * (shares["fresh"] + shares["dataset"] - 0.3 * entropy)
         assert record["loss"] == pytest.approx(divergences + 0.3 * entropy, rel=1e-5)
@@ -444,7 +444,7 @@ def test_the_exported_directory_is_the_trained_model_with_the_students_files(
 def test_a_bfloat16_student_has_float32_master_weights_and_no_spurious_first_step(
     runs: Path, num_ranks: int
 ) -> None:
-    """AdamW moves every weight by the learning rate at most: far below bfloat16's resolution."""
+    """AdamW moves a weight by at most the learning rate, far below bfloat16's resolution."""
     losses, after = weights_of(runs, num_ranks, "bfloat16")
     assert losses == pytest.approx(reference(runs)[0][:1], rel=0.03)
     model = AutoModelForCausalLM.from_pretrained(runs / "student", dtype=torch.bfloat16)
