@@ -38,7 +38,7 @@ from distillm_ray.config import (
     TotalVariation,
 )
 from distillm_ray.loss.fused import DEFAULT_MEMORY_BYTES, fused_loss
-from distillm_ray.loss.head_loss import DivergenceTerm, LossRequest, plain_loss
+from distillm_ray.loss.head_loss import LossRequest, WeightedTerm, plain_loss
 from distillm_ray.loss.teacher_tensors import TeacherHidden
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.logit_rules import LogitRule
@@ -68,7 +68,7 @@ class Problem:
         num_tokens = len(self.hidden_ND)
         weights_N = torch.full((num_tokens,), 1 / num_tokens, device=self.hidden_ND.device)
         return LossRequest(
-            terms=(DivergenceTerm(divergence=divergence, weights_N=weights_N),),
+            terms=(WeightedTerm(term=divergence, weights_N=weights_N),),
             teacher=TeacherHidden(
                 values_ND=self.teacher_hidden_ND,
                 head=FrozenHead(weight_VD=self.teacher_weight_VD),
@@ -83,7 +83,7 @@ class Problem:
 
         def call() -> Tensor:
             self.forget()
-            answer = loss(
+            result = loss(
                 self.hidden_ND,
                 self.weight_VD,
                 None,
@@ -92,8 +92,8 @@ class Problem:
                 request=request,
                 **options,
             )
-            answer.loss.backward()
-            return answer.loss.detach()
+            result.loss.backward()
+            return result.loss.detach()
 
         return call
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distillm_ray.config import Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from distillm_ray.loss.fused import fused_loss
-from distillm_ray.loss.head_loss import DivergenceTerm, LossRequest
+from distillm_ray.loss.head_loss import LossRequest, WeightedTerm
 from distillm_ray.loss.teacher_tensors import (
     TeacherHidden,
     TeacherLogits,
@@ -43,20 +43,20 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     """Each token's value, and the gradient of its hidden state (as the student sees it)."""
     hidden_ND = positions.student_hidden_ND.clone().requires_grad_()
-    answer = fused_loss(
+    result = fused_loss(
         hidden_ND,
         positions.student_head.weight_VD,
         None,
         rule=LogitRule(),
         vocabulary_size=len(positions.student_head.weight_VD),
         request=LossRequest(
-            terms=(DivergenceTerm(divergence=divergence, weights_N=torch.ones(len(hidden_ND))),),
+            terms=(WeightedTerm(term=divergence, weights_N=torch.ones(len(hidden_ND))),),
             teacher=teacher,
         ),
     )
-    answer.loss.backward()
+    result.loss.backward()
     assert hidden_ND.grad is not None
-    return answer.divergences[0], hidden_ND.grad
+    return result.values[0], hidden_ND.grad
 
 
 def kinds(positions: Positions) -> dict[str, tuple[int, Callable[[], TeacherTensors]]]:

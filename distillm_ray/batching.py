@@ -1,25 +1,24 @@
-"""From a draw to packed rows: token weights, the split over ranks, loss positions.
+"""From a draw to packed rows: weights per term, the split over ranks, loss positions.
 
-A row is whole sequences one after the other, without padding. The weight of a token is fixed here,
-over the global batch, so that no split into ranks and micro-batches can change the loss.
+A row is whole sequences one after the other, without padding. loss/terms.py computes the weight of
+every token over the global batch before the split, so the split cannot change the loss.
 
-Where sequences run out before every rank has its micro-batch (three full rows on two ranks), a
-filler takes the place: the shortest sequence once more, all of its token weights 0. It costs its
-forward pass and adds nothing. `is_filler` tells it.
+Every rank runs the same number of micro-batches. Where there are too few sequences for that (three
+full rows on two ranks), a filler takes the place of the missing row: the shortest sequence once
+more, with `is_filler` set and all weights 0. It costs a forward pass and contributes nothing.
 
 Axes: L packed tokens, N loss positions of a row, S sequences of a row.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import compress
-from typing import Literal, TypeAlias
 
 import numpy as np
 
+from distillm_ray.config import LossConfig
+from distillm_ray.loss.terms import term_weights
 from distillm_ray.packing import split
 from distillm_ray.types import (
     Draw,
@@ -38,8 +37,6 @@ from distillm_ray.types import (
     TopKTargets,
 )
 
-Normalize: TypeAlias = Literal["source", "tokens", "sequence"]
-
 
 def loss_positions(rollout: Rollout) -> Int32Array:
     """Positions of the sequence that predict its loss tokens, `[num_loss_tokens]`.
@@ -50,61 +47,46 @@ def loss_positions(rollout: Rollout) -> Int32Array:
     return (len(rollout.prompt_ids) - 1 + offsets).astype(np.int32)
 
 
-def token_weights(rollouts: Sequence[Rollout], normalize: Normalize) -> tuple[Float32Array, ...]:
-    """Each sequence's weights, `[num_loss_tokens]`; over all sequences they sum to 1.
-
-    `source`: slots of the source / slots, spread evenly over the source's loss tokens; `tokens`:
-    one mean over all loss tokens; `sequence`: the mean of the sequences' means. A sequence without
-    a loss token does not count as a slot. Raises ValueError if there is no loss token at all.
-    """
-    counts = [rollout.num_loss_tokens for rollout in rollouts]
-    slots = sum(count > 0 for count in counts)
-    if slots == 0:
-        raise ValueError(
-            f"a global batch must have a token under the loss, got {len(rollouts)} sequences"
-            " without one: there is nothing to learn from"
-        )
-    slots_of, tokens_of = Counter(), Counter()
-    for rollout, count in zip(rollouts, counts, strict=True):
-        slots_of[rollout.source] += count > 0
-        tokens_of[rollout.source] += count
-    total = sum(counts)
-    weights = []
-    for rollout, count in zip(rollouts, counts, strict=True):
-        if count == 0:
-            weight = 0.0
-        else:
-            match normalize:
-                case "source":
-                    source = rollout.source
-                    weight = slots_of[source] / slots / tokens_of[source]
-                case "tokens":
-                    weight = 1.0 / total
-                case "sequence":
-                    weight = 1.0 / slots / count
-        weights.append(np.full(count, weight, dtype=np.float64).astype(np.float32))
-    return tuple(weights)
-
-
 def plan_step(
-    draw: Draw, *, num_ranks: int, max_micro_batch_tokens: int, normalize: Normalize
+    draw: Draw, *, num_ranks: int, max_micro_batch_tokens: int, loss: LossConfig
 ) -> StepPlan:
-    """Split a draw: for each rank the same number of micro-batches, nearly equal tokens.
+    """Split a draw: the same number of micro-batches for each rank, nearly equal tokens.
 
-    Raises ValueError for a sequence longer than a micro-batch, or a draw without loss tokens.
+    Raises:
+        ValueError: a sequence is longer than a micro-batch, or the draw has no loss token.
+
+    Example:
+        Three data-set sequences fill three rows on two ranks, so one rank gets a filler.
+
+        >>> from distillm_ray.types import DrawnSequence, FinishReason, Mix, Source
+        >>> def drawn(name: str) -> DrawnSequence:
+        ...     rollout = Rollout(
+        ...         rollout_id=name, prompt_id=name, version=0, source=Source.DATASET,
+        ...         prompt_ids=np.array([5, 6, 7], dtype=np.int32),
+        ...         response_ids=np.array([8, 9], dtype=np.int32),
+        ...         loss_mask=np.ones(2, dtype=np.bool_), finish_reason=FinishReason.STOP,
+        ...     )
+        ...     return DrawnSequence(rollout=rollout, shelf=Shelf.DATASET, age=0)
+        >>> draw = Draw(
+        ...     step=0, phi=0.0, psi=0.0, mix=Mix(dataset=3),
+        ...     sequences=(drawn("a"), drawn("b"), drawn("c")),
+        ... )
+        >>> plan = plan_step(draw, num_ranks=2, max_micro_batch_tokens=5, loss=LossConfig())
+        >>> for index, rank in enumerate(plan.ranks):
+        ...     for micro_batch in rank:
+        ...         [one] = micro_batch.sequences
+        ...         print(index, one.rollout.rollout_id, one.term_weights[0], one.is_filler)
+        0 a [0.16666667 0.16666667] False
+        0 c [0.16666667 0.16666667] False
+        1 b [0.16666667 0.16666667] False
+        1 a [0. 0.] True
     """
-    weights = token_weights([drawn.rollout for drawn in draw.sequences], normalize)
-    is_data = [drawn.shelf is Shelf.DATASET for drawn in draw.sequences]
-    data_share = sum(float(weight.sum()) for weight in compress(weights, is_data))
+    weights = term_weights([drawn.rollout for drawn in draw.sequences], loss)
     sequences = [
         PlannedSequence(
-            rollout=drawn.rollout,
-            shelf=drawn.shelf,
-            age=drawn.age,
-            token_weights=weight,
-            cross_entropy_weights=weight / data_share if data else np.zeros_like(weight),
+            rollout=drawn.rollout, shelf=drawn.shelf, age=drawn.age, term_weights=of_terms
         )
-        for drawn, weight, data in zip(draw.sequences, weights, is_data, strict=True)
+        for drawn, of_terms in zip(draw.sequences, weights, strict=True)
     ]
     return StepPlan(
         step=draw.step,
@@ -120,35 +102,29 @@ def plan_validation(
 ) -> tuple[tuple[MicroBatchPlan, ...], ...]:
     """Held-out responses for each rank, the same number of micro-batches everywhere.
 
-    Every loss token weighs 1, a filler's 0: the weights' sum is the number of tokens.
+    There is one term, in which every loss token weighs 1 and a filler's tokens weigh 0: the sum of
+    the weights is the number of tokens.
     """
-    ones = [np.ones(rollout.num_loss_tokens, dtype=np.float32) for rollout in demonstrations]
     sequences = [
         PlannedSequence(
             rollout=rollout,
             shelf=Shelf.DATASET,
             age=0,
-            token_weights=weights,
-            cross_entropy_weights=weights,
+            term_weights=(np.ones(rollout.num_loss_tokens, dtype=np.float32),),
         )
-        for rollout, weights in zip(demonstrations, ones, strict=True)
+        for rollout in demonstrations
     ]
     return _plan(sequences, num_ranks, max_micro_batch_tokens)
 
 
-def is_filler(sequence: PlannedSequence) -> bool:
-    """Whether a sequence is there only so that its rank has something to compute."""
-    return not sequence.token_weights.any()
-
-
 def draw_facts(plan: StepPlan) -> DrawFacts:
-    """The facts of a whole step, over all ranks; fillers are left out."""
+    """The facts of a whole step, over all ranks, without its fillers."""
     ages: dict[Shelf, list[int]] = {shelf: [] for shelf in Shelf}
     ids: dict[Shelf, list[str]] = {shelf: [] for shelf in Shelf}
     for rank in plan.ranks:
         for micro_batch in rank:
             for sequence in micro_batch.sequences:
-                if is_filler(sequence):
+                if sequence.is_filler:
                     continue
                 ages[sequence.shelf].append(sequence.age)
                 ids[sequence.shelf].append(sequence.rollout.rollout_id)
@@ -163,9 +139,13 @@ def draw_facts(plan: StepPlan) -> DrawFacts:
 
 
 def pack(micro_batch: MicroBatchPlan, targets: Mapping[str, TeacherTargets] | None) -> LearnerBatch:
-    """One row of whole sequences. `targets`: by rollout id, every sequence's; None: no teacher.
+    """One row of whole sequences.
 
-    Raises ValueError if a sequence's targets are missing or belong to another response.
+    `targets` holds the teacher targets of every sequence by rollout id; None: the loss has no
+    teacher.
+
+    Raises:
+        ValueError: the targets of a sequence are missing, or belong to another response.
     """
     sequences = micro_batch.sequences
     assert sequences, "a micro-batch needs a sequence"
@@ -186,9 +166,9 @@ def pack(micro_batch: MicroBatchPlan, targets: Mapping[str, TeacherTargets] | No
         labels_N=np.concatenate(
             [rollout.response_ids[rollout.loss_mask] for rollout in rollouts]
         ).astype(np.int32, copy=False),
-        token_weights_N=np.concatenate([sequence.token_weights for sequence in sequences]),
-        cross_entropy_weights_N=np.concatenate(
-            [sequence.cross_entropy_weights for sequence in sequences]
+        term_weights_N=tuple(
+            np.concatenate(of_term)
+            for of_term in zip(*(sequence.term_weights for sequence in sequences), strict=True)
         ),
         sequence_index_N=np.repeat(
             np.arange(len(rollouts), dtype=np.int32), [len(part) for part in positions]
@@ -196,6 +176,7 @@ def pack(micro_batch: MicroBatchPlan, targets: Mapping[str, TeacherTargets] | No
         rollout_ids=tuple(rollout.rollout_id for rollout in rollouts),
         shelves=tuple(sequence.shelf for sequence in sequences),
         ages=tuple(sequence.age for sequence in sequences),
+        is_filler=tuple(sequence.is_filler for sequence in sequences),
         targets=None if targets is None else _stack(rollouts, targets),
         behaviour_logprobs_N=_behaviour_logprobs(rollouts),
     )
@@ -207,8 +188,8 @@ def _plan(
     lengths = [sequence.rollout.num_tokens for sequence in sequences]
     ranks = split(lengths, num_ranks=num_ranks, max_tokens=max_tokens)
     shortest = sequences[lengths.index(min(lengths))]
-    zeros = np.zeros_like(shortest.token_weights)
-    filler = replace(shortest, token_weights=zeros, cross_entropy_weights=zeros)
+    zeros = tuple(np.zeros_like(weights) for weights in shortest.term_weights)
+    filler = replace(shortest, term_weights=zeros, is_filler=True)
     return tuple(
         tuple(
             MicroBatchPlan(sequences=tuple(sequences[index] for index in one) or (filler,))
@@ -232,7 +213,7 @@ def _behaviour_logprobs(rollouts: Sequence[Rollout]) -> Float32Array | None:
 
 
 def _stack(rollouts: Sequence[Rollout], targets: Mapping[str, TeacherTargets]) -> TeacherTargets:
-    """The rollouts' targets one after the other, `[N, ...]`."""
+    """The rollouts' targets concatenated, `[N, ...]`."""
     found: list[TeacherTargets] = []
     for rollout in rollouts:
         if rollout.rollout_id not in targets:

@@ -8,7 +8,7 @@ make no sense. Importing this costs milliseconds: no torch, no Ray, no vLLM.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -42,22 +42,38 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-# ---- divergences (DESIGN section 4) ------------------------------------------------------------
+# ---- loss --------------------------------------------------------------------------------------
 
 
-class ForwardKL(Section):
-    """KL(p || q), p the teacher."""
+Text: TypeAlias = Literal["dataset", "student", "teacher", "all"]
+"""Who wrote a response."""
+
+
+class LossTerm(Section):
+    """One term of the loss: on which text it holds, and its weight in the sum of all terms."""
+
+    on: Text = "all"
+    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+
+    @property
+    def formula(self) -> Self:
+        """The term with its parameters only: `on` and `weight` have their defaults."""
+        return type(self).model_validate(self.model_dump(exclude={"on", "weight"}))
+
+
+class ForwardKL(LossTerm):
+    """KL(p || q), p the teacher, q the student."""
 
     type: Literal["forward_kl"] = "forward_kl"
 
 
-class ReverseKL(Section):
+class ReverseKL(LossTerm):
     """KL(q || p)."""
 
     type: Literal["reverse_kl"] = "reverse_kl"
 
 
-class JensenShannon(Section):
+class JensenShannon(LossTerm):
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q."""
 
     type: Literal["jensen_shannon"] = "jensen_shannon"
@@ -73,46 +89,55 @@ class JensenShannon(Section):
         return self
 
 
-class SkewKL(Section):
+class SkewKL(LossTerm):
     """KL(p || alpha p + (1 - alpha) q)."""
 
     type: Literal["skew_kl"] = "skew_kl"
     alpha: Open01 = 0.1
 
 
-class SkewReverseKL(Section):
+class SkewReverseKL(LossTerm):
     """KL(q || (1 - alpha) p + alpha q)."""
 
     type: Literal["skew_reverse_kl"] = "skew_reverse_kl"
     alpha: Open01 = 0.1
 
 
-class TotalVariation(Section):
+class TotalVariation(LossTerm):
     """Half the L1 distance."""
 
     type: Literal["total_variation"] = "total_variation"
 
 
-class AdaptiveKL(Section):
+class AdaptiveKL(LossTerm):
     """Forward and reverse KL, weighted by the gaps over the teacher's head (mass mu) and tail."""
 
     type: Literal["adaptive_kl"] = "adaptive_kl"
     mu: Open01 = 0.5
 
 
-Divergence: TypeAlias = Annotated[
-    ForwardKL | ReverseKL | JensenShannon | SkewKL | SkewReverseKL | TotalVariation | AdaptiveKL,
-    Field(discriminator="type"),
-]
+class CrossEntropy(LossTerm):
+    """-log q(token), without a teacher.
+
+    The default is data-set text. On text that the student samples itself, the expected gradient of
+    the cross-entropy is zero, so there the term would only add noise.
+    """
+
+    type: Literal["cross_entropy"] = "cross_entropy"
+    on: Text = "dataset"
+
+
+Divergence: TypeAlias = (
+    ForwardKL | ReverseKL | JensenShannon | SkewKL | SkewReverseKL | TotalVariation | AdaptiveKL
+)
+Term: TypeAlias = Annotated[Divergence | CrossEntropy, Field(discriminator="type")]
 
 
 class LossConfig(Section):
-    """What each token's loss is, and how tokens are weighted in the global batch."""
+    """The terms of the loss, and how tokens are weighted in the global batch."""
 
-    divergence: Divergence | None = SkewKL()
-    divergence_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    cross_entropy_weight: Annotated[float, Field(ge=0.0)] = 0.0  # over the data-set slots alone
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0  # of both distributions in the divergence
+    terms: tuple[Term, ...] = (SkewKL(),)
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0  # of both distributions in a divergence
     normalize: Literal["source", "tokens", "sequence"] = "source"
     implementation: Literal["fused", "plain"] = "fused"  # plain: the reference, for checking
     chunk_megabytes: Positive | None = None  # of the fused walk's logits; 64 on CPU, 1,024 on GPU
@@ -120,15 +145,24 @@ class LossConfig(Section):
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with the teacher."""
-        return self.divergence is not None and self.divergence_weight > 0.0
+        return any(not isinstance(term, CrossEntropy) for term in self.terms)
 
     @model_validator(mode="after")
-    def _something_to_learn(self) -> LossConfig:
-        if not self.needs_teacher and self.cross_entropy_weight == 0.0:
+    def _terms_differ(self) -> LossConfig:
+        if not self.terms:
             raise ValueError(
-                "loss.divergence and loss.cross_entropy_weight are both off: there is nothing to"
-                " learn; set loss.divergence, or loss.cross_entropy_weight above 0"
+                "loss.terms must hold at least one term, got an empty list: there is nothing to"
+                " learn; add one, as in loss.terms=[{type: skew_kl}]"
             )
+        seen: dict[tuple[str, LossTerm], int] = {}
+        for index, term in enumerate(self.terms):
+            first = seen.setdefault((term.on, term.formula), index)
+            if first != index:
+                raise ValueError(
+                    f"loss.terms must differ in type, parameters or on, got {term.type} on"
+                    f" {term.on} as terms {first} and {index}: they are one term with the sum of"
+                    " their weights; keep one and set its weight"
+                )
         return self
 
 
@@ -418,6 +452,13 @@ class Config(Section):
                 return phi > 0.0
 
     @property
+    def drawn_text(self) -> tuple[Literal["dataset", "student"], ...]:
+        """The sources of text that the run can draw. phi never falls, so phi 1 leaves no data."""
+        phi = self.schedule.start if self.schedule.type == "adaptive" else self.schedule.phi
+        student = ("student",) if self.wants_rollouts else ()
+        return student if phi == 1.0 else ("dataset", *student)
+
+    @property
     def max_response_tokens(self) -> int:
         """Longest response that the student may generate."""
         return self.rollout.sampling.max_tokens or self.data.max_response_tokens
@@ -485,3 +526,39 @@ class Config(Section):
                 " never reach its peak"
             )
         return self
+
+    @model_validator(mode="after")
+    def _terms_fit_the_text(self) -> Config:
+        drawn = self.drawn_text
+        for index, term in enumerate(self.loss.terms):
+            if term.on != "all" and term.on not in drawn:
+                reason, remedy = _WHY_NOT_DRAWN[term.on]
+                raise ValueError(
+                    f"loss.terms.{index}.on must name text that the run draws"
+                    f" ({' or '.join(drawn)}) or be all, got {term.on}: {reason}, so"
+                    f" {term.type} would hold nowhere; {remedy}, or remove the term"
+                )
+        for text in drawn:
+            if all(term.on not in ("all", text) for term in self.loss.terms):
+                covered = ", ".join(sorted({term.on for term in self.loss.terms}))
+                consequence, remedy = _WHY_NOT_COVERED[text]
+                raise ValueError(
+                    f"loss.terms must cover all text that the run draws"
+                    f" ({' and '.join(drawn)}), got terms on {covered} only: {consequence};"
+                    f" add a term with on: {text} or on: all, or {remedy}"
+                )
+        return self
+
+
+_WHY_NOT_DRAWN = {
+    "dataset": ("phi is always 1", "lower schedule.phi or schedule.start"),
+    "student": ("phi is always 0", "raise schedule.phi or set schedule.type=adaptive"),
+    "teacher": ("no part of a run draws teacher responses yet", "use on: dataset"),
+}
+_WHY_NOT_COVERED = {
+    "dataset": ("data-set slots would teach nothing", "set schedule={type: fixed, phi: 1}"),
+    "student": (
+        "student outputs would be generated and thrown away",
+        "set schedule={type: fixed, phi: 0}",
+    ),
+}

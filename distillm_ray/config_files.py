@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
@@ -40,6 +40,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
                 f"override {override!r} must have the form key=value, as in learner.steps=100"
             )
     try:
+        tree = _with_word_keys(tree)
         for override in overrides:
             tree = _with_override(tree, override)
         values = OmegaConf.to_container(tree, resolve=True)
@@ -63,35 +64,59 @@ def dump_config(config: Config) -> str:
 
 
 def _with_override(tree: DictConfig, override: str) -> DictConfig:
-    """The tree with one key set. Setting another `type` also drops the keys of the old type."""
-    patch = OmegaConf.from_dotlist([override])
-    key = override.partition("=")[0].removesuffix(".type")
-    old, new = OmegaConf.select(tree, key), OmegaConf.select(patch, key)
+    """The tree with one key set; another `type` replaces the old one together with its keys.
+
+    A number in the key is the index of a list's item, as in `loss.terms.0.alpha=0.1`.
+    """
+    patch = _with_word_keys(OmegaConf.from_dotlist([override]))
+    key = override.partition("=")[0]
+    owner = key.removesuffix(".type")
+    old, new = OmegaConf.select(tree, owner), OmegaConf.select(patch, owner)
     both = isinstance(old, DictConfig) and isinstance(new, DictConfig)
     if both and "type" in new and old.get("type") != new["type"]:
-        OmegaConf.update(tree, key, {}, merge=False)
+        OmegaConf.update(tree, owner, {}, merge=False)
+    parts = key.split(".")
+    on_the_way = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    if any(isinstance(OmegaConf.select(tree, one), ListConfig) for one in on_the_way):
+        # OmegaConf.merge replaces a list by a mapping of its indices.
+        value = OmegaConf.select(patch, key)
+        both = OmegaConf.is_dict(value) and OmegaConf.is_dict(OmegaConf.select(tree, key))
+        OmegaConf.update(tree, key, value, merge=both)
+        return tree
     merged = OmegaConf.merge(tree, patch)
     assert isinstance(merged, DictConfig)
     return merged
 
 
+def _with_word_keys(tree: DictConfig) -> DictConfig:
+    """The tree with the key `on`, which YAML 1.1 reads as true, as the word it is in a config."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {"on" if key is True else key: convert(one) for key, one in value.items()}
+        return [convert(one) for one in value] if isinstance(value, list) else value
+
+    return OmegaConf.create(convert(OmegaConf.to_container(tree, resolve=False)))
+
+
 def _explain(item: Any) -> str:
     """One line for one pydantic error: key, rule, value."""
-    keys: list[str] = []
+    keys: list[str | int] = []  # an integer is the index of a list's item
     tag = ""  # of the innermost union on the way
     choices = _choices(Config)
     for part in item["loc"]:
-        # pydantic adds the chosen union member to the location, by its tag or its annotation.
-        if part in choices.get(".".join(keys), ()):
+        # pydantic puts the chosen union member into the location, by its tag or its annotation
+        if part in choices.get(_dotted_without_indices(keys), ()):
             tag = part
-        elif "[" not in str(part):
-            keys.append(str(part))
-    dotted = ".".join(keys) or "the config"
+        elif isinstance(part, int) or "[" not in part:
+            keys.append(part)
+    dotted = _dotted(keys) or "the config"
+    tags = choices.get(_dotted_without_indices(keys), ())
     value = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
     message = str(item["msg"]).removeprefix("Value error, ")
     match item["type"]:
         case "extra_forbidden":
-            known = set(_known_keys(Config))
+            known = {_with_indices(key, keys) for key in _known_keys(Config)}
             if dotted in known:
                 return f"{dotted}: no key of type: {tag}, only of another type"
             nearest = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
@@ -100,9 +125,8 @@ def _explain(item: Any) -> str:
         case "missing":
             return f"{dotted}: this key is required"
         case "union_tag_not_found":
-            return f"{dotted}.type: this key is required, one of {', '.join(choices[dotted])}"
+            return f"{dotted}.type: this key is required, one of {', '.join(tags)}"
         case "union_tag_invalid":
-            tags = choices[dotted]
             nearest = difflib.get_close_matches(str(item["ctx"]["tag"]), tags, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             return (
@@ -113,9 +137,29 @@ def _explain(item: Any) -> str:
         case "model_type":
             return f"{dotted}: must be a mapping of keys to values{value}"
         case "value_error":
-            return f"{dotted}: {message}" if keys else message
+            named = not keys or message.startswith(dotted)
+            return message if named else f"{dotted}: {message}"
         case _:
             return f"{dotted}: {message}{value}"
+
+
+def _dotted(keys: Sequence[str | int]) -> str:
+    return ".".join(str(key) for key in keys)
+
+
+def _dotted_without_indices(keys: Sequence[str | int]) -> str:
+    """The key as the schema knows it: `loss.terms.0.alpha` is `loss.terms.alpha`."""
+    return _dotted([key for key in keys if isinstance(key, str)])
+
+
+def _with_indices(known: str, keys: Sequence[str | int]) -> str:
+    """A key of the schema with the indices of a location, where the two share the list."""
+    for end, key in enumerate(keys):
+        if isinstance(key, int):
+            prefix = _dotted([*(k for k in keys[:end] if isinstance(k, str)), ""])
+            if known.startswith(prefix):
+                return f"{_dotted(keys[: end + 1])}.{known.removeprefix(prefix)}"
+    return known
 
 
 def _choices(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, ...]]:
@@ -146,6 +190,6 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple):
         for part in typing.get_args(annotation):
             yield from _sections_in(part)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from distillm_ray.cluster import resources
 from distillm_ray.cluster.cluster import Cluster
 from distillm_ray.cluster.connection import available, connect, resolve_device
-from distillm_ray.config import Config, LossConfig
+from distillm_ray.config import Config, CrossEntropy, LossConfig
 from distillm_ray.data.files import check_files
 from distillm_ray.data.splits import load_dataset, load_splits
 from distillm_ray.errors import DataError, RunDirectoryError
@@ -166,8 +166,6 @@ def _connect(config: Config, view: ConsoleView) -> Cluster:
     connect(config)
     device = resolve_device(config)
     # Neither scorers nor learners run here; the validation task takes a learner's place.
-    alone = config.model_copy(
-        update={"loss": LossConfig(divergence=None, cross_entropy_weight=1.0)}
-    )
+    alone = config.model_copy(update={"loss": LossConfig(terms=(CrossEntropy(),))})
     resources.check(resources.request(alone, device), available())
     return Cluster(config, device)

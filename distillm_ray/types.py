@@ -17,6 +17,7 @@ N loss positions of a packed row, S sequences of a packed row.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
@@ -200,13 +201,17 @@ class Draw:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlannedSequence:
-    """A drawn sequence with the weights of its loss tokens in the two terms of the global loss."""
+    """A drawn sequence with the weights of its loss tokens in each term of the loss.
+
+    A filler repeats a sequence of the batch so that its rank has a row to compute. All of its
+    weights are 0, and it does not count in any statistic.
+    """
 
     rollout: Rollout
     shelf: Shelf
     age: int
-    token_weights: Float32Array  # [num_loss_tokens]; over the global batch they sum to 1
-    cross_entropy_weights: Float32Array  # the same over its data-set tokens; 0 on all others
+    term_weights: tuple[Float32Array, ...]  # each [num_loss_tokens], in the order of loss.terms
+    is_filler: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -239,12 +244,12 @@ class LearnerBatch:
     boundaries: Int32Array  # [S + 1], cumulative sequence starts: 0 ... L
     loss_positions_N: Int32Array
     labels_N: Int32Array
-    token_weights_N: Float32Array
-    cross_entropy_weights_N: Float32Array
+    term_weights_N: tuple[Float32Array, ...]  # one array for each of loss.terms
     sequence_index_N: Int32Array  # which of the S sequences a loss position belongs to
     rollout_ids: tuple[str, ...]  # S of them
     shelves: tuple[Shelf, ...]
     ages: tuple[int, ...]
+    is_filler: tuple[bool, ...]
     targets: TeacherTargets | None  # stacked over the N loss positions; None without a teacher
     behaviour_logprobs_N: Float32Array | None = None  # the engine's; NaN where it gave none
 
@@ -322,6 +327,7 @@ class TrainStep:
     step: int  # completed optimizer steps, the first is 1
     loss: float
     loss_by_shelf: dict[str, float] = field(default_factory=dict)
+    loss_by_term: dict[str, float] = field(default_factory=dict)  # before each term's weight
     learning_rate: float = 0.0
     gradient_norm: float = 0.0
     tokens: int = 0  # packed tokens of the global batch
@@ -332,3 +338,4 @@ class TrainStep:
     skipped: bool = False  # non-finite loss or gradient
     infinite_tokens: int = 0  # tokens whose divergence is +inf (an id possible for one side only)
     rank_token_imbalance: float = 0.0  # (most - fewest) / most tokens of a rank
+    logprob_gap: float = math.nan  # mean |engine - learner| over tokens of age 0; NaN without any

@@ -1,10 +1,9 @@
-"""Token weights, loss positions, packing and the split over ranks, against hand computations."""
+"""Loss positions, packing, the split over ranks and the loss of a step, against hand computations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,14 +12,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from distillm_ray.batching import (
-    Normalize,
-    is_filler,
     loss_positions,
     pack,
     plan_step,
     plan_validation,
-    token_weights,
 )
+from distillm_ray.config import CrossEntropy, LossConfig, SkewKL
+from distillm_ray.loss.terms import Normalize
 from distillm_ray.packing import split
 from distillm_ray.types import (
     Draw,
@@ -87,10 +85,10 @@ def draw_of(rollouts: list[Rollout]) -> Draw:
 
 
 def real_token_share(ranks: Sequence[Sequence[MicroBatchPlan]]) -> float:
-    """Tokens that count / tokens computed. Rows hold no padding, so only fillers lower it."""
+    """Counted tokens / computed tokens. Rows have no padding, so only fillers lower it."""
     sequences = [one for rank in ranks for micro_batch in rank for one in micro_batch.sequences]
     computed = sum(one.rollout.num_tokens for one in sequences)
-    fillers = sum(one.rollout.num_tokens for one in sequences if is_filler(one))
+    fillers = sum(one.rollout.num_tokens for one in sequences if one.is_filler)
     return (computed - fillers) / computed
 
 
@@ -100,8 +98,7 @@ def planned(one: Rollout, weight: float = 0.1) -> PlannedSequence:
         rollout=one,
         shelf=Shelf.REPLAY,
         age=2,
-        token_weights=weights,
-        cross_entropy_weights=2 * weights,
+        term_weights=(weights, 2 * weights),
     )
 
 
@@ -159,8 +156,9 @@ def test_a_row_is_whole_sequences_without_padding_and_positions_restart() -> Non
     assert batch.boundaries.tolist() == [0, 4, 7]
     assert batch.loss_positions_N.tolist() == [1, 2, 5]
     assert batch.labels_N.tolist() == [6, END, 9]
-    assert batch.token_weights_N.tolist() == [0.25, 0.25, 0.5]
-    assert batch.cross_entropy_weights_N.tolist() == [0.5, 0.5, 1.0]
+    first_N, second_N = batch.term_weights_N
+    assert first_N.tolist() == [0.25, 0.25, 0.5]
+    assert second_N.tolist() == [0.5, 0.5, 1.0]
     assert batch.sequence_index_N.tolist() == [0, 0, 1]
     assert (batch.rollout_ids, batch.ages) == (("a", "b"), (2, 2))
     assert batch.shelves == (Shelf.REPLAY, Shelf.REPLAY)
@@ -225,60 +223,7 @@ def test_missing_targets_and_those_of_another_response_are_refused_by_id() -> No
         pack(row, {"a": HiddenTargets(values_TD=np.zeros((3, 4), dtype=np.float32))})
 
 
-# ---- token weights -------------------------------------------------------------------------------
-
-# Two data-set responses with 1 and 3 loss tokens, two student ones with 2 and 10.
-MIXED = [
-    of_lengths(2, 1, "d1"),
-    of_lengths(2, 3, "d3"),
-    of_lengths(2, 2, "s2", Source.STUDENT),
-    of_lengths(2, 10, "s10", Source.STUDENT),
-]
-
-
-def test_source_weighs_each_source_by_its_slots_and_its_tokens_evenly() -> None:
-    # Half of the slots each; 4 data-set tokens, 12 student tokens.
-    weights = token_weights(MIXED, "source")
-    expected = [1 / 2 / 4, 1 / 2 / 4, 1 / 2 / 12, 1 / 2 / 12]
-    for one, weight in zip(weights, expected, strict=True):
-        np.testing.assert_array_equal(one, np.full(len(one), weight, dtype=np.float32))
-
-
-def test_source_with_unequal_slots_is_the_hand_computation() -> None:
-    weights = token_weights(MIXED[:3], "source")
-    # 2 of 3 slots over 4 tokens, 1 of 3 over 2.
-    assert weights[1].tolist() == [np.float32(2 / 3 / 4)] * 3
-    assert weights[2].tolist() == [np.float32(1 / 3 / 2)] * 2
-
-
-def test_tokens_weighs_every_token_alike() -> None:
-    for one in token_weights(MIXED, "tokens"):
-        np.testing.assert_array_equal(one, np.full(len(one), 1 / 16, dtype=np.float32))
-
-
-def test_sequence_is_the_mean_of_the_sequences_means() -> None:
-    weights = token_weights(MIXED, "sequence")
-    for one in weights:
-        np.testing.assert_array_equal(one, np.full(len(one), 1 / 4 / len(one), dtype=np.float32))
-
-
-def test_a_sequence_without_a_loss_token_is_no_slot() -> None:
-    silent = rollout("silent", prompt=[1], response=[2], mask=[False])
-    for normalize in get_args(Normalize):
-        weights = token_weights([*MIXED, silent], normalize)
-        assert len(weights[-1]) == 0
-        for one, same in zip(weights, token_weights(MIXED, normalize), strict=False):
-            np.testing.assert_array_equal(one, same)
-    with pytest.raises(ValueError, match="must have a token under the loss, got 1 sequences"):
-        token_weights([silent], "source")
-
-
-def test_cross_entropy_is_a_mean_over_the_data_sets_tokens_alone() -> None:
-    plan = plan_step(draw_of(MIXED), num_ranks=1, max_micro_batch_tokens=100, normalize="source")
-    [[row]] = plan.ranks
-    weights = {one.rollout.rollout_id: one.cross_entropy_weights.tolist() for one in row.sequences}
-    assert weights == {"d1": [0.25], "d3": [0.25] * 3, "s2": [0.0] * 2, "s10": [0.0] * 10}
-
+# ---- the loss of a step -------------------------------------------------------------------------
 
 batches = st.lists(
     st.tuples(st.integers(1, 20), st.integers(1, 60), st.sampled_from(list(Source))),
@@ -324,9 +269,9 @@ def test_the_loss_is_the_hand_computed_one_whatever_the_split(
         draw_of(rollouts),
         num_ranks=num_ranks,
         max_micro_batch_tokens=max_tokens,
-        normalize=normalize,
+        loss=LossConfig(terms=(SkewKL(), CrossEntropy()), normalize=normalize),
     )
-    # A loss for every token that tells it apart: by sequence number and offset.
+    # A different loss for every token, from its sequence number and offset.
     losses = {
         one.rollout_id: np.sin(1.7 * index + 0.3 * np.arange(one.num_loss_tokens))
         for index, one in enumerate(rollouts)
@@ -335,13 +280,14 @@ def test_the_loss_is_the_hand_computed_one_whatever_the_split(
     for micro_batch in (one for rank in plan.ranks for one in rank):
         row = pack(micro_batch, None)
         values = np.concatenate([losses[name] for name in row.rollout_ids])
-        total += float((row.token_weights_N.astype(np.float64) * values).sum())
-        cross_entropy += float((row.cross_entropy_weights_N.astype(np.float64) * values).sum())
+        skew_N, entropy_N = (weights_N.astype(np.float64) for weights_N in row.term_weights_N)
+        total += float((skew_N * values).sum())
+        cross_entropy += float((entropy_N * values).sum())
 
     assert total == pytest.approx(by_hand(rollouts, losses, normalize), abs=1e-6)
-    data = [one for one in rollouts if one.source is not Source.STUDENT]
+    data = [one for one in rollouts if one.source is Source.DATASET]
     assert cross_entropy == pytest.approx(by_hand(data, losses, normalize), abs=1e-6)
-    weights = [one.token_weights for rank in plan.ranks for row in rank for one in row.sequences]
+    weights = [one.term_weights[0] for rank in plan.ranks for row in rank for one in row.sequences]
     assert np.concatenate(weights).astype(np.float64).sum() == pytest.approx(1.0, abs=1e-6)
 
 
@@ -355,7 +301,7 @@ def test_ranks_have_the_same_number_of_rows_within_the_limit_and_lose_nothing(
 ) -> None:
     draw = draw_of(rollouts)
     plan = plan_step(
-        draw, num_ranks=num_ranks, max_micro_batch_tokens=max_tokens, normalize="tokens"
+        draw, num_ranks=num_ranks, max_micro_batch_tokens=max_tokens, loss=LossConfig()
     )
     assert (plan.step, plan.phi, plan.psi, plan.mix) == (3, 0.5, 0.25, draw.mix)
     assert len(plan.ranks) == num_ranks
@@ -363,10 +309,10 @@ def test_ranks_have_the_same_number_of_rows_within_the_limit_and_lose_nothing(
     rows = [row for rank in plan.ranks for row in rank]
     for row in rows:
         assert 0 < sum(one.rollout.num_tokens for one in row.sequences) <= max_tokens
-    real = [one.rollout.rollout_id for row in rows for one in row.sequences if not is_filler(one)]
+    real = [one.rollout.rollout_id for row in rows for one in row.sequences if not one.is_filler]
     assert sorted(real) == sorted(one.rollout_id for one in rollouts)
-    # Only where there are fewer sequences than rows, one filler a row.
-    fillers = [row for row in rows if any(is_filler(one) for one in row.sequences)]
+    # One filler a row, only where there are fewer sequences than rows.
+    fillers = [row for row in rows if any(one.is_filler for one in row.sequences)]
     assert len(fillers) == max(0, len(rows) - len(rollouts))
     assert all(len(row.sequences) == 1 for row in fillers)
     assert (real_token_share(plan.ranks) == 1.0) == (not fillers)
@@ -416,7 +362,7 @@ def test_small_batches_are_nearly_as_even_as_the_best_split_of_all() -> None:
 
 
 def test_few_micro_batches_come_before_equal_tokens() -> None:
-    # Four rows of 10 hold these exactly, two on each rank.
+    # These fill four rows of 10 exactly, two on each rank.
     lengths = [6, 4, 7, 3, 8, 2, 5, 5]
     ranks = split(lengths, num_ranks=2, max_tokens=10)
     assert [len(rank) for rank in ranks] == [2, 2]
@@ -448,13 +394,11 @@ def test_one_rank_needs_at_most_one_micro_batch_more_than_the_best_packing(
 def test_a_missing_row_is_a_filler_with_weight_zero() -> None:
     # Three full rows on two ranks.
     rollouts = [of_lengths(5, 5, "a"), of_lengths(5, 4, "b"), of_lengths(5, 5, "c")]
-    plan = plan_step(draw_of(rollouts), num_ranks=2, max_micro_batch_tokens=10, normalize="tokens")
+    plan = plan_step(draw_of(rollouts), num_ranks=2, max_micro_batch_tokens=10, loss=LossConfig())
     assert [len(rank) for rank in plan.ranks] == [2, 2]
-    fillers = [
-        one for rank in plan.ranks for row in rank for one in row.sequences if is_filler(one)
-    ]
+    fillers = [one for rank in plan.ranks for row in rank for one in row.sequences if one.is_filler]
     assert [one.rollout.rollout_id for one in fillers] == ["b"]
-    assert fillers[0].token_weights.tolist() == [0.0] * 4
+    assert fillers[0].term_weights[0].tolist() == [0.0] * 4
     assert real_token_share(plan.ranks) == pytest.approx(29 / 38)
 
 
@@ -464,7 +408,7 @@ def test_a_sequence_longer_than_a_row_is_refused() -> None:
             draw_of([of_lengths(5, 6, "a")]),
             num_ranks=1,
             max_micro_batch_tokens=10,
-            normalize="tokens",
+            loss=LossConfig(),
         )
 
 
@@ -474,9 +418,7 @@ def test_rows_are_full_on_data_like_the_quickstarts() -> None:
         of_lengths(int(rng.integers(20, 60)), int(rng.integers(10, 200)), str(index))
         for index in range(32)
     ]
-    plan = plan_step(
-        draw_of(rollouts), num_ranks=2, max_micro_batch_tokens=2048, normalize="source"
-    )
+    plan = plan_step(draw_of(rollouts), num_ranks=2, max_micro_batch_tokens=2048, loss=LossConfig())
     assert real_token_share(plan.ranks) >= 0.95
     loads = [
         sum(one.rollout.num_tokens for row in rank for one in row.sequences) for rank in plan.ranks
@@ -493,7 +435,7 @@ def test_validation_counts_every_token_once_whatever_the_ranks() -> None:
         ranks = plan_validation(rollouts, num_ranks=num_ranks, max_micro_batch_tokens=20)
         assert len({len(rank) for rank in ranks}) == 1
         sequences = [one for rank in ranks for row in rank for one in row.sequences]
-        assert sum(float(one.token_weights.sum()) for one in sequences) == tokens
-        assert all(set(one.token_weights.tolist()) in ({0.0}, {1.0}) for one in sequences)
-        real = [one.rollout.rollout_id for one in sequences if not is_filler(one)]
+        assert sum(float(one.term_weights[0].sum()) for one in sequences) == tokens
+        assert all(set(one.term_weights[0].tolist()) in ({0.0}, {1.0}) for one in sequences)
+        real = [one.rollout.rollout_id for one in sequences if not one.is_filler]
         assert sorted(real) == sorted(one.rollout_id for one in rollouts)

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
-from distillm_ray.config import AdaptiveSchedule, Config, FixedSchedule, ReverseKL, SkewKL
+from distillm_ray.config import (
+    AdaptiveSchedule,
+    Config,
+    CrossEntropy,
+    FixedSchedule,
+    ReverseKL,
+    SkewKL,
+)
 from distillm_ray.config_files import dump_config, load_config, parse_config
 from distillm_ray.errors import ConfigError
 
@@ -39,7 +46,7 @@ def refusal(**sections: Any) -> str:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree(loss={"divergence": {"type": "skew_kl", "alpha": 0.2}})))
+    path.write_text(yaml.safe_dump(tree(loss={"terms": [{"type": "skew_kl", "alpha": 0.2}]})))
     return path
 
 
@@ -57,25 +64,45 @@ def test_every_shipped_config_loads_and_survives_the_round_trip(path: Path, tmp_
 
 def test_overrides_are_applied_in_order_and_typed_like_yaml(file: Path) -> None:
     overrides = ["learner.steps=20", "learner.learning_rate=1e-4", "learner.steps=30"]
-    more = ["student.lora.rank=4", "data.validation=[a.jsonl,b.jsonl]", "loss.divergence.alpha=0.3"]
+    more = ["student.lora.rank=4", "data.validation=[a.jsonl,b.jsonl]", "loss.terms.0.alpha=0.3"]
     config = load_config(file, overrides + more)
     assert (config.learner.steps, config.learner.learning_rate) == (30, 1e-4)
     assert config.student.lora is not None and config.student.lora.rank == 4
     assert config.data.validation == (Path("a.jsonl").absolute(), Path("b.jsonl").absolute())
-    assert config.loss.divergence == SkewKL(alpha=0.3)
+    assert config.loss.terms == (SkewKL(alpha=0.3),)
 
 
 @pytest.mark.parametrize(
-    "override", ["loss.divergence.type=reverse_kl", "loss.divergence={type: reverse_kl}"]
+    "override",
+    [
+        "loss.terms.0.type=reverse_kl",
+        "loss.terms.0={type: reverse_kl}",
+        "loss.terms=[{type: reverse_kl}]",
+    ],
 )
 def test_another_type_replaces_the_keys_of_the_old_one(file: Path, override: str) -> None:
-    assert load_config(file, [override]).loss.divergence == ReverseKL()
+    assert load_config(file, [override]).loss.terms == (ReverseKL(),)
 
 
 def test_a_teacher_can_be_switched_off_by_an_override(file: Path) -> None:
-    config = load_config(file, ["loss.divergence=null", "loss.cross_entropy_weight=1"])
-    assert config.loss.divergence is None
+    terms = "loss.terms=[{type: cross_entropy, weight: 2}]"
+    config = load_config(file, [terms, "schedule={type: fixed, phi: 0}"])
+    assert config.loss.terms == (CrossEntropy(weight=2.0),)
     assert not config.loss.needs_teacher
+
+
+def test_the_key_on_is_a_word_and_not_yaml_11_s_true(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    terms = "loss: {terms: [{on: dataset, type: skew_kl}, {on: student, type: reverse_kl}]}"
+    path.write_text(yaml.safe_dump(tree()) + terms)
+    assert [term.on for term in load_config(path).loss.terms] == ["dataset", "student"]
+    one = load_config(path, ["loss.terms=[{on: all, type: forward_kl}]", "loss.terms.0.on=all"])
+    assert [term.on for term in one.loss.terms] == ["all"]
+
+
+def test_an_index_beyond_the_terms_is_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"loss\.terms\[1\]"):
+        load_config(file, ["loss.terms.1.alpha=0.3"])
 
 
 def test_the_tree_is_frozen() -> None:
@@ -93,8 +120,12 @@ def test_the_tree_is_frozen() -> None:
             "learner.lerning_rate: unknown key; did you mean learner.learning_rate?",
         ),
         (
-            {"loss": {"divergence": {"type": "skew_kl", "alfa": 0.3}}},
-            "loss.divergence.alfa: unknown key; did you mean loss.divergence.alpha?",
+            {"loss": {"terms": [{"type": "skew_kl"}, {"type": "skew_kl", "alfa": 0.3}]}},
+            "loss.terms.1.alfa: unknown key; did you mean loss.terms.1.alpha?",
+        ),
+        (
+            {"loss": {"terms": [{"type": "forward_kl", "alpha": 0.3}]}},
+            "loss.terms.0.alpha: no key of type: forward_kl, only of another type",
         ),
         (
             {"evaluation": {"sampling": {"tmperature": 1}}},
@@ -127,7 +158,33 @@ def test_an_unknown_key_is_refused_and_the_nearest_one_named(
         ({"data": {"train": "a.jsonl"}}, "data.train: must be a list, as in [a, b], got 'a.jsonl'"),
         ({"data": {"train": []}}, "data.train: Tuple should have at least 1 item"),
         ({"run": {"device": "tpu"}}, "run.device: Input should be 'auto', 'cuda' or 'cpu'"),
-        ({"loss": {"divergence": {"alpha": 0.1}}}, "loss.divergence.type: this key is required"),
+        (
+            {"loss": {"terms": [{"alpha": 0.1}]}},
+            "loss.terms.0.type: this key is required, one of forward_kl, reverse_kl,",
+        ),
+        (
+            {"loss": {"terms": [{"type": "skew"}]}},
+            "loss.terms.0.type: must be one of forward_kl, reverse_kl, jensen_shannon, skew_kl,"
+            " skew_reverse_kl, total_variation, adaptive_kl, cross_entropy, got skew; did you mean"
+            " skew_kl?",
+        ),
+        (
+            {"loss": {"terms": [{"type": "skew_kl", "alpha": 3}]}},
+            "loss.terms.0.alpha: Input should be less than 1, got 3",
+        ),
+        (
+            {"loss": {"terms": [{"type": "skew_kl", "weight": 0}]}},
+            "loss.terms.0.weight: Input should be greater than 0, got 0",
+        ),
+        (
+            {"loss": {"terms": [{"type": "skew_kl", "weight": float("inf")}]}},
+            "loss.terms.0.weight: Input should be a finite number",
+        ),
+        (
+            {"loss": {"terms": [{"type": "skew_kl", "on": "replay"}]}},
+            "loss.terms.0.on: Input should be 'dataset', 'student', 'teacher' or 'all', got",
+        ),
+        ({"loss": {"terms": {"type": "skew_kl"}}}, "loss.terms: must be a list, as in [a, b]"),
         (
             {"schedule": {"type": "adaptiv"}},
             "schedule.type: must be one of adaptive, fixed, got adaptiv; did you mean adaptive?",
@@ -167,11 +224,10 @@ def test_a_wrong_type_names_key_rule_and_value(sections: dict[str, Any], message
         ),
         ({"evaluation": {"seeds": []}}, ("evaluation.seeds", "at least 1 item")),
         ({"evaluation": {"seeds": [-1]}}, ("evaluation.seeds.0", "greater than or equal to 0")),
-        ({"loss": {"divergence": None}}, ("nothing to learn",)),
-        ({"loss": {"divergence_weight": 0.0}}, ("nothing to learn",)),
+        ({"loss": {"terms": []}}, ("loss.terms must hold at least one term", "nothing to learn")),
         (
-            {"loss": {"divergence": {"type": "jensen_shannon", "beta": 1.0}}},
-            ("got 1.0", "type: forward_kl or type: reverse_kl"),
+            {"loss": {"terms": [{"type": "jensen_shannon", "beta": 1.0}]}},
+            ("loss.terms.0: beta", "got 1.0", "type: forward_kl or type: reverse_kl"),
         ),
     ],
 )
@@ -261,7 +317,7 @@ def test_defaults_follow_the_paper() -> None:
     assert config.schedule == AdaptiveSchedule(
         start=0.0, increment=0.1, tolerance=0.0, reference="best", replay_ratio="decreasing"
     )
-    assert config.loss.divergence == SkewKL(alpha=0.1)
+    assert config.loss.terms == (SkewKL(alpha=0.1, on="all", weight=1.0),)
     assert config.loss.normalize == "source"
     assert config.replay.capacity == 1000
     assert config.replay_min_size == config.learner.batch_size

@@ -40,6 +40,7 @@ def step_record(step: int, *, skipped: bool = False) -> StepRecord:
     return StepRecord(
         step=step,
         loss=1.25,
+        loss_by_term={"skew_kl on all": 0.5, "cross_entropy on dataset": 0.75},
         gradient_norm=2.0,
         learning_rate=1e-4,
         tokens=4096,
@@ -184,6 +185,7 @@ def test_the_screen_shows_phase_numbers_mix_buffer_and_what_is_awaited() -> None
         "1 min 00 s",
         "2/100 steps",
         "about 3 min 16 s left",
+        "skew_kl on all 0.5000   cross_entropy on dataset 0.7500",
         "2.5000 after step 2   (was 3.5000 at step 0)",
         "0.40   rollout rate 0.20",
         "fresh 4  replay 2  data set 10",

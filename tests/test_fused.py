@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distillm_ray import types
 from distillm_ray.config import (
     AdaptiveKL,
+    CrossEntropy,
     Divergence,
     ForwardKL,
     JensenShannon,
@@ -30,7 +31,7 @@ from distillm_ray.config import (
 from distillm_ray.loss import token_losses
 from distillm_ray.loss.divergences import skew_kl
 from distillm_ray.loss.fused import fused_loss
-from distillm_ray.loss.head_loss import DivergenceTerm, HeadLoss, LossRequest, plain_loss
+from distillm_ray.loss.head_loss import HeadLoss, LossRequest, WeightedTerm, plain_loss
 from distillm_ray.loss.teacher_tensors import (
     TeacherHidden,
     TeacherLogits,
@@ -92,7 +93,7 @@ class Case:
 
 
 def case(num_tokens: int = N, seed: int = 0) -> Case:
-    """Random, reproducible."""
+    """Random values from a seed."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -121,16 +122,18 @@ def request(
     cross_entropy: bool = False,
     temperature: float = 1.0,
 ) -> LossRequest:
-    """A request about the case, with different weights for each term."""
+    """A request for the case, with different weights for each term."""
     weights_N = c.weights_N.to(torch.promote_types(dtype, torch.float32))
+    terms = [
+        WeightedTerm(term=divergence, weights_N=weights_N.roll(index))
+        for index, divergence in enumerate(divergences)
+    ]
+    if cross_entropy:
+        terms.append(WeightedTerm(term=CrossEntropy(), weights_N=weights_N.flip(0)))
     return LossRequest(
-        terms=tuple(
-            DivergenceTerm(divergence=divergence, weights_N=weights_N.roll(index))
-            for index, divergence in enumerate(divergences)
-        ),
+        terms=tuple(terms),
         teacher=c.teacher(kind, dtype, rule=rule, k=k) if divergences else None,
         labels_N=c.labels_N,
-        cross_entropy_weights_N=weights_N.flip(0) if cross_entropy else None,
         temperature=temperature,
     )
 
@@ -138,16 +141,16 @@ def request(
 def run(
     loss: Any, c: Case, dtype: torch.dtype, wanted: LossRequest, *, rule: LogitRule = PLAIN
 ) -> tuple[HeadLoss, dict[str, Tensor]]:
-    """The answer and the gradients of three times its loss."""
+    """The result and the gradients of three times its loss."""
     leaves = {
         name: getattr(c, name).to(dtype, copy=True).requires_grad_()
         for name in ("hidden_ND", "weight_VD", "bias_V")
     }
-    answer = loss(*leaves.values(), rule=rule, vocabulary_size=V, request=wanted)
-    (3 * answer.loss).backward()
+    result = loss(*leaves.values(), rule=rule, vocabulary_size=V, request=wanted)
+    (3 * result.loss).backward()
     gradients = {name: leaf.grad for name, leaf in leaves.items()}
     assert all(gradient is not None for gradient in gradients.values())
-    return answer, gradients
+    return result, gradients
 
 
 def fused_in_chunks_of(tokens: int, dtype: torch.dtype = torch.float32) -> Any:
@@ -166,7 +169,8 @@ def assert_same(
     """Loss, values of each token and all gradients agree."""
     close = partial(torch.testing.assert_close, rtol=rtol, atol=atol, check_dtype=False)
     close(actual[0].loss, expected[0].loss)
-    for a, b in zip(actual[0].divergences, expected[0].divergences, strict=True):
+    close(actual[0].losses_M, expected[0].losses_M)
+    for a, b in zip(actual[0].values, expected[0].values, strict=True):
         close(a, b)
     if expected[0].log_probs_N is not None:
         close(actual[0].log_probs_N, expected[0].log_probs_N)
@@ -217,7 +221,7 @@ def test_the_block_of_the_elementwise_part_does_not_change_the_result(
 
 
 @pytest.mark.parametrize("kind", ["hidden", "top_k", "logits"])
-def test_several_terms_and_cross_entropy_mix_in_one_walk(kind: Kind) -> None:
+def test_several_divergences_and_cross_entropy_mix_in_one_walk(kind: Kind) -> None:
     c = case(seed=1)
     wanted = request(
         c, torch.float64, (SkewKL(), SkewReverseKL(), ForwardKL()), kind=kind, cross_entropy=True
@@ -236,7 +240,7 @@ def test_temperature_applies_to_divergences_and_not_to_cross_entropy(kind: Kind)
     student_NV = c.hidden_ND @ c.weight_VD[:V].T + c.bias_V[:V]
     teacher_NV = c.teacher_hidden_ND @ c.teacher_weight_VD.T + c.teacher_bias_V
     torch.testing.assert_close(
-        actual[0].divergences[0], skew_kl(student_NV / 2.5, teacher_NV / 2.5, 0.1)
+        actual[0].values[0], skew_kl(student_NV / 2.5, teacher_NV / 2.5, 0.1)
     )
     log_probs_N = torch.log_softmax(student_NV, -1)[torch.arange(N), c.labels_N]
     torch.testing.assert_close(actual[0].log_probs_N, log_probs_N)
@@ -245,7 +249,7 @@ def test_temperature_applies_to_divergences_and_not_to_cross_entropy(kind: Kind)
 def test_cross_entropy_alone_needs_no_teacher() -> None:
     c = case(seed=3)
     wanted = request(c, torch.float64, (), cross_entropy=True)
-    answer, gradients = run(fused_in_chunks_of(4, torch.float64), c, torch.float64, wanted)
+    result, gradients = run(fused_in_chunks_of(4, torch.float64), c, torch.float64, wanted)
     leaves = [c.hidden_ND.clone(), c.weight_VD.clone(), c.bias_V.clone()]
     hidden_ND, weight_VD, bias_V = (leaf.requires_grad_() for leaf in leaves)
     losses_N = torch.nn.functional.cross_entropy(
@@ -253,7 +257,7 @@ def test_cross_entropy_alone_needs_no_teacher() -> None:
     )
     loss = (c.weights_N.flip(0) * losses_N).sum()
     (3 * loss).backward()
-    torch.testing.assert_close(answer.loss, loss)
+    torch.testing.assert_close(result.loss, loss)
     torch.testing.assert_close(gradients["hidden_ND"], hidden_ND.grad)
     torch.testing.assert_close(gradients["weight_VD"], weight_VD.grad)
     torch.testing.assert_close(gradients["bias_V"], bias_V.grad)
@@ -284,7 +288,7 @@ def test_gradients_are_the_slopes_of_the_loss_along_random_directions() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements any operation returned."""
+    """Records the largest number of elements that any operation returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -326,10 +330,10 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_keep_theirs() -> N
     _, expected = run(plain_loss, c, torch.float64, wanted)
     hidden_ND = c.hidden_ND.clone().requires_grad_()
     with LargestTensor() as largest:
-        answer = fused_in_chunks_of(2, torch.float64)(
+        result = fused_in_chunks_of(2, torch.float64)(
             hidden_ND, c.weight_VD, c.bias_V, rule=PLAIN, vocabulary_size=V, request=wanted
         )
-        (3 * answer.loss).backward()
+        (3 * result.loss).backward()
     torch.testing.assert_close(hidden_ND.grad, expected["hidden_ND"])
     assert largest.num_elements < PADDED_V * D  # views of the weight's first V rows at most
 
@@ -340,17 +344,17 @@ def test_without_gradients_only_values_are_computed() -> None:
     expected, _ = run(plain_loss, c, torch.float64, wanted)
     hidden_ND = c.hidden_ND.clone().requires_grad_()
     with torch.no_grad():
-        answer = fused_loss(
+        result = fused_loss(
             hidden_ND, c.weight_VD, c.bias_V, rule=PLAIN, vocabulary_size=V, request=wanted
         )
-    assert not answer.loss.requires_grad
-    torch.testing.assert_close(answer.loss, expected.loss)
-    torch.testing.assert_close(answer.log_probs_N, expected.log_probs_N)
+    assert not result.loss.requires_grad
+    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(result.log_probs_N, expected.log_probs_N)
 
 
 def test_log_probabilities_alone_give_a_loss_of_zero_without_gradient() -> None:
     c = case()
-    answer = fused_loss(
+    result = fused_loss(
         c.hidden_ND.clone().requires_grad_(),
         c.weight_VD,
         None,
@@ -358,18 +362,18 @@ def test_log_probabilities_alone_give_a_loss_of_zero_without_gradient() -> None:
         vocabulary_size=V,
         request=LossRequest(labels_N=c.labels_N),
     )
-    assert answer.loss == 0
-    assert answer.log_probs_N is not None
+    assert result.loss == 0
+    assert result.log_probs_N is not None
     log_q_NV = torch.log_softmax(c.hidden_ND @ c.weight_VD[:V].T, -1)
-    torch.testing.assert_close(answer.log_probs_N, log_q_NV[torch.arange(N), c.labels_N])
+    torch.testing.assert_close(result.log_probs_N, log_q_NV[torch.arange(N), c.labels_N])
 
 
 @pytest.mark.parametrize("loss", [fused_loss, plain_loss])
 def test_a_rank_without_loss_tokens_takes_part_with_gradients_of_zero(loss: Any) -> None:
     c = case(num_tokens=0)
-    answer, gradients = run(loss, c, torch.float32, request(c, torch.float32, cross_entropy=True))
-    assert answer.loss == 0
-    assert answer.num_infinite == 0
+    result, gradients = run(loss, c, torch.float32, request(c, torch.float32, cross_entropy=True))
+    assert result.loss == 0
+    assert result.num_infinite == 0
     assert (gradients["weight_VD"] == 0).all()
     assert gradients["hidden_ND"].shape == (0, D)
 
@@ -377,7 +381,7 @@ def test_a_rank_without_loss_tokens_takes_part_with_gradients_of_zero(loss: Any)
 def test_the_gradients_are_handed_out_once() -> None:
     c = case()
     hidden_ND = c.hidden_ND.clone().requires_grad_()
-    answer = fused_loss(
+    result = fused_loss(
         hidden_ND,
         c.weight_VD,
         None,
@@ -385,9 +389,9 @@ def test_the_gradients_are_handed_out_once() -> None:
         vocabulary_size=V,
         request=request(c, torch.float64),
     )
-    answer.loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="call backward once"):
-        answer.loss.backward()
+    result.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be called only once"):
+        result.loss.backward()
 
 
 # ---- infinite and undefined values ---------------------------------------------------------------
@@ -404,20 +408,21 @@ def test_infinite_tokens_are_counted_and_left_out_of_loss_and_gradient(loss: Any
         request(c, torch.float64, (ReverseKL(),), kind="logits", cross_entropy=True),
         teacher=TeacherLogits(values_NV=values_NV),
     )
-    answer, gradients = run(loss, c, torch.float64, wanted)
-    assert answer.num_infinite == 2
-    assert answer.divergences[0].isposinf().nonzero().flatten().tolist() == [2, 5]
+    result, gradients = run(loss, c, torch.float64, wanted)
+    assert result.num_infinite == 2
+    assert result.values[0].isposinf().nonzero().flatten().tolist() == [2, 5]
     without = replace(
         request(c, torch.float64, (ReverseKL(),), kind="logits", cross_entropy=True),
         terms=(
-            DivergenceTerm(
-                divergence=ReverseKL(),
+            WeightedTerm(
+                term=ReverseKL(),
                 weights_N=c.weights_N.index_fill(0, torch.tensor([2, 5]), 0.0),
             ),
+            wanted.terms[1],
         ),
     )
     expected, expected_gradients = run(plain_loss, c, torch.float64, without)
-    torch.testing.assert_close(answer.loss, expected.loss)
+    torch.testing.assert_close(result.loss, expected.loss)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient)
 
@@ -425,9 +430,9 @@ def test_infinite_tokens_are_counted_and_left_out_of_loss_and_gradient(loss: Any
 def test_a_non_finite_hidden_state_shows_in_the_loss() -> None:
     c = case()
     c.hidden_ND[3, 0] = math.nan
-    answer, _ = run(fused_in_chunks_of(4), c, torch.float32, request(c, torch.float32))
-    assert answer.loss.isnan()
-    assert answer.num_infinite == 0
+    result, _ = run(fused_in_chunks_of(4), c, torch.float32, request(c, torch.float32))
+    assert result.loss.isnan()
+    assert result.num_infinite == 0
 
 
 # ---- top-k ---------------------------------------------------------------------------------------
@@ -443,7 +448,7 @@ def test_top_k_with_all_ids_is_exact() -> None:
 
 def test_top_k_is_the_divergence_of_k_ids_and_one_bucket() -> None:
     c = case()
-    answer, _ = run(
+    result, _ = run(
         fused_loss, c, torch.float64, request(c, torch.float64, (ForwardKL(),), kind="top_k", k=5)
     )
     p_NV = torch.softmax(c.teacher_hidden_ND @ c.teacher_weight_VD.T + c.teacher_bias_V, -1)
@@ -452,7 +457,7 @@ def test_top_k_is_the_divergence_of_k_ids_and_one_bucket() -> None:
     q_NK = q_NV.gather(-1, ids_NK)
     p_tail_N, q_tail_N = 1 - p_NK.sum(-1), 1 - q_NK.sum(-1)
     expected_N = (p_NK * (p_NK / q_NK).log()).sum(-1) + p_tail_N * (p_tail_N / q_tail_N).log()
-    torch.testing.assert_close(answer.divergences[0], expected_N)
+    torch.testing.assert_close(result.values[0], expected_N)
 
 
 def test_a_tail_lost_to_rounding_stays_possible() -> None:
@@ -463,9 +468,9 @@ def test_a_tail_lost_to_rounding_stays_possible() -> None:
         request(c, torch.float32, (ReverseKL(),)),
         teacher=TeacherTopK(ids_NK=ids_NK, log_probs_NK=log_probs_NK),
     )
-    answer, gradients = run(fused_in_chunks_of(4), c, torch.float32, wanted)
-    assert answer.num_infinite == 0
-    assert answer.loss.isfinite()
+    result, gradients = run(fused_in_chunks_of(4), c, torch.float32, wanted)
+    assert result.num_infinite == 0
+    assert result.loss.isfinite()
     assert gradients["hidden_ND"].isfinite().all()
 
 
@@ -488,10 +493,10 @@ def test_bfloat16_is_as_near_to_float32_as_its_rounding(loss: Any) -> None:
         }
     )
     expected = run(plain_loss, rounded, torch.float32, request(rounded, torch.float32))
-    answer, gradients = run(loss, rounded, torch.bfloat16, request(rounded, torch.bfloat16))
-    assert answer.loss.dtype == torch.float32
-    assert answer.divergences[0].dtype == torch.float32
-    torch.testing.assert_close(answer.loss, expected[0].loss, rtol=1e-2, atol=0)
+    result, gradients = run(loss, rounded, torch.bfloat16, request(rounded, torch.bfloat16))
+    assert result.loss.dtype == torch.float32
+    assert result.values[0].dtype == torch.float32
+    torch.testing.assert_close(result.loss, expected[0].loss, rtol=1e-2, atol=0)
     for name, gradient in expected[1].items():
         assert gradients[name].dtype == torch.bfloat16
         error = (gradients[name].float() - gradient).norm() / gradient.norm()

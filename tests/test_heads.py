@@ -26,10 +26,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from distillm_ray.config import SkewKL
+from distillm_ray.config import CrossEntropy, SkewKL
 from distillm_ray.errors import ModelError
 from distillm_ray.loss.distillation_head import DistillationHead, install_distillation_head
-from distillm_ray.loss.head_loss import DivergenceTerm, HeadLoss, LossRequest
+from distillm_ray.loss.head_loss import HeadLoss, LossRequest, WeightedTerm
 from distillm_ray.loss.teacher_tensors import TeacherHidden
 from distillm_ray.models.heads import FrozenHead, load_frozen_head
 from distillm_ray.models.logit_rules import LogitRule, logit_rule
@@ -209,7 +209,8 @@ def test_an_installed_head_gives_the_gradients_of_the_models_own_logits(name: st
     head = install_distillation_head(model, vocabulary_size=VOCABULARY)
     assert head.rule == rule
     hidden_ND = model.base_model(input_ids=token_ids_L[None], use_cache=False).last_hidden_state[0]
-    result = head(hidden_ND, LossRequest(labels_N=labels_N, cross_entropy_weights_N=torch.ones(5)))
+    term = WeightedTerm(term=CrossEntropy(), weights_N=torch.ones(5))
+    result = head(hidden_ND, LossRequest(terms=(term,), labels_N=labels_N))
     assert isinstance(result, HeadLoss)
     result.loss.backward()
     torch.testing.assert_close(result.loss, expected)
@@ -266,7 +267,7 @@ def test_the_plain_implementation_gives_the_same_loss() -> None:
         weight_VD = output_weight(teacher).detach()[:VOCABULARY]
         frozen = FrozenHead(weight_VD=weight_VD)
         request = LossRequest(
-            terms=(DivergenceTerm(divergence=SkewKL(), weights_N=torch.ones(5)),),
+            terms=(WeightedTerm(term=SkewKL(), weights_N=torch.ones(5)),),
             teacher=TeacherHidden(values_ND=hidden_states(teacher, token_ids_L), head=frozen),
         )
         result = head(hidden_states(model, token_ids_L), request)

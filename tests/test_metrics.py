@@ -63,6 +63,7 @@ def step_record(step: int, *, loss: float = 1.0, tokens: int = 10) -> StepRecord
         tokens=tokens,
         seconds=2.0,
         wait_seconds=0.5,
+        loss_by_term={"skew_kl(alpha=0.1) on all": loss / 2},
         mix=Mix(fresh=1, replay=2, dataset=3),
         work=Counters(generated_tokens=7, scored_sequences=2, scored_tokens=5),
     )
@@ -109,14 +110,13 @@ def planned(shelf: Shelf, age: int) -> PlannedSequence:
         rollout=rollout,
         shelf=shelf,
         age=age,
-        token_weights=weights,
-        cross_entropy_weights=weights,
+        term_weights=(weights,),
     )
 
 
 def test_a_step_record_joins_what_learner_buffer_and_rollout_loop_know() -> None:
     fresh = planned(Shelf.FRESH, 0)
-    filler = dataclasses.replace(fresh, token_weights=np.zeros(1, np.float32))  # of a third rank
+    filler = dataclasses.replace(fresh, is_filler=True)  # of a third rank
     ranks = (
         (MicroBatchPlan(sequences=(fresh, planned(Shelf.REPLAY, 9))),),
         (MicroBatchPlan(sequences=(planned(Shelf.FRESH, 3), planned(Shelf.DATASET, 0))),),
@@ -307,6 +307,7 @@ def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
     log.close()
     events = tensorboard_events(tmp_path)
     assert scalars_in(events, "train/loss") == [(1, 1.5), (3, 0.5)]
+    assert scalars_in(events, "train/loss_term/skew_kl_alpha_0.1_on_all") == [(1, 0.75), (3, 0.25)]
     assert scalars_in(events, "validation/loss") == [(3, 2.5)]
     assert scalars_in(events, "mix/replay") == [(1, 2.0), (2, 2.0), (3, 2.0)]
     assert scalars_in(events, "work/generated_tokens") == [(1, 7.0), (2, 7.0), (3, 7.0)]

@@ -70,6 +70,7 @@ def write_run(directory: Path, *, num_steps: int = NUM_STEPS, start: float = 0.3
         train = TrainStep(
             step=step,
             loss=2.0 * math.exp(-step / 60) + 0.4 + 0.1 * float(random.standard_normal()),
+            loss_by_term={"skew_kl on all": math.exp(-step / 60), "cross_entropy on dataset": 0.4},
             learning_rate=1e-4,
             gradient_norm=1.0,
             tokens=4000,

@@ -64,7 +64,7 @@ def test_fractions_of_a_gpu_are_taken_from_the_config() -> None:
 
 def test_a_run_without_teacher_or_generation_asks_for_neither() -> None:
     config = make_config(
-        loss={"divergence": None, "cross_entropy_weight": 1.0},
+        loss={"terms": [{"type": "cross_entropy"}]},
         schedule={"type": "fixed", "phi": 0.0},
         validation={"probe_prompts": 0},
         evaluation={"at_end": False},

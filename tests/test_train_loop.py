@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError, RunDirectoryError, UserError
 from distillm_ray.learner.checkpoint import CheckpointDirectory
-from distillm_ray.learner.learner import StepOutcome
 from distillm_ray.learner.prefetch import Prefetcher
 from distillm_ray.learner.train_loop import train_loop
 from distillm_ray.log.records import EventRecord, ProbeRecord, Record, Sample
@@ -71,8 +70,7 @@ def plan_of(step: int) -> RankPlan:
         rollout=rollout,
         shelf=Shelf.FRESH,
         age=0,
-        token_weights=np.ones(1, dtype=np.float32),
-        cross_entropy_weights=np.zeros(1, dtype=np.float32),
+        term_weights=(np.ones(1, dtype=np.float32),),
     )
     return RankPlan(
         facts=DrawFacts(phi=0.1 * step, psi=0.0, mix=Mix(fresh=1), fresh_ages=(0,)),
@@ -167,7 +165,7 @@ class Services:
     def samples(self, rollouts: Sequence[Rollout]) -> tuple[Sample, ...]:
         return (Sample(prompt="why", reference="so", response="as"),)
 
-    def report_step(self, train: TrainStep, facts: DrawFacts, logprob_gap: float) -> None:
+    def report_step(self, train: TrainStep, facts: DrawFacts) -> None:
         self.calls.append(("step", train.step))
 
     def log(self, record: Record) -> None:
@@ -190,13 +188,12 @@ class FakeLearner:
 
     def train_step(
         self, batches: Sequence[LearnerBatch], step: int, *, wait_seconds: float
-    ) -> StepOutcome:
+    ) -> TrainStep:
         assert step == self.steps_taken
         self.steps_taken += 1
         self.trained_on += [name for batch in batches for name in batch.rollout_ids]
         skipped = self.skip_from is not None and step >= self.skip_from
-        train = TrainStep(step=step + 1, loss=1.0, skipped=skipped, wait_seconds=wait_seconds)
-        return StepOutcome(train=train, logprob_gap=0.0)
+        return TrainStep(step=step + 1, loss=1.0, skipped=skipped, wait_seconds=wait_seconds)
 
     def validation_loss(self, batches: Sequence[LearnerBatch]) -> tuple[float, int]:
         return 30.0 - self.steps_taken, 10

@@ -225,6 +225,6 @@ class BufferActor:
                 self._buffer.draw(step),
                 num_ranks=self._config.learner.workers,
                 max_micro_batch_tokens=self._config.learner.max_micro_batch_tokens,
-                normalize=self._config.loss.normalize,
+                loss=self._config.loss,
             )
         return self._plans[step]

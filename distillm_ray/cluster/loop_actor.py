@@ -98,7 +98,7 @@ class RolloutLoopActor:
         """See `RolloutLoop.answer`."""
         return await self._loop.answer(prompts, sampling, seed)
 
-    async def report_step(self, train: TrainStep, facts: DrawFacts, logprob_gap: float) -> None:
+    async def report_step(self, train: TrainStep, facts: DrawFacts) -> None:
         """Log a step with what the other roles did since the last one."""
         buffer = await self._buffer.counters()
         stores = await asyncio.gather(*(store.counters.remote() for store in self._stores))
@@ -114,7 +114,6 @@ class RolloutLoopActor:
             facts,
             buffer=buffer_sizes(buffer, stores),
             work=work.since(self._reported),
-            logprob_gap=logprob_gap,
         )
         self._reported = work
         await self._log.add(record)

@@ -173,11 +173,11 @@ class ActorServices:
 
     # ---- log -------------------------------------------------------------------------------------
 
-    def report_step(self, train: TrainStep, facts: DrawFacts, logprob_gap: float) -> None:
+    def report_step(self, train: TrainStep, facts: DrawFacts) -> None:
         """See `protocols.Services`."""
         if self._last_report is not None:
             _ask(self._last_report, "the log of the last step")
-        self._last_report = self._wires.loop.report_step.remote(train, facts, logprob_gap)
+        self._last_report = self._wires.loop.report_step.remote(train, facts)
 
     def log(self, record: Record) -> None:
         """See `protocols.Services`."""

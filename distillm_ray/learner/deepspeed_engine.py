@@ -1,10 +1,9 @@
-"""How the learner uses DeepSpeed: process group, settings, optimizer and random state."""
+"""How the learner uses DeepSpeed: process group, settings and random state."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -12,15 +11,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import nn
 
 from distillm_ray.config import LearnerConfig
 
-_BUCKET_ELEMENTS = 50_000_000  # of communication buffers
+_BUCKET_ELEMENTS = 50_000_000  # size of a communication buffer: 200 MB in float32
 
 
 def join_group(device: torch.device) -> None:
-    """Make DeepSpeed use the process group there is, or a group of this process alone."""
+    """Make DeepSpeed use the existing process group, or a new group of this process only."""
     accelerator = get_accelerator()
     assert accelerator is not None
     chosen = accelerator.device_name()
@@ -28,9 +26,9 @@ def join_group(device: torch.device) -> None:
         f"DeepSpeed chose {chosen} for a learner on {device}; set DS_ACCELERATOR before it starts"
     )
     if device.type == "cpu":
-        # No kernels to build: DeepSpeed would compile C++ for its shared-memory all-reduce.
+        # Otherwise DeepSpeed compiles a C++ extension for its shared-memory all-reduce.
         deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed wants it, on CPUs too
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed reads it, also on CPUs
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -38,35 +36,15 @@ def join_group(device: torch.device) -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def build_optimizer(
-    config: LearnerConfig, parameters: Sequence[nn.Parameter]
-) -> torch.optim.Optimizer:
-    """torch's own: they need no build. DeepSpeed gives them float32 master weights."""
-    match config.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(
-                parameters,
-                lr=config.learning_rate,
-                betas=config.adam_betas,
-                eps=config.adam_epsilon,
-                weight_decay=config.weight_decay,
-                fused=True,  # one pass over the states instead of ten
-            )
-        case "sgd":
-            return torch.optim.SGD(
-                parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-            )
-
-
 def engine_config(
     config: LearnerConfig, dtype: torch.dtype, *, persistence_threshold: int
 ) -> dict[str, Any]:
-    """DeepSpeed's settings: `step()` is the accumulation boundary, sums are in float32."""
+    """DeepSpeed's settings: `step()` ends the accumulation, and gradients are summed in float32."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        # At stage 0 the learner clips in a hook, which also learns the norm.
+        # At stage 0 the learner clips in a hook, because it needs the norm.
         "gradient_clipping": config.max_gradient_norm if config.zero_stage > 0 else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
@@ -85,7 +63,7 @@ def engine_config(
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of every generator that dropout or a library may draw from."""
+    """The state of every random number generator that dropout or a library may use."""
     state = {
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state(),
@@ -97,7 +75,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """The inverse of `random_state`; a state taken on another kind of device keeps its CPU part."""
+    """The inverse of `random_state`. A GPU's state is set only if the saved run had one."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])

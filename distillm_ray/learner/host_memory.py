@@ -1,4 +1,4 @@
-"""Memory that a CPU learner has freed and glibc has not."""
+"""Return memory that a CPU learner has freed to the operating system."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 
 
 def return_freed_memory() -> None:
-    """Give freed pages back to the operating system, for the other roles on this machine.
+    """Return freed pages to the operating system, for the other roles on this machine.
 
-    Tensors of ever new sizes leave holes in glibc's heaps, which it keeps: a process grows by
-    gigabytes over a run whose tensors at any one time do not.
+    Tensors of varying sizes leave holes in glibc's heaps, and glibc keeps the pages: the process
+    grows by gigabytes over a run although its live tensors do not.
     """
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)

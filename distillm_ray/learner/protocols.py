@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distillm_ray.learner.learner import StepOutcome
 from distillm_ray.learner.prefetch import SampleSource
 from distillm_ray.log.records import Record, Sample
 from distillm_ray.types import (
@@ -67,7 +66,7 @@ class Services(SampleSource, Protocol):
         """The answers as text, for the log."""
         ...
 
-    def report_step(self, train: TrainStep, facts: DrawFacts, logprob_gap: float) -> None:
+    def report_step(self, train: TrainStep, facts: DrawFacts) -> None:
         """Log a step; the services add what the other roles did."""
         ...
 
@@ -87,7 +86,7 @@ class LearnerRank(Protocol):
 
     def train_step(
         self, batches: Sequence[LearnerBatch], step: int, *, wait_seconds: float
-    ) -> StepOutcome:
+    ) -> TrainStep:
         """See `Learner.train_step`."""
         ...
 

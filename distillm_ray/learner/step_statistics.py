@@ -1,11 +1,12 @@
-"""What one optimizer step looked like, summed over micro-batches and ranks in one all-reduce.
+"""Statistics of one optimizer step, summed over micro-batches and ranks in one all-reduce.
 
-Axes: N loss positions, S sequences of a packed row.
+Axes: N loss positions, S sequences of a packed row, M terms of the loss.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,22 +14,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distillm_ray.config import Term
 from distillm_ray.loss.head_loss import HeadLoss
-from distillm_ray.types import LearnerBatch, Shelf
+from distillm_ray.loss.terms import term_names
+from distillm_ray.types import BoolArray, LearnerBatch, Shelf
 
 _SHELVES = tuple(Shelf)
+# Indices into the vector of sums. The sums of the terms follow at the end.
 _LOSS, _INFINITE, _GAP, _GAP_TOKENS = range(4)
 _SHELF_LOSS = 4
 _SHELF_FINITE = _SHELF_LOSS + len(_SHELVES)
-_NUM_SUMS = _SHELF_FINITE + len(_SHELVES)
+_TERM_LOSS = _SHELF_FINITE + len(_SHELVES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTotals:
-    """Over the global batch."""
+    """Totals of the global batch."""
 
     loss: float  # weighted sum
     loss_by_shelf: dict[str, float]  # token means, infinite tokens left out
+    loss_by_term: dict[str, float]  # weighted sum of each term, divided by the term's weight
     infinite_tokens: int
     logprob_gap: float  # mean |engine - learner| over tokens of age 0; NaN without any
     positions: int  # tokens computed, fillers included
@@ -38,41 +43,57 @@ class StepTotals:
     rank_token_imbalance: float
 
 
-class StepStatistics:
-    """Accumulates on the device, so that nothing waits for it before `reduce`."""
+def counted_tokens(batch: LearnerBatch) -> BoolArray:
+    """`[N]`, False for the loss positions of fillers."""
+    return ~np.array(batch.is_filler)[batch.sequence_index_N]
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=device)
+
+class StepStatistics:
+    """Accumulates on the device, so that nothing synchronizes with it before `reduce`."""
+
+    def __init__(self, terms: Sequence[Term], device: torch.device) -> None:
+        self._terms = terms
+        self._sums = torch.zeros(_TERM_LOSS + len(terms), dtype=torch.float64, device=device)
         self._positions = 0
         self._tokens = 0
         self._loss_tokens = 0
 
-    def add(self, batch: LearnerBatch, answer: HeadLoss, token_losses_N: Tensor) -> None:
-        """One micro-batch; `token_losses_N` is each token's loss without its weight."""
+    def add(self, batch: LearnerBatch, result: HeadLoss) -> None:
+        """Add one micro-batch."""
         sums = self._sums
-        # A filler, whose tokens weigh nothing, is computed but no part of the batch.
-        counts_N = batch.token_weights_N > 0
-        counts_S = np.bincount(batch.sequence_index_N, counts_N, len(batch.shelves)) > 0
+        counts_N = counted_tokens(batch)
         self._positions += len(batch.token_ids_L)
-        self._tokens += int(np.diff(batch.boundaries)[counts_S].sum())
+        self._tokens += int(np.diff(batch.boundaries)[~np.array(batch.is_filler)].sum())
         self._loss_tokens += int(counts_N.sum())
-        sums[_LOSS] += answer.loss.detach().double()
-        sums[_INFINITE] += answer.num_infinite
+        sums[_LOSS] += result.loss.detach().double()
+        sums[_INFINITE] += result.num_infinite
+        sums[_TERM_LOSS:] += result.losses_M.double()
         shelf_S = np.array([_SHELVES.index(shelf) for shelf in batch.shelves])
         shelf_N = torch.from_numpy(shelf_S[batch.sequence_index_N]).to(sums.device)
-        finite_N = token_losses_N.isfinite() & torch.from_numpy(counts_N).to(sums.device)
-        losses_N = token_losses_N.double().masked_fill(~finite_N, 0.0)
+        losses_N = self._token_losses(batch, result)
+        finite_N = losses_N.isfinite() & torch.from_numpy(counts_N).to(sums.device)
+        losses_N = losses_N.double().masked_fill(~finite_N, 0.0)
         sums[_SHELF_LOSS:_SHELF_FINITE].index_add_(0, shelf_N, losses_N)
-        sums[_SHELF_FINITE:].index_add_(0, shelf_N, finite_N.double())
-        if batch.behaviour_logprobs_N is not None and answer.log_probs_N is not None:
-            # Only samples of this very version: older ones differ because the weights do.
+        sums[_SHELF_FINITE:_TERM_LOSS].index_add_(0, shelf_N, finite_N.double())
+        if batch.behaviour_logprobs_N is not None and result.log_probs_N is not None:
+            # Only samples of the current weights: others differ because the weights do.
             current_S = np.array([age == 0 for age in batch.ages])
             behaviour_N = np.where(
                 current_S[batch.sequence_index_N], batch.behaviour_logprobs_N, np.nan
             )
-            gaps_N = (answer.log_probs_N - torch.from_numpy(behaviour_N).to(sums.device)).abs()
+            gaps_N = (result.log_probs_N - torch.from_numpy(behaviour_N).to(sums.device)).abs()
             sums[_GAP] += gaps_N.masked_fill(~gaps_N.isfinite(), 0.0).double().sum()
             sums[_GAP_TOKENS] += gaps_N.isfinite().sum()
+
+    def _token_losses(self, batch: LearnerBatch, result: HeadLoss) -> Tensor:
+        """`[N]`, each token's sum over the terms that cover it of the term's weight x value."""
+        total_N = torch.zeros_like(result.values[0])
+        for term, weights_N, values_N in zip(
+            self._terms, batch.term_weights_N, result.values, strict=True
+        ):
+            covered_N = torch.from_numpy(weights_N != 0).to(total_N.device)
+            total_N = total_N + term.weight * values_N.where(covered_N, 0.0)
+        return total_N
 
     def reduce(self, wait_seconds: float) -> StepTotals:
         """Sum over ranks; a collective."""
@@ -82,19 +103,24 @@ class StepStatistics:
             [self._positions, self._tokens, self._loss_tokens, wait_seconds],
             dtype=torch.float64,
         )
-        everything = torch.cat([self._sums, by_rank.flatten()])
+        everything = torch.cat([by_rank.flatten(), self._sums])
         dist.all_reduce(everything)
-        flat = everything.tolist()
         positions, tokens, loss_tokens, waits = (
-            flat[_NUM_SUMS + index * num_ranks : _NUM_SUMS + (index + 1) * num_ranks]
-            for index in range(4)
+            everything[: by_rank.numel()].view_as(by_rank).tolist()
         )
+        flat = everything[by_rank.numel() :].tolist()
         return StepTotals(
             loss=flat[_LOSS],
             loss_by_shelf={
                 shelf.value: flat[_SHELF_LOSS + index] / flat[_SHELF_FINITE + index]
                 for index, shelf in enumerate(_SHELVES)
                 if flat[_SHELF_FINITE + index] > 0
+            },
+            loss_by_term={
+                name: total / term.weight
+                for name, term, total in zip(
+                    term_names(self._terms), self._terms, flat[_TERM_LOSS:], strict=True
+                )
             },
             infinite_tokens=int(flat[_INFINITE]),
             logprob_gap=flat[_GAP] / flat[_GAP_TOKENS] if flat[_GAP_TOKENS] > 0 else math.nan,

@@ -32,7 +32,6 @@ from distillm_ray.learner.checkpoint import (
     CheckpointDirectory,
     CheckpointMeta,
 )
-from distillm_ray.learner.learner import StepOutcome
 from distillm_ray.learner.prefetch import Prefetcher, PreparedStep
 from distillm_ray.learner.protocols import LearnerRank, Services
 from distillm_ray.log.records import (
@@ -102,11 +101,11 @@ class _TrainLoop:
         with self._prefetcher(completed) as prefetcher:
             while completed < total_steps and not stopping:
                 prepared = prefetcher.get(completed)
-                outcome = self._learner.train_step(
+                train = self._learner.train_step(
                     prepared.batches, completed, wait_seconds=prepared.wait_seconds
                 )
                 completed += 1
-                self._after_step(prepared, outcome)
+                self._after_step(prepared, train)
                 at_end = completed == total_steps
                 if completed % self._config.validation.interval == 0 or at_end:
                     self._validate(completed)
@@ -137,15 +136,15 @@ class _TrainLoop:
         self._log(EventRecord(step=completed, name="resumed", detail=start.path.name))
         return completed
 
-    def _after_step(self, prepared: PreparedStep, outcome: StepOutcome) -> None:
-        completed = outcome.train.step
+    def _after_step(self, prepared: PreparedStep, train: TrainStep) -> None:
+        completed = train.step
         self._phi = prepared.facts.phi
         self._publish_if_due(completed)
         if self._speaks:
             self._services.advance(completed)
-            self._services.report_step(outcome.train, prepared.facts, outcome.logprob_gap)
-        self._watch_gap(completed, outcome.logprob_gap)
-        self._watch_skips(prepared, outcome.train)
+            self._services.report_step(train, prepared.facts)
+        self._watch_gap(completed, train.logprob_gap)
+        self._watch_skips(prepared, train)
 
     def _publish_if_due(self, completed: int) -> None:
         """Every `sync_interval` steps and after the last; late where nobody wanted them then.

@@ -101,7 +101,6 @@ class StepRecord(TrainStep):
     replay_age_mean: float = math.nan  # NaN without replayed samples
     buffer: BufferSizes = BufferSizes()
     work: Counters = Counters()  # since the previous step
-    logprob_gap: float = math.nan  # mean |engine - learner| over fresh tokens, in nats
 
     @classmethod
     def build(
@@ -111,7 +110,6 @@ class StepRecord(TrainStep):
         *,
         buffer: BufferSizes,
         work: Counters,
-        logprob_gap: float = math.nan,
     ) -> StepRecord:
         """Join the learners' report with the work of the other roles since the previous step."""
         return cls(
@@ -125,7 +123,6 @@ class StepRecord(TrainStep):
             replay_age_mean=_mean(draw.replay_ages),
             buffer=buffer,
             work=work,
-            logprob_gap=logprob_gap,
         )
 
     @property
@@ -186,7 +183,6 @@ class ProbeRecord:
     step: int
     time: float = 0.0
     samples: tuple[Sample, ...] = ()
-    logprob_gap: float = math.nan  # mean |engine - learner| over these responses, in nats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 
 from distillm_ray.log.records import (
@@ -25,6 +26,10 @@ def scalars(record: Record, totals: Totals) -> Iterator[tuple[str, float]]:
             values = {
                 "train/loss": record.loss,
                 **{f"train/loss_{shelf}": loss for shelf, loss in record.loss_by_shelf.items()},
+                **{
+                    f"train/loss_term/{_tag(term)}": loss
+                    for term, loss in record.loss_by_term.items()
+                },
                 "train/learning_rate": record.learning_rate,
                 "train/gradient_norm": record.gradient_norm,
                 "train/tokens": record.tokens,
@@ -53,6 +58,11 @@ def scalars(record: Record, totals: Totals) -> Iterator[tuple[str, float]]:
         case PublishRecord():
             values = {"publish/seconds": record.seconds, "publish/bytes": record.nbytes}
     yield from ((name, value) for name, value in values.items() if math.isfinite(value))
+
+
+def _tag(name: str) -> str:
+    """A term's name with the characters that TensorBoard allows in a tag."""
+    return re.sub(r"[^\w.]+", "_", name).strip("_")
 
 
 def texts(record: Record) -> Iterator[tuple[str, str]]:

@@ -1,3 +1,1 @@
-"""Divergences between teacher and student, from their definition to the fused walk over the
-output head.
-"""
+"""The loss: divergences, the terms and their token weights, and the fused walk over the head."""

@@ -1,8 +1,8 @@
-"""The student's output head as a layer that answers with a loss instead of logits.
+"""The student's output head as a layer that returns a loss instead of logits.
 
-It replaces the model's own head before `deepspeed.initialize` and shares its Parameter, so that
-names, ties and saved files stay the model's, and ZeRO-3's hooks gather the weight around the
-layer's forward: the whole fused walk happens inside of one forward, nothing in the backward.
+The layer replaces the model's own head before `deepspeed.initialize` and shares its Parameter.
+Parameter names, ties and saved files stay the same, and ZeRO-3's hooks gather the weight for the
+layer's forward. The fused walk needs the weight in the forward only, so that is enough.
 
 Axes: N loss positions, D hidden size, V vocabulary.
 """
@@ -24,10 +24,10 @@ from distillm_ray.models.packed import check_packed_model
 
 
 class DistillationHead(nn.Linear):
-    """A linear layer that, given a request, returns the loss of hidden states.
+    """A linear layer that returns the loss of hidden states when it is given a request.
 
-    Without a request it is the linear layer it replaced (for `generate`, or the model's own
-    forward).
+    Without a request it behaves as the linear layer that it replaced, for `generate` and the
+    model's own forward.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DistillationHead(nn.Linear):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, hidden_ND: Tensor, request: LossRequest | None = None
     ) -> Tensor | HeadLoss:
-        """`HeadLoss` where there is a request, else the matrix product and bias alone."""
+        """`HeadLoss` if there is a request, else the matrix product with the bias added."""
         if request is None:
             return super().forward(hidden_ND)
         if self.implementation == "plain":
@@ -82,12 +82,14 @@ def install_distillation_head(
     implementation: Literal["fused", "plain"] = "fused",
     memory_bytes: int | None = None,
 ) -> DistillationHead:
-    """Put a DistillationHead in the place of a causal LM's output head; LoRA layers may be there.
+    """Replace a causal LM's output head by a DistillationHead. The model may have LoRA layers.
 
-    Call it before `deepspeed.initialize`, with whole parameters. `vocabulary_size` is the
-    tokenizer's; rows of the head beyond it count as impossible.
-    Raises ModelError: a head that is not a linear layer, an unknown rule, too few rows, or what
-    `check_packed_model` refuses. `role` names the model in its messages.
+    Call it before `deepspeed.initialize`, while the parameters are whole. `vocabulary_size` is the
+    tokenizer's; ids of the head beyond it are impossible. `role` names the model in messages.
+
+    Raises:
+        ModelError: the head is not a linear layer or has too few rows, its logit rule is unknown,
+            or `check_packed_model` refuses the model.
     """
     head = model.get_output_embeddings()
     name = type(model).__name__

@@ -1,15 +1,15 @@
-"""The divergences of DESIGN section 4: each one is written down once, for every path that needs it.
+"""The divergences between teacher and student, each defined once for all paths.
 
-A definition takes log-probabilities and returns what both paths need: the value of each token and
-the slope dD/dlog q. The plain functions below put `log_softmax` in front of it and let autograd
-chain the two; fused.py calls the same definitions chunk by chunk and chains by hand:
+A definition takes log-probabilities and returns the value of each token and the slope dD/dlog q.
+The plain functions below put `log_softmax` in front of a definition and let autograd apply the
+chain rule. token_losses.py calls the same definitions for a chunk of tokens and applies it by hand:
 
     dD/dz = slope - q sum(slope)
 
 A slope may differ from dD/dlog q by a multiple of q, which the softmax cancels.
 
-Impossible ids (logit -inf) carry the log-probability `FLOOR` instead of -inf, so that no product
-0 * inf arises: their probability is exactly 0, and a difference of more than half of FLOOR marks an
+Impossible ids (logit -inf) have the log-probability `FLOOR` instead of -inf, so that no product
+0 * inf arises. Their probability is exactly 0, and a difference of more than half of FLOOR marks an
 id that is possible for one side only. A token whose divergence is +inf has gradient zero.
 
 Axes: T tokens, V vocabulary. p teacher, q student; natural logarithm.
@@ -27,11 +27,11 @@ from torch import Tensor
 from distillm_ray import config
 
 Definition: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`(log_p_TV, log_q_TV, q_TV) -> (values_T, slope_TV)`; the inputs are read only."""
+"""`(log_p_TV, log_q_TV, q_TV) -> (values_T, slope_TV)`. The inputs are not modified."""
 
 FLOOR = -1e30
-# A ratio p/q above e^30 belongs to a q below 1e-13, far under the rounding of a sum of
-# probabilities; without the bound the ratio would overflow and meet a probability of zero.
+# A ratio p/q above e^30 has a q below 1e-13, far below the rounding of a sum of probabilities.
+# Without the bound the ratio overflows and is multiplied by a probability of zero.
 MAX_LOG_RATIO = 30.0
 
 
@@ -99,7 +99,7 @@ def _adaptive_kl(
     head_T = _head_share_of_gap(log_p_TV.exp(), q_TV, mu)
     forward_T, forward_slope_TV = _forward_kl(log_p_TV, log_q_TV, q_TV)
     reverse_T, reverse_slope_TV = _reverse_kl(log_p_TV, log_q_TV, q_TV)
-    # A weight of zero silences an infinite divergence; 0 * inf would be NaN.
+    # Where a weight is zero, its divergence may be infinite: 0 * inf would be NaN.
     values_T = torch.where(head_T > 0, head_T * forward_T, 0.0)
     values_T = values_T + torch.where(head_T < 1, (1 - head_T) * reverse_T, 0.0)
     forward_slope_TV.mul_(head_T.unsqueeze(-1))
@@ -109,10 +109,10 @@ def _adaptive_kl(
 def _head_share_of_gap(p_TV: Tensor, q_TV: Tensor, mu: float) -> Tensor:
     """Share of the gap |p - q| that lies in the teacher's head; 1/2 where there is no gap.
 
-    The head: the most likely ids while their cumulative mass stays within mu, at least the first.
+    The head is the most likely ids whose cumulative mass is at most mu, and at least one id.
     """
     gap_TV = (p_TV - q_TV).abs()
-    # Few ids make a head: look among the k most likely, and widen while they do not reach mu.
+    # A head usually has few ids: search the k most likely, and more while they do not reach mu.
     size, vocabulary = 64, p_TV.shape[-1]
     while True:
         top_TK, ids_TK = p_TV.topk(min(size, vocabulary), dim=-1)
@@ -128,12 +128,12 @@ def _head_share_of_gap(p_TV: Tensor, q_TV: Tensor, mu: float) -> Tensor:
 
 
 def _bounded_exp(log_ratio_TV: Tensor) -> Tensor:
-    """exp of a temporary, in place, between e^-MAX_LOG_RATIO and e^MAX_LOG_RATIO."""
+    """exp, clamped to e^-MAX_LOG_RATIO ... e^MAX_LOG_RATIO. Overwrites its argument."""
     return log_ratio_TV.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp_()
 
 
 def _infinite_where_unsupported(gap_TV: Tensor, values_T: Tensor) -> Tensor:
-    """+inf where an id is possible for the first side of the gap and impossible for the second."""
+    """+inf if an id is possible for the first side of the gap and impossible for the second."""
     return values_T.masked_fill(gap_TV.amax(-1) > -FLOOR / 2, torch.inf)
 
 
@@ -155,7 +155,7 @@ def jensen_shannon(
 ) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m) per token, with m = beta p + (1 - beta) q.
 
-    Agarwal et al. 2024, GKD, eq. 1. beta at 0 or 1 would be 0 everywhere and is refused.
+    Agarwal et al. 2024, GKD, eq. 1. beta 0 and 1 are refused: the divergence would be 0 everywhere.
     """
     definition = define(config.JensenShannon(beta=beta))
     return _differentiable(definition, student_logits_TV, teacher_logits_TV)
@@ -191,7 +191,7 @@ def adaptive_kl(student_logits_TV: Tensor, teacher_logits_TV: Tensor, mu: float 
 
 
 def define(divergence: config.Divergence) -> Definition:
-    """The definition that a config names, with its parameters bound."""
+    """The definition of a config's divergence, with its parameters bound."""
     match divergence:
         case config.ForwardKL():
             return _forward_kl
@@ -220,13 +220,13 @@ def _differentiable(
 def divergence_of_log_probabilities(
     definition: Definition, log_p_TV: Tensor, log_q_TV: Tensor
 ) -> Tensor:
-    """Values per token, differentiable in log_q, which must come out of a softmax."""
+    """Values per token, differentiable in log_q, which must be the output of a log-softmax."""
     values_T: Tensor = _Divergence.apply(log_p_TV, log_q_TV, definition)  # pyright: ignore[reportAssignmentType]
     return values_T
 
 
 class _Divergence(torch.autograd.Function):
-    """A definition as an operation of autograd, from log-probabilities to values."""
+    """A definition as an autograd operation from log-probabilities to values."""
 
     @staticmethod
     def forward(ctx: Any, log_p_TV: Tensor, log_q_TV: Tensor, definition: Definition) -> Tensor:

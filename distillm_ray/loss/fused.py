@@ -1,12 +1,27 @@
 """The loss of the output head without the [tokens, vocabulary] matrix.
 
-    hidden_ND ── chunk of tokens ── product with the head ──► the chunk's logits
-                                                                │ elementwise, in place
-    dH_ND, dW_VD (float32) ◄── products ◄── gradient of the chunk's logits, loss
+    for each chunk of C tokens:
+        student_CV = hidden_CD @ head.T                     product into a buffer
+        teacher_CV = teacher_hidden_CD @ teacher_head.T     product into a second buffer
+        values of all terms; student_CV := gradient of the loss by student_CV    elementwise
+        dH_CD      = student_CV @ head                      gradient of the hidden states
+        dW_VD     += student_CV.T @ hidden_CD               gradient of the head, in float32
 
-The gradients are computed in the forward, while the chunk's logits exist, and handed out in the
-backward, scaled. Two buffers of chunk x V hold all logits there ever are; the elementwise part is
-in token_losses.py.
+Gradients in the forward. A backward that runs later would need the logits again, so it would have
+to store all of them, which is what this module avoids, or repeat both matrix products. The loss is
+one scalar and its gradient is linear in the gradient that arrives from above, so everything else
+can be computed while the chunk's logits exist. The backward multiplies by that scalar.
+
+In place. The gradient of the logits overwrites the logits: both are [C, V], and the products after
+it read only the gradient.
+
+All terms in one walk. The matrix products with the head take most of the time. The weighted
+gradients of all terms are summed while they are gradients of logits, before the last two products,
+so another term adds elementwise work only.
+
+Memory. The two buffers are all the logits there ever are: `memory_bytes` for both. Besides them
+there are the results: dH, and dW in float32, which plain autograd needs as well. The elementwise
+part is in token_losses.py.
 
 Axes: N loss positions, C positions of a chunk, D hidden size, V vocabulary.
 """
@@ -20,16 +35,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillm_ray.loss.head_loss import HeadLoss, LossRequest, assemble, weighted_sum
+from distillm_ray.config import CrossEntropy
+from distillm_ray.loss.head_loss import HeadLoss, LossRequest, assemble
 from distillm_ray.loss.teacher_tensors import TeacherHidden, TeacherLogits, TeacherTopK
 from distillm_ray.loss.token_losses import Recipe, RowLosses, Rows, token_losses_in_place
 from distillm_ray.models.heads import PLAIN_RULE
 from distillm_ray.models.logit_rules import LogitRule
 
-# By device: a CPU's caches like small chunks; on a GPU every chunk reads and writes the head's
-# gradient once more, 2 GB in float32 for V = 128k and D = 4,096.
+# By device. Small chunks stay in a CPU's caches. On a GPU every chunk reads and writes the head's
+# gradient once more, which is 2 GB in float32 for V = 128k and D = 4,096, so chunks are large.
 DEFAULT_MEMORY_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}
-# Rows of the vocabulary whose head gradient is added at a time where it needs a temporary.
+# Rows of the vocabulary whose head gradient is added at a time where the sum needs a temporary.
 SLAB_ROWS = 8_192
 
 
@@ -43,27 +59,57 @@ def fused_loss(
     request: LossRequest,
     memory_bytes: int | None = None,
 ) -> HeadLoss:
-    """`plain_loss` in chunks: the logits of both sides take about `memory_bytes` at a time.
+    """`plain_loss` in chunks: the logits of student and teacher take about `memory_bytes`.
 
-    None is the device's default. Only gradients that somebody asked for are computed; the head's
-    is accumulated in float32.
+    `memory_bytes` None is the device's default. Only the gradients that autograd will ask for are
+    computed, and backward may be called once.
+
+    Example:
+        Two tokens, a vocabulary of two ids and a head that makes the logits equal to the hidden
+        states. The first token costs log 2, the second log(1 + 1/e); both have weight 1/2.
+
+        >>> from distillm_ray.loss.head_loss import WeightedTerm
+        >>> hidden_ND = torch.tensor([[0.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> request = LossRequest(
+        ...     terms=(WeightedTerm(term=CrossEntropy(), weights_N=torch.tensor([0.5, 0.5])),),
+        ...     labels_N=torch.tensor([1, 1]),
+        ... )
+        >>> result = fused_loss(
+        ...     hidden_ND, torch.eye(2), None, rule=PLAIN_RULE, vocabulary_size=2, request=request
+        ... )
+        >>> [round(value, 4) for value in result.values[0].tolist()]
+        [0.6931, 0.3133]
+        >>> round(result.loss.item(), 4)
+        0.5032
+        >>> result.loss.backward()
+        >>> [[round(value, 4) for value in row] for row in hidden_ND.grad.tolist()]
+        [[0.25, -0.25], [0.1345, -0.1345]]
     """
     walk = _Walk(
         rule=rule,
         vocabulary_size=vocabulary_size,
         request=request,
+        cross_entropy_weights_N=_cross_entropy_weights(request),
         memory_bytes=memory_bytes or DEFAULT_MEMORY_BYTES[hidden_ND.device.type],
     )
-    has_loss = bool(request.terms) or request.cross_entropy_weights_N is not None
-    grad = torch.is_grad_enabled() and has_loss
+    grad = torch.is_grad_enabled() and bool(request.terms)
     wants = (
         grad and hidden_ND.requires_grad,
         grad and weight_VD.requires_grad,
         grad and bias_V is not None and bias_V.requires_grad,
     )
-    answers: list[HeadLoss] = []
-    loss = _FusedLoss.apply(hidden_ND, weight_VD, bias_V, walk, wants, answers)
-    return answers[0]._replace(loss=loss)
+    results: list[HeadLoss] = []
+    loss = _FusedLoss.apply(hidden_ND, weight_VD, bias_V, walk, wants, results)
+    return results[0]._replace(loss=loss)
+
+
+def _cross_entropy_weights(request: LossRequest) -> Tensor | None:
+    """`[N]`, the sum over the cross-entropy terms: their gradients differ by the weight only."""
+    total_N = None
+    for one in request.terms:
+        if isinstance(one.term, CrossEntropy):
+            total_N = one.weights_N if total_N is None else total_N + one.weights_N
+    return total_N
 
 
 # ---- the walk over chunks of tokens --------------------------------------------------------------
@@ -71,11 +117,12 @@ def fused_loss(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Walk:
-    """What one call of fused_loss is about, besides the student's tensors."""
+    """The inputs of one call of fused_loss besides the student's tensors."""
 
     rule: LogitRule
     vocabulary_size: int
     request: LossRequest
+    cross_entropy_weights_N: Tensor | None
     memory_bytes: int
 
     def run(
@@ -86,24 +133,28 @@ class _Walk:
         wants: tuple[bool, bool, bool],
     ) -> tuple[HeadLoss, list[Tensor | None]]:
         """Loss and values, and the wanted gradients of hidden states, weight and bias."""
+        # Rows of padding beyond the tokenizer's vocabulary are impossible ids: they are left out of
+        # every product, and their gradient is 0.
         head_VD = weight_VD[: self.vocabulary_size]
         head_bias_V = None if bias_V is None else bias_V[: self.vocabulary_size]
         gradients = _Gradients(hidden_ND, weight_VD, bias_V, self.vocabulary_size, wants)
         recipe, teacher_bias_V = self._recipe(with_gradient=any(wants))
         num_tokens = len(hidden_ND)
         chunk = self._chunk_size(num_tokens, head_VD)
+        # Allocated once and reused by every chunk.
         student_CV = head_VD.new_empty(chunk, self.vocabulary_size)
         teacher_CV = self._teacher_buffer(chunk)
-        answers: list[RowLosses] = []
+        blocks: list[RowLosses] = []
         for start in range(0, num_tokens, chunk):
             stop = min(start + chunk, num_tokens)
             products_CV = student_CV[: stop - start]
             hidden_CD = hidden_ND[start:stop].to(head_VD.dtype)
             torch.mm(hidden_CD, head_VD.T, out=products_CV)
             rows = self._rows(start, stop, products_CV, teacher_CV)
-            answers += token_losses_in_place(recipe, rows, head_bias_V, teacher_bias_V)
+            blocks += token_losses_in_place(recipe, rows, head_bias_V, teacher_bias_V)
+            # From here on products_CV holds the gradient of the loss with respect to itself.
             gradients.add(start, stop, products_CV, hidden_CD, head_VD)
-        return self._collect(answers, hidden_ND), gradients.finished()
+        return self._collect(blocks, hidden_ND), gradients.finished()
 
     def _recipe(self, *, with_gradient: bool) -> tuple[Recipe, Tensor | None]:
         teacher_rule, teacher_bias_V = PLAIN_RULE, None
@@ -111,7 +162,8 @@ class _Walk:
             teacher_rule = self.request.teacher.head.rule
             teacher_bias_V = self.request.teacher.head.bias_V
         recipe = Recipe(
-            divergences=tuple(term.divergence for term in self.request.terms),
+            # Kernels are compiled for each recipe: `on` and `weight` must not be part of it.
+            divergences=tuple(divergence.formula for divergence in self.request.divergences),
             student_rule=self.rule,
             teacher_rule=teacher_rule,
             temperature=self.request.temperature,
@@ -129,7 +181,7 @@ class _Walk:
         return max(1, math.ceil(num_tokens / num_chunks))
 
     def _teacher_buffer(self, chunk: int) -> Tensor | None:
-        if not self.request.terms or not isinstance(self.request.teacher, TeacherHidden):
+        if not self.request.divergences or not isinstance(self.request.teacher, TeacherHidden):
             return None
         weight_VD = self.request.teacher.head.weight_VD
         assert weight_VD.shape[0] == self.vocabulary_size, "the teacher's head has other ids"
@@ -138,7 +190,7 @@ class _Walk:
     def _rows(self, start: int, stop: int, products_CV: Tensor, buffer_CV: Tensor | None) -> Rows:
         """The chunk's tensors; the teacher's product is computed into its buffer."""
         request, teacher, ids = self.request, None, None
-        if request.terms:
+        if request.divergences:
             match request.teacher:
                 case TeacherHidden(values_ND=values_ND, head=head):
                     assert buffer_CV is not None
@@ -149,39 +201,41 @@ class _Walk:
                     teacher = values_NV[start:stop, : self.vocabulary_size]
                 case TeacherTopK(ids_NK=ids_NK, log_probs_NK=log_probs_NK):
                     teacher, ids = log_probs_NK[start:stop], ids_NK[start:stop]
-        labels_N, weights_N = request.labels_N, request.cross_entropy_weights_N
+        labels_N, weights_N = request.labels_N, self.cross_entropy_weights_N
         return Rows(
             products_RV=products_CV,
             teacher=teacher,
             teacher_ids_RK=ids,
-            weights=tuple(term.weights_N[start:stop] for term in request.terms),
+            weights=tuple(
+                one.weights_N[start:stop]
+                for one in request.terms
+                if not isinstance(one.term, CrossEntropy)
+            ),
             labels_R=None if labels_N is None else labels_N[start:stop],
             cross_entropy_weights_R=None if weights_N is None else weights_N[start:stop],
         )
 
-    def _collect(self, answers: list[RowLosses], hidden_ND: Tensor) -> HeadLoss:
+    def _collect(self, blocks: list[RowLosses], hidden_ND: Tensor) -> HeadLoss:
         """The blocks' values joined, weighted and summed."""
         empty = hidden_ND.new_zeros(0, dtype=torch.float32)
-        divergences = tuple(
-            torch.cat([answer.values[index] for answer in answers]) if answers else empty
-            for index in range(len(self.request.terms))
-        )
-        losses = [
-            weighted_sum(term.weights_N, values_N)
-            for term, values_N in zip(self.request.terms, divergences, strict=True)
+        divergences = [
+            torch.cat([block.values[index] for block in blocks]) if blocks else empty
+            for index in range(len(self.request.divergences))
         ]
         log_probs_N = None
         if self.request.labels_N is not None:
-            log_probs = [one.log_probs_R for one in answers if one.log_probs_R is not None]
+            log_probs = [one.log_probs_R for one in blocks if one.log_probs_R is not None]
             log_probs_N = torch.cat(log_probs) if log_probs else empty
-            if self.request.cross_entropy_weights_N is not None:
-                losses.append(weighted_sum(self.request.cross_entropy_weights_N, -log_probs_N))
-        loss = torch.stack(losses).sum() if losses else empty.sum()
-        return assemble(loss, divergences, log_probs_N)
+        return assemble(self.request, divergences, log_probs_N, empty=empty)
 
 
 class _Gradients:
-    """Accumulators of the wanted gradients."""
+    """Accumulators of the wanted gradients.
+
+    The gradient of a chunk's hidden states is complete after its chunk and is written in their
+    dtype. The head's and the bias's are sums over all chunks: they are kept in float32, because a
+    sum of many small bfloat16 terms loses the later ones.
+    """
 
     def __init__(
         self,
@@ -197,12 +251,15 @@ class _Gradients:
         self._weight_VD = None
         if wants[1]:
             self._weight_VD = torch.empty_like(weight_VD, dtype=dtype)
-            # The first chunk writes the vocabulary's rows; those of padding beyond it stay zero.
+            # The first chunk overwrites the vocabulary's rows (beta 0), so only the padding beyond
+            # them is cleared. Without tokens there is no chunk and everything is.
             self._weight_VD[vocabulary_size if len(hidden_ND) else 0 :].zero_()
         self._bias_V = (
             torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and wants[2] else None
         )
         self._slab_VD = None
+        # A CPU has no product of bfloat16 matrices into float32: slabs of the product are computed
+        # in bfloat16 and added. CUDA has one (`out_dtype`).
         if self._weight_VD is not None and weight_VD.dtype != dtype and not weight_VD.is_cuda:
             self._slab_VD = weight_VD.new_empty(min(SLAB_ROWS, vocabulary_size), weight_VD.shape[1])
 
@@ -214,7 +271,7 @@ class _Gradients:
         hidden_CD: Tensor,
         head_VD: Tensor,
     ) -> None:
-        """A chunk's share, from the gradient of its products."""
+        """Add one chunk, given the gradient of its logits before rule and bias."""
         if self._hidden_ND is not None:
             if self._hidden_ND.dtype == head_VD.dtype:
                 torch.mm(gradient_CV, head_VD, out=self._hidden_ND[start:stop])
@@ -230,7 +287,7 @@ class _Gradients:
     def _add_weight(
         self, weight_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor, *, beta: int
     ) -> None:
-        """beta times what is there, plus the product; with 0 what is there is not read."""
+        """weight_VD = beta * weight_VD + the chunk's product; beta 0 does not read weight_VD."""
         if weight_VD.dtype == gradient_CV.dtype:
             weight_VD.addmm_(gradient_CV.T, hidden_CD, beta=beta)
         elif weight_VD.is_cuda:
@@ -255,12 +312,16 @@ class _Gradients:
                     rows_VD.add_(slab_VD)
 
     def finished(self) -> list[Tensor | None]:
-        """Gradients of hidden states, weight and bias; None where nobody asked."""
+        """Gradients of hidden states, weight and bias; None where not wanted."""
         return [self._hidden_ND, self._weight_VD, self._bias_V]
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The walk as one operation of autograd: its backward only scales what the forward computed."""
+    """The walk as one operation of autograd: its backward scales what the forward computed.
+
+    `box` receives the HeadLoss, because only tensors can be returned through autograd and only the
+    loss may carry a gradient.
+    """
 
     @staticmethod
     def forward(
@@ -272,27 +333,31 @@ class _FusedLoss(torch.autograd.Function):
         wants: tuple[bool, bool, bool],
         box: list[HeadLoss],
     ) -> Tensor:
-        answer, ctx.gradients = walk.run(hidden_ND, weight_VD, bias_V, wants)
+        result, ctx.gradients = walk.run(hidden_ND, weight_VD, bias_V, wants)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden_ND, weight_VD, bias_V)]
-        box.append(answer)
-        return answer.loss
+        box.append(result)
+        return result.loss
 
     @staticmethod
     def backward(ctx: Any, *loss_gradients: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the fused loss hands out its gradients once: call backward once")
+            raise RuntimeError(
+                "backward of the fused loss can be called only once: the gradients are scaled in"
+                " place and given away"
+            )
         scaled = [
             None if gradient is None else _scaled(gradient, loss_gradients[0], dtype)
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
+        # The buffers now belong to autograd, which may use them as `.grad` without a copy.
         ctx.gradients = None
         return *scaled, None, None, None
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient times the scale, in a dtype; the gradient itself is lost."""
+    """The gradient times the scale, in `dtype`. The gradient is overwritten."""
     scale = scale.to(gradient.dtype)
     if gradient.dtype != dtype and gradient.is_cuda:
-        # Rounded as it is written; on a CPU this would take a copy in between.
+        # One kernel multiplies and rounds. A CPU would make a copy in between.
         return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
     return gradient.mul_(scale).to(dtype)

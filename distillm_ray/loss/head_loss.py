@@ -1,13 +1,14 @@
-"""What is asked of the output head about a micro-batch, what it answers, and the plain answer.
+"""The request to the student's output head for one micro-batch, its result, and the plain version.
 
-`plain_loss` materialises all logits and leaves the gradient to autograd: the reference for
-`fused.fused_loss`, which has the same signature and is what training uses.
+`plain_loss` materialises all logits and leaves the gradient to autograd. It is the reference for
+`fused.fused_loss`, which has the same signature and which training uses.
 
-Axes: N loss positions, D hidden size, V vocabulary.
+Axes: N loss positions, D hidden size, V vocabulary, M terms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,10 +35,14 @@ from distillm_ray.models.logit_rules import LogitRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DivergenceTerm:
-    """One divergence from the teacher, with the weight of each token's value in the loss."""
+class WeightedTerm:
+    """A term of the loss and the weight of each token's value in it.
 
-    divergence: config.Divergence
+    The weights already contain the term's own `weight` and are 0 where its `on` does not hold, so
+    the computation reads neither of the two.
+    """
+
+    term: config.Term
     weights_N: Tensor
 
 
@@ -45,39 +50,48 @@ class DivergenceTerm:
 class LossRequest:
     """What to compute at N loss positions; every part may be left out.
 
-    The loss is the sum over tokens of: each term's weight times its divergence, plus
-    `cross_entropy_weights_N` times -log q(label). Tensors are on the device of the hidden states.
+    The loss is the sum over terms and tokens of weight times value, where the value is a divergence
+    from the teacher or -log q(label). Tensors are on the device of the hidden states.
     """
 
-    terms: tuple[DivergenceTerm, ...] = ()
-    teacher: TeacherTensors | None = None  # needed where there are terms
-    labels_N: Tensor | None = None  # int64
-    cross_entropy_weights_N: Tensor | None = None  # needs labels; without: log-probabilities only
+    terms: tuple[WeightedTerm, ...] = ()
+    teacher: TeacherTensors | None = None  # needed by divergences
+    labels_N: Tensor | None = None  # int64; needed by cross-entropy
     temperature: float = 1.0  # of both sides of the divergences; cross-entropy is always at 1
 
     def __post_init__(self) -> None:
         """Reject combinations that would silently compute something else."""
-        assert self.teacher is not None or not self.terms, "a divergence needs a teacher"
-        assert self.labels_N is not None or self.cross_entropy_weights_N is None
+        assert self.teacher is not None or not self.divergences, "a divergence needs a teacher"
+        assert self.labels_N is not None or len(self.divergences) == len(self.terms), (
+            "cross-entropy needs labels"
+        )
         if isinstance(self.teacher, TeacherTopK) and self.temperature != 1.0:
             raise ValueError(
                 f"loss.temperature must be 1 with targets.type: top_k, got {self.temperature}: the"
                 " tail's mass at another temperature is not known; use targets.type: hidden"
             )
 
+    @property
+    def divergences(self) -> tuple[config.Divergence, ...]:
+        """The divergences among the terms, without the cross-entropy."""
+        return tuple(
+            one.term for one in self.terms if not isinstance(one.term, config.CrossEntropy)
+        )
+
 
 class HeadLoss(NamedTuple):
-    """The answer. Only `loss` carries a gradient.
+    """The result. Only `loss` carries a gradient.
 
-    A token whose divergence or cross-entropy is +inf (an id possible for one side only) keeps +inf
-    in its value, adds nothing to the loss or the gradient by that term, and is counted. NaN, which
-    only non-finite logits can cause, goes through to the loss.
+    A token whose divergence or cross-entropy is +inf (an id that is possible for one side only)
+    keeps +inf in its value, adds nothing to the loss or the gradient of that term, and is counted.
+    NaN, which only non-finite logits can cause, reaches the loss.
     """
 
-    loss: Tensor  # scalar, weighted sum
-    divergences: tuple[Tensor, ...]  # [N] for each term, unweighted
+    loss: Tensor  # scalar, the sum of `losses_M`
+    losses_M: Tensor  # weighted sum of each term, in the order of the request
+    values: tuple[Tensor, ...]  # [N] for each term, unweighted; of cross-entropy -log q(label)
     log_probs_N: Tensor | None  # of the labels, temperature 1
-    num_infinite: Tensor  # scalar int64, over all terms and the cross-entropy
+    num_infinite: Tensor  # scalar int64: infinite divergences and log-probabilities
 
 
 def plain_loss(
@@ -93,35 +107,49 @@ def plain_loss(
     weight_VD = weight_VD[:vocabulary_size]
     bias_V = None if bias_V is None else bias_V[:vocabulary_size]
     logits_NV = finish_logits(hidden_ND.to(weight_VD.dtype) @ weight_VD.T, bias_V, rule)
-    losses, divergences = [], []
-    for term in request.terms:
-        values_N = _plain_divergence(term.divergence, logits_NV, request)
-        losses.append(weighted_sum(term.weights_N, values_N))
-        divergences.append(values_N.detach())
+    divergences = [_plain_divergence(one, logits_NV, request) for one in request.divergences]
     log_probs_N = None
     if request.labels_N is not None:
         log_q_NV = log_probabilities(logits_NV)
         log_probs_N = log_q_NV.gather(-1, request.labels_N.unsqueeze(-1)).squeeze(-1)
         log_probs_N = log_probs_N.masked_fill(log_probs_N <= FLOOR, -torch.inf)
-        if request.cross_entropy_weights_N is not None:
-            losses.append(weighted_sum(request.cross_entropy_weights_N, -log_probs_N))
-        log_probs_N = log_probs_N.detach()
-    loss = torch.stack(losses).sum() if losses else logits_NV.new_zeros(())
-    return assemble(loss, tuple(divergences), log_probs_N)
+    return assemble(request, divergences, log_probs_N, empty=logits_NV.new_zeros(0))
 
 
-def weighted_sum(weights_N: Tensor, values_N: Tensor) -> Tensor:
-    """Sum of weight times value; infinite values are left out."""
-    return (weights_N * values_N.masked_fill(values_N.isposinf(), 0.0)).sum()
+def assemble(
+    request: LossRequest,
+    divergences: Sequence[Tensor],
+    log_probs_N: Tensor | None,
+    *,
+    empty: Tensor,
+) -> HeadLoss:
+    """Put the tokens' values in the order of the terms, weight and sum them.
 
-
-def assemble(loss: Tensor, divergences: tuple[Tensor, ...], log_probs_N: Tensor | None) -> HeadLoss:
-    """The answer with its infinite values counted."""
-    values = [*divergences] if log_probs_N is None else [*divergences, log_probs_N]
-    num_infinite = torch.zeros((), dtype=torch.int64, device=loss.device)
-    for values_N in values:
+    `empty` has no element; it gives dtype and device to the loss of a request without terms.
+    """
+    remaining = iter(divergences)
+    values: list[Tensor] = []
+    for one in request.terms:
+        if isinstance(one.term, config.CrossEntropy):
+            assert log_probs_N is not None
+            values.append(-log_probs_N)
+        else:
+            values.append(next(remaining))
+    losses = [
+        (one.weights_N * values_N.masked_fill(values_N.isposinf(), 0.0)).sum()
+        for one, values_N in zip(request.terms, values, strict=True)
+    ]
+    losses_M = torch.stack(losses) if losses else empty
+    num_infinite = torch.zeros((), dtype=torch.int64, device=empty.device)
+    for values_N in divergences if log_probs_N is None else (*divergences, log_probs_N):
         num_infinite = num_infinite + values_N.isinf().sum()
-    return HeadLoss(loss, divergences, log_probs_N, num_infinite)
+    return HeadLoss(
+        loss=losses_M.sum(),
+        losses_M=losses_M.detach(),
+        values=tuple(values_N.detach() for values_N in values),
+        log_probs_N=None if log_probs_N is None else log_probs_N.detach(),
+        num_infinite=num_infinite,
+    )
 
 
 def _plain_divergence(

@@ -1,4 +1,4 @@
-"""Teacher targets on the learner's device: the torch side of the messages in types.py.
+"""Teacher targets on the learner's device: the messages of types.py as torch tensors.
 
 Axes: N loss positions, D hidden size, K top-k, V vocabulary.
 """
@@ -17,13 +17,13 @@ from distillm_ray import types
 from distillm_ray.loss.divergences import FLOOR
 from distillm_ray.models.heads import FrozenHead
 
-# The tail's mass is 1 minus a sum of float32 probabilities: anything below is rounding.
+# The tail's mass is 1 minus a sum of float32 probabilities. Smaller values are rounding errors.
 SMALLEST_TAIL = 2.0**-24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TeacherHidden:
-    """Input of the teacher's head, with that head."""
+    """Inputs of the teacher's head, and the head."""
 
     values_ND: Tensor
     head: FrozenHead
@@ -31,7 +31,7 @@ class TeacherHidden:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TeacherTopK:
-    """K ids of each position, all different, with their log-probabilities at temperature 1."""
+    """K distinct ids for each position, with their log-probabilities at temperature 1."""
 
     ids_NK: Tensor  # int64
     log_probs_NK: Tensor
@@ -39,7 +39,7 @@ class TeacherTopK:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TeacherLogits:
-    """All logits; ids beyond the tokenizer's vocabulary are cut off, impossible ones are -inf."""
+    """All logits. Ids beyond the tokenizer's vocabulary are cut off; impossible ids are -inf."""
 
     values_NV: Tensor
 
@@ -50,7 +50,7 @@ TeacherTensors: TypeAlias = TeacherHidden | TeacherTopK | TeacherLogits
 def teacher_tensors(
     targets: types.TeacherTargets, head: FrozenHead | None, device: torch.device | str
 ) -> TeacherTensors:
-    """A message on the device. Copies: arrays out of the object store are shared and read-only."""
+    """The message on the device, copied: arrays from the object store are shared and read-only."""
     match targets:
         case types.HiddenTargets(values_TD=values_TD):
             assert head is not None, "hidden targets need the teacher's head"
@@ -65,7 +65,7 @@ def teacher_tensors(
 
 
 def _to_tensor(array: NDArray[Any], device: torch.device | str) -> Tensor:
-    """A copy on the device; uint16 is the bits of bfloat16."""
+    """A copy on the device. uint16 arrays hold the bits of bfloat16 values."""
     tensor = torch.from_numpy(np.array(array, copy=True))
     if array.dtype == np.uint16:
         tensor = tensor.view(torch.bfloat16)
@@ -76,7 +76,7 @@ def _to_tensor(array: NDArray[Any], device: torch.device | str) -> Tensor:
 
 
 def teacher_buckets(log_probs_NK: Tensor, vocabulary_size: int) -> Tensor:
-    """`[N, K + 1]`: the tail's log-probability last; it is impossible exactly when K = V."""
+    """`[N, K + 1]`, the tail's log-probability last. The tail is impossible exactly if K = V."""
     num_ids = log_probs_NK.shape[-1]
     if num_ids == vocabulary_size:
         tail_N1 = torch.full_like(log_probs_NK[:, :1], FLOOR)
@@ -89,10 +89,10 @@ def teacher_buckets(log_probs_NK: Tensor, vocabulary_size: int) -> Tensor:
 def student_buckets(log_q_NV: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
     """The student's log-probabilities of the buckets `[N, K + 1]`, and within the tail `[N, V]`.
 
-    The second is the distribution given that the id is in the tail, FLOOR for the K ids.
+    The second result is the distribution given that the id is in the tail; the K ids have FLOOR.
     """
     in_head_NV = torch.zeros_like(log_q_NV, dtype=torch.bool).scatter_(-1, ids_NK, True)
-    # Summed over the tail itself: 1 minus the head's mass would lose a small tail to rounding.
+    # Summed over the tail's ids: 1 minus the head's mass would round a small tail to zero.
     tail_NV = log_q_NV.masked_fill(in_head_NV, FLOOR)
     tail_N1 = tail_NV.logsumexp(-1, keepdim=True).clamp_min(FLOOR)
     buckets = torch.cat((log_q_NV.gather(-1, ids_NK), tail_N1), dim=-1)

@@ -1,10 +1,10 @@
-"""The elementwise part of the fused loss: logits of some rows to their values and gradient.
+"""The elementwise part of the fused loss: from logits to values and the gradient of the logits.
 
-One function for every device. On a CPU it runs over a few rows at a time, so that its temporaries
-stay in the cache; on CUDA it is compiled to one kernel over the whole chunk, which walks a row
-three times (normalizers, values, gradient) and stores nothing but its results: the second and the
-third time compute again what the one before knew. The mathematics of the divergences is in
-divergences.py; here is the chain around it.
+All devices share one function, `elementwise`. On a CPU it runs over a few rows at a time, so that
+its temporaries stay in the cache. On CUDA it is compiled to one kernel for the whole chunk. That
+kernel reads a row three times (normalizers, values, gradient) and stores only its results:
+recomputing intermediate values costs less than writing and reading them. divergences.py defines the
+divergences; this module applies the chain rule to them.
 
 Axes: R rows (loss positions), V vocabulary, K top-k.
 """
@@ -26,14 +26,17 @@ from distillm_ray.loss.teacher_tensors import student_buckets, teacher_buckets
 from distillm_ray.models.heads import finish_logits, gradient_of_products
 from distillm_ray.models.logit_rules import LogitRule
 
-# Elements of one temporary where the operations run one by one: 1.5 MB in float32 on a CPU; on a
-# GPU, whose kernels want many rows, 128 MB.
+# Elements of one temporary if the operations run one by one: 1.5 MB in float32 on a CPU, 128 MB on
+# a GPU, whose kernels need many rows.
 BLOCK_ELEMENTS = {"cpu": 8 * 49_152, "cuda": 2**25}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything of the elementwise part that is not a tensor: what a kernel is compiled for."""
+    """All inputs of the elementwise part that are not tensors. A kernel is compiled for each one.
+
+    The divergences are formulas (`LossTerm.formula`): weights arrive as tensors.
+    """
 
     divergences: tuple[config.Divergence, ...]
     student_rule: LogitRule
@@ -43,22 +46,22 @@ class Recipe:
 
 
 class Rows(NamedTuple):
-    """The tensors of some loss positions, R of them; None where the request has none."""
+    """The tensors of R loss positions; None for what the request does not have."""
 
     products_RV: Tensor
     teacher: Tensor | None  # products [R, V], logits [R, V], or top-k log-probabilities [R, K]
     teacher_ids_RK: Tensor | None  # top-k only
     weights: tuple[Tensor, ...]  # [R] for each divergence
     labels_R: Tensor | None
-    cross_entropy_weights_R: Tensor | None
+    cross_entropy_weights_R: Tensor | None  # summed over the cross-entropy terms
 
     def between(self, start: int, stop: int) -> Rows:
-        """Views of some of the rows."""
+        """Views of the rows from `start` to `stop`."""
         return tree_map_only(Tensor, lambda tensor: tensor[start:stop], self)
 
 
 class RowLosses(NamedTuple):
-    """What is computed of some rows, besides the gradient of their products."""
+    """The results for some rows, besides the gradient of their products."""
 
     values: tuple[Tensor, ...]  # [R] for each divergence
     log_probs_R: Tensor | None  # of the labels
@@ -67,7 +70,7 @@ class RowLosses(NamedTuple):
 def token_losses_in_place(
     recipe: Recipe, rows: Rows, bias_V: Tensor | None, teacher_bias_V: Tensor | None
 ) -> list[RowLosses]:
-    """The losses by blocks of rows; a wanted gradient is written over `products_RV`."""
+    """The losses of each block of rows. If wanted, the gradient overwrites `products_RV`."""
     products_RV = rows.products_RV
     num_rows, vocabulary_size = products_RV.shape
     device = products_RV.device.type
@@ -75,29 +78,29 @@ def token_losses_in_place(
         run, block = compiled(recipe, top_k=rows.teacher_ids_RK is not None), num_rows
     else:
         run, block = partial(elementwise, recipe), max(1, BLOCK_ELEMENTS[device] // vocabulary_size)
-    answers: list[RowLosses] = []
+    blocks: list[RowLosses] = []
     for start in range(0, num_rows, block):
         some = rows.between(start, start + block)
-        answer, gradient_RK = run(some, bias_V, teacher_bias_V)
-        answers.append(answer)
+        losses, gradient_RK = run(some, bias_V, teacher_bias_V)
+        blocks.append(losses)
         if gradient_RK is not None:
             assert some.teacher_ids_RK is not None
             some.products_RV.scatter_add_(
                 -1, some.teacher_ids_RK, gradient_RK.to(products_RV.dtype)
             )
-    return answers
+    return blocks
 
 
 def _is_one_graph(recipe: Recipe) -> bool:
-    """Adaptive KL looks at values to know how many ids make a teacher's head."""
+    """Whether the compiler can trace the recipe. Adaptive KL branches on values."""
     return not any(isinstance(one, config.AdaptiveKL) for one in recipe.divergences)
 
 
 @lru_cache
 def compiled(recipe: Recipe, *, top_k: bool) -> Callable[..., tuple[RowLosses, Tensor | None]]:
     """`elementwise` as a kernel for any number of rows."""
-    # Left to itself Inductor stores what is used more than once, a [R, V] matrix in float32 each
-    # time, and splits rows over several kernels where there are few.
+    # By default Inductor stores every value that is used more than once, each a [R, V] matrix in
+    # float32, and splits the rows over several kernels if there are few.
     never = 1_000_000
     options: dict[str, Any] = {
         "realize_reads_threshold": never,
@@ -112,7 +115,7 @@ def compiled(recipe: Recipe, *, top_k: bool) -> Callable[..., tuple[RowLosses, T
         rows: Rows, bias_V: Tensor | None, teacher_bias_V: Tensor | None
     ) -> tuple[RowLosses, Tensor | None]:
         for tensor in tree_leaves(rows):
-            if tensor is not None:  # every micro-batch has chunks of another size
+            if tensor is not None:  # the size of a chunk differs between micro-batches
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return kernel(rows, bias_V, teacher_bias_V)
 
@@ -125,10 +128,11 @@ def compiled(recipe: Recipe, *, top_k: bool) -> Callable[..., tuple[RowLosses, T
 def elementwise(
     recipe: Recipe, rows: Rows, bias_V: Tensor | None, teacher_bias_V: Tensor | None
 ) -> tuple[RowLosses, Tensor | None]:
-    """The losses, with the gradient of the products written over them if it is wanted.
+    """The losses. If wanted, the gradient of the products overwrites them.
 
-    With top-k targets the K ids still miss what comes from the divergences. That is the second
-    answer, `[R, K]`: added in here, it would make the compiler store the gradient twice.
+    With top-k targets the gradient of the K ids does not yet contain the divergences' part. That
+    part is the second result, `[R, K]`, for the caller to add: adding it here would make the
+    compiler store the gradient twice.
     """
     logits_RV = finish_logits(rows.products_RV, bias_V, recipe.student_rule)
     values: tuple[Tensor, ...] = ()
@@ -160,9 +164,10 @@ def elementwise(
 def _divergences(
     recipe: Recipe, rows: Rows, log_q_RV: Tensor, teacher_bias_V: Tensor | None
 ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
-    """Values, and the gradient of the logits from all divergences if it is wanted.
+    """Values, and if wanted the gradient of the logits, summed over all divergences.
 
-    With top-k targets the gradient is that of the tail's ids, and the K ids' `[R, K]` is the third.
+    With top-k targets the second result is the gradient of the tail's ids, and the third, `[R, K]`,
+    that of the K ids.
     """
     assert rows.teacher is not None
     within_RV = None
@@ -181,7 +186,7 @@ def _divergences(
         values.append(values_R)
         if recipe.with_gradient:
             weights_R1 = weights_R.masked_fill(values_R.isposinf(), 0.0).to(term.dtype)[:, None]
-            # Summed before it is weighted: both sums of a row are then found in one walk.
+            # Summed before weighting, so that one pass over the row finds values and this sum.
             term_sum_R1 = term.sum(-1, keepdim=True) * weights_R1
             term.mul_(weights_R1)
             slope = term if slope is None else slope.add_(term)
@@ -193,15 +198,15 @@ def _divergences(
         gradient.div_(recipe.temperature)
     if within_RV is None:
         return tuple(values), gradient, None
-    # The tail's gradient falls to its ids by their share of it.
+    # Each id of the tail gets its share of the tail bucket's gradient.
     return tuple(values), within_RV.exp_().mul_(gradient[:, -1:]), gradient[:, :-1]
 
 
 def _add_at(gradient_RV: Tensor, ids_R1: Tensor, amounts_R1: Tensor) -> Tensor:
-    """One id of each row gets an amount."""
+    """Add an amount to one id of each row."""
     if not torch.compiler.is_compiling():
         return gradient_RV.scatter_add_(-1, ids_R1, amounts_R1)
-    # In a kernel a comparison costs nothing; a scatter would store the gradient and read it again.
+    # In a kernel a comparison costs nothing. A scatter would store the gradient and read it again.
     ids_V = torch.arange(gradient_RV.shape[-1], device=gradient_RV.device)
     return gradient_RV + torch.where(ids_V == ids_R1, amounts_R1, 0.0)
 

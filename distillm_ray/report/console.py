@@ -192,6 +192,9 @@ def _numbers(view: View) -> Table:
             f"{step.loss:.4f}   gradient norm {step.gradient_norm:.2f}"
             f"   learning rate {step.learning_rate:.2e}",
         )
+        if len(step.loss_by_term) > 1:
+            terms = (f"{name} {loss:.4f}" for name, loss in step.loss_by_term.items())
+            table.add_row("loss terms", "   ".join(terms))
     if (latest := view.validation) is not None:
         text = f"{latest.loss:.4f} after step {latest.step}"
         first = view.first_validation

@@ -100,6 +100,12 @@ def draw_loss(ax: Axes, records: Sequence[Record]) -> None:
         color=BLUE,
         label="training loss (left)",
     )
+    names = dict.fromkeys(name for record in steps for name in record.loss_by_term)
+    for name, style in zip(names, ("--", ":", "-.", "--", ":", "-."), strict=False):
+        if len(names) > 1:
+            of_term = [record.loss_by_term.get(name, math.nan) for record in steps]
+            smooth = running_mean(of_term, _SMOOTHING_STEPS)
+            ax.plot(at, smooth, style, color=SKY, linewidth=1, label=f"{name} (left)")
     ax.set_ylabel("training loss, nats a token", color=BLUE)
     ax.set_ylim(bottom=0)
     held_out = [record for record in records if isinstance(record, ValidationRecord)]

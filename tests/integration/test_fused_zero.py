@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from distillm_ray.config import LearnerConfig, SkewKL
+from distillm_ray.config import CrossEntropy, LearnerConfig, SkewKL
+from distillm_ray.learner.optimizer import build_optimizer
 from distillm_ray.learner.student_model import PackedStudent
 from distillm_ray.loss.distillation_head import install_distillation_head
-from distillm_ray.loss.head_loss import DivergenceTerm, LossRequest
+from distillm_ray.loss.head_loss import LossRequest, WeightedTerm
 from distillm_ray.loss.teacher_tensors import TeacherHidden
 from distillm_ray.models.heads import FrozenHead
 
@@ -109,12 +110,14 @@ def batch(step: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
     weight_VD = torch.randn(VOCABULARY, 24, generator=torch.Generator().manual_seed(99)) * 0.3
     weights_N = torch.rand(num_tokens, generator=generator) / sum(TOKENS_OF_STEP[step])
     request = LossRequest(
-        terms=(DivergenceTerm(divergence=SkewKL(), weights_N=weights_N),),
+        terms=(
+            WeightedTerm(term=SkewKL(), weights_N=weights_N),
+            WeightedTerm(term=CrossEntropy(), weights_N=0.1 * weights_N),
+        ),
         teacher=TeacherHidden(
             values_ND=hidden_ND.to(dtype), head=FrozenHead(weight_VD=weight_VD.to(dtype))
         ),
         labels_N=torch.randint(VOCABULARY, (num_tokens,), generator=generator),
-        cross_entropy_weights_N=0.1 * weights_N,
     )
     return token_ids_L, position_ids_L, loss_positions_N, request
 
@@ -142,11 +145,7 @@ def run_rank(rank: int, directory: str) -> None:
     import deepspeed
     import torch.distributed as dist
 
-    from distillm_ray.learner.deepspeed_engine import (
-        build_optimizer,
-        engine_config,
-        join_group,
-    )
+    from distillm_ray.learner.deepspeed_engine import engine_config, join_group
 
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
@@ -180,8 +179,8 @@ def run_rank(rank: int, directory: str) -> None:
         )
         engine.train()
         for step in range(NUM_STEPS):
-            answer = engine(*batch(step, rank, case.dtype))
-            engine.backward(answer.loss * NUM_RANKS)
+            result = engine(*batch(step, rank, case.dtype))
+            engine.backward(result.loss * NUM_RANKS)
             engine.step()
         parameters = dict(model.named_parameters())
         with deepspeed.zero.GatheredParameters(list(parameters.values())):

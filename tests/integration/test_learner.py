@@ -19,8 +19,16 @@ from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distillm_ray.batching import pack, plan_step, plan_validation
-from distillm_ray.config import LearnerConfig, LoraConfig, LossConfig, SkewKL, StudentConfig
-from distillm_ray.learner.learner import Learner, learning_rate_at
+from distillm_ray.config import (
+    CrossEntropy,
+    LearnerConfig,
+    LoraConfig,
+    LossConfig,
+    SkewKL,
+    StudentConfig,
+)
+from distillm_ray.learner.learner import Learner
+from distillm_ray.learner.optimizer import learning_rate_at
 from distillm_ray.loss.divergences import skew_kl
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.types import (
@@ -43,7 +51,7 @@ TEACHER_WIDTH = 12
 STAGES = (0, 1, 2, 3)
 LENGTHS = ((3, 2), (5, 9), (2, 4), (4, 1), (6, 7), (2, 12))  # prompt, response
 STEPS = 3
-LOSS = LossConfig(divergence=SkewKL(alpha=0.1), cross_entropy_weight=0.3)
+LOSS = LossConfig(terms=(SkewKL(alpha=0.1, weight=0.8), CrossEntropy(weight=0.3)))
 
 
 def learner_config(stage: int, **changes: Any) -> LearnerConfig:
@@ -102,7 +110,7 @@ def plans(step: int, num_ranks: int):
         for rollout in rollouts(step)
     )
     draw = Draw(step=step, phi=0.5, psi=0.5, mix=Mix(fresh=3, dataset=3), sequences=sequences)
-    plan = plan_step(draw, num_ranks=num_ranks, max_micro_batch_tokens=16, normalize="source")
+    plan = plan_step(draw, num_ranks=num_ranks, max_micro_batch_tokens=16, loss=LOSS)
     return plan.ranks
 
 
@@ -160,13 +168,12 @@ def gathered(learner: Learner, dtype: torch.dtype = torch.float32) -> dict[str, 
 
 def train(learner: Learner, first: int, last: int) -> list[dict[str, Any]]:
     return [
-        {**dataclasses.asdict(outcome.train), "logprob_gap": outcome.logprob_gap}
-        for step in range(first, last)
-        if (
-            outcome := learner.train_step(
+        dataclasses.asdict(
+            learner.train_step(
                 batches(step, learner.rank, learner.num_ranks), step, wait_seconds=learner.rank
             )
         )
+        for step in range(first, last)
     ]
 
 
@@ -191,8 +198,9 @@ def run_stage(directory: Path, stage: int, out: Path) -> None:
     trained = gathered(learner)
     bad = batches(STEPS, learner.rank, learner.num_ranks)
     if learner.rank == learner.num_ranks - 1:
-        bad[0] = dataclasses.replace(bad[0], token_weights_N=bad[0].token_weights_N * np.inf)
-    facts["bad"] = dataclasses.asdict(learner.train_step(bad, STEPS).train)
+        skew_kl_N, cross_entropy_N = bad[0].term_weights_N
+        bad[0] = dataclasses.replace(bad[0], term_weights_N=(np.inf * skew_kl_N, cross_entropy_N))
+    facts["bad"] = dataclasses.asdict(learner.train_step(bad, STEPS))
     after_bad = gathered(learner)
     learner.save(out / "checkpoint")
     facts["next"] = train(learner, STEPS, STEPS + 1)
@@ -251,8 +259,9 @@ def reference(directory: Path) -> tuple[list[float], list[float], dict[str, torc
         loss = torch.zeros(())
         [micro_batches] = plans(step, 1)
         sequences = [one for micro_batch in micro_batches for one in micro_batch.sequences]
-        num_data_tokens = sum(
-            one.rollout.num_loss_tokens for one in sequences if one.shelf is Shelf.DATASET
+        num_data_tokens, num_student_tokens = (
+            sum(one.rollout.num_loss_tokens for one in sequences if one.rollout.source is source)
+            for source in (Source.DATASET, Source.STUDENT)
         )
         for sequence in sequences:
             rollout = sequence.rollout
@@ -264,10 +273,11 @@ def reference(directory: Path) -> tuple[list[float], list[float], dict[str, torc
             values_T = skew_kl(student_TV, teacher_TV, alpha=0.1)
             labels_T = torch.from_numpy(rollout.response_ids).long()
             entropy_T = torch.nn.functional.cross_entropy(student_TV, labels_T, reduction="none")
-            token_weights_T = torch.from_numpy(sequence.token_weights)
-            loss = loss + (token_weights_T * values_T).sum()
-            # Cross-entropy is for the data set's words, never for the student's own.
-            if sequence.shelf is Shelf.DATASET:
+            # Each source has half of the slots, spread evenly over its tokens.
+            num_tokens = num_data_tokens if rollout.source is Source.DATASET else num_student_tokens
+            loss = loss + 0.8 * values_T.sum() / 2 / num_tokens
+            # Cross-entropy holds on data-set text only.
+            if rollout.source is Source.DATASET:
                 loss = loss + 0.3 * entropy_T.sum() / num_data_tokens
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
@@ -388,10 +398,18 @@ def test_the_log_of_a_step_counts_over_all_ranks(runs: Path, stage: int) -> None
         assert record["loss_tokens"] == sum(response for _, response in LENGTHS)
         assert record["learning_rate"] == pytest.approx(0.5)
         assert record["infinite_tokens"] == 0
-        # Half of the slots each; cross-entropy has all of its weight on the data set's.
+        # Each source has half of the slots; cross-entropy is the mean over the data-set tokens.
         shares = record["loss_by_shelf"]
         divergences = 0.5 * (shares["fresh"] + shares["dataset"] - 0.3 * entropy)
         assert record["loss"] == pytest.approx(divergences + 0.3 * entropy, rel=1e-5)
+        by_term = record["loss_by_term"]
+        assert by_term == {
+            "skew_kl on all": pytest.approx(divergences / 0.8, rel=1e-5),
+            "cross_entropy on dataset": pytest.approx(entropy, rel=1e-5),
+        }
+        assert record["loss"] == pytest.approx(
+            sum(term.weight * by_term[f"{term.type} on {term.on}"] for term in LOSS.terms)
+        )
     assert one["loss_by_shelf"] == pytest.approx(two["loss_by_shelf"], rel=1e-5)
     assert one["logprob_gap"] == pytest.approx(two["logprob_gap"], rel=1e-5)
     assert (one["wait_seconds"], two["wait_seconds"]) == (0.0, 1.0)
@@ -426,7 +444,7 @@ def test_the_exported_directory_is_the_trained_model_with_the_students_files(
 def test_a_bfloat16_student_has_float32_master_weights_and_no_spurious_first_step(
     runs: Path, num_ranks: int
 ) -> None:
-    """AdamW moves every weight by the learning rate at most: far below bfloat16's resolution."""
+    """AdamW moves a weight by at most the learning rate, far below bfloat16's resolution."""
     losses, after = weights_of(runs, num_ranks, "bfloat16")
     assert losses == pytest.approx(reference(runs)[0][:1], rel=0.03)
     model = AutoModelForCausalLM.from_pretrained(runs / "student", dtype=torch.bfloat16)

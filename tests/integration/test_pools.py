@@ -564,7 +564,7 @@ def test_a_buffer_that_died_answers_learners_with_an_error_and_goes_on_when_it_i
         lambda: services.advance(2),
         lambda: services.buffer_state(2),
         lambda: services.report_validation(Validation(step=2, loss=1.0, tokens=1)),
-        lambda: get(loop.report_step.remote(TrainStep(step=2, loss=1.0), second, 0.0)),
+        lambda: get(loop.report_step.remote(TrainStep(step=2, loss=1.0), second)),
     ]
     for call in calls:
         with pytest.raises(BufferLost):
