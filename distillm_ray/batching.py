@@ -25,7 +25,6 @@ from distillm_ray.types import (
     DrawFacts,
     Float32Array,
     HiddenTargets,
-    Int32Array,
     LearnerBatch,
     LogitTargets,
     MicroBatchPlan,
@@ -36,15 +35,6 @@ from distillm_ray.types import (
     TeacherTargets,
     TopKTargets,
 )
-
-
-def loss_positions(rollout: Rollout) -> Int32Array:
-    """Positions of the sequence that predict its loss tokens, `[num_loss_tokens]`.
-
-    Token i of the response is predicted one position before it: len(prompt) - 1 + i.
-    """
-    offsets = np.flatnonzero(rollout.loss_mask)
-    return (len(rollout.prompt_ids) - 1 + offsets).astype(np.int32)
 
 
 def plan_step(
@@ -153,7 +143,7 @@ def pack(micro_batch: MicroBatchPlan, targets: Mapping[str, TeacherTargets] | No
     lengths = [rollout.num_tokens for rollout in rollouts]
     boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     positions = [
-        loss_positions(rollout) + start
+        rollout.loss_positions + start
         for rollout, start in zip(rollouts, boundaries[:-1], strict=True)
     ]
     return LearnerBatch(

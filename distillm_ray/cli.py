@@ -1,7 +1,8 @@
-"""The command line: parse and check first, import the heavy modules after.
+"""The command line.
 
-`--help` and an error in the config answer without torch, Ray or vLLM. A `UserError` ends with its
-message and exit code 2; a failed run with 1; a stopped one, which the same command resumes, with 3.
+Commands parse and check first and import heavy modules afterwards: `--help` and config errors need
+no torch, Ray or vLLM. Exit codes: 0 success, 1 a failed run, 2 a `UserError` or a full disk, 3 a
+run that was stopped and that the same command resumes.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         _quiet()
         from distillm_ray import preflight
 
+        if tree.run.mode == "local":
+            from distillm_ray import local
+
+            local.check(tree)
         checked = preflight.check(tree)
         from distillm_ray.report.report import write_report
 
@@ -67,13 +72,27 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
             typer.echo(f"The run in {tree.run.directory} is complete.")
             _print(write_report(tree.run.directory, compare=_comparable(tree)))
             return
+        command = shlex.join(sys.argv)
+        if tree.run.mode == "local":
+            from transformers.utils.logging import disable_progress_bar
+
+            from distillm_ray import local
+
+            disable_progress_bar()  # of loading weights: it would garble the view
+            with _view(tree) as view:
+                local.train(tree, checked, view, command=command)
+            _print(write_report(tree.run.directory, compare=_comparable(tree)))
+            return
         from distillm_ray import pipeline
 
         with _view(tree) as view:
-            status = pipeline.train(tree, checked, view, command=shlex.join(sys.argv))
+            ended = pipeline.train(tree, checked, view, command=command)
+        if ended.status == "stopped" and ended.step == 0:
+            typer.echo("Stopped before the first checkpoint; the same command starts the run anew.")
+            raise typer.Exit(EXIT_STOPPED)
         _print(write_report(tree.run.directory, compare=_comparable(tree)))
-        if status == "stopped":
-            typer.echo("Stopped with a checkpoint; the same command resumes the run.")
+        if ended.status == "stopped":
+            typer.echo(f"Stopped at step {ended.step}; the same command resumes the run.")
             raise typer.Exit(EXIT_STOPPED)
 
 
@@ -102,7 +121,7 @@ def generate(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     *,
-    model: Annotated[Path, typer.Option(help="A Hugging Face directory that answers.")],
+    model: Annotated[Path, typer.Option(help="The Hugging Face directory that responds.")],
     prompts: Annotated[list[Path], typer.Option(help="Files of prompts; may be given again.")],
     output: Annotated[Path, typer.Option(help="The JSONL to write.")],
     keep_truncated: Annotated[
@@ -147,7 +166,17 @@ def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """The resolved config, and what it will ask of the cluster."""
     with _user_errors():
         tree = _load(config, overrides)
-        from distillm_ray.cluster.resources import render_show
+        if tree.run.mode == "local":
+            from distillm_ray.config_files import dump_config
+
+            typer.echo(dump_config(tree))
+            typer.echo(
+                "run.mode is local: `train` runs in one process on this machine and asks for"
+                " nothing of a cluster; with run.mode=cluster this command shows what it would"
+                " ask for"
+            )
+            return
+        from distillm_ray.cluster.placement import render_show
 
         device = "cpu" if tree.run.device == "cpu" else "cuda"
         typer.echo(render_show(tree, device))
@@ -225,7 +254,7 @@ def _view(config: Config) -> Iterator[ConsoleView]:
 
 
 def _comparable(config: Config) -> tuple[Path, ...]:
-    """Evaluated runs beside this one whose names begin with its name: ablations of it."""
+    """Evaluated runs beside this one whose names begin with its name, such as its ablations."""
     from distillm_ray.evaluation.results import has_trained_student
 
     directory = config.run.directory
@@ -239,7 +268,7 @@ def _print(renderable: object) -> None:
 
 
 def _quiet() -> None:
-    """Other libraries' notices are not for our users; their errors are."""
+    """Hide the notices of other libraries; their errors stay visible."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

@@ -1,14 +1,18 @@
-"""One frozen tree: what a run is, in one YAML file plus `key=value` on the command line.
+"""The config: one frozen tree that says what a run is.
 
-Every role gets its own section and never the whole tree. A choice with parameters is a union on
-`type`. Reading happens in config_files.py; here is only what the keys mean and which combinations
-make no sense. Importing this costs milliseconds: no torch, no Ray, no vLLM.
+Each role has a section of its own and is never given the whole tree. A choice with parameters is a
+union on `type`. `config_files.py` reads YAML and `key=value` overrides into this tree. This module
+defines the keys, their defaults and the combinations that are refused. It imports no torch, Ray or
+vLLM, so it loads in milliseconds.
+
+A field of type `MayChange[...]` may have another value when a run is resumed; every other field
+must keep its value (`learner/resume.py` compares them).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -16,12 +20,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     model_validator,
 )
 
+T = TypeVar("T")
+
+RESUMABLE = "may change on resume"
+MayChange: TypeAlias = Annotated[T, RESUMABLE]
+
 
 def _no_flag(value: Any) -> Any:
-    """pydantic would read true as 1."""
+    """Refuse booleans, which pydantic would read as 0 and 1."""
     if isinstance(value, bool):
         raise ValueError(f"must be a number, got {str(value).lower()}")
     return value
@@ -31,9 +41,12 @@ Positive = Annotated[int, BeforeValidator(_no_flag), Field(ge=1)]
 NonNegative = Annotated[int, BeforeValidator(_no_flag), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Open01 = Annotated[float, Field(gt=0.0, lt=1.0)]
+Amount = Annotated[float, Field(ge=0.0)]
+Above0 = Annotated[float, Field(gt=0.0)]
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float32"]
+"""`auto` is bfloat16 where the processor computes it natively, else float32."""
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
-"""Relative to where the job starts; Ray's workers have working directories of their own."""
+"""Relative paths are resolved where the job starts: Ray's workers run in other directories."""
 
 
 class Section(BaseModel):
@@ -139,8 +152,8 @@ class LossConfig(Section):
     terms: tuple[Term, ...] = (SkewKL(),)
     temperature: Annotated[float, Field(gt=0.0)] = 1.0  # of both distributions in a divergence
     normalize: Literal["source", "tokens", "sequence"] = "source"
-    implementation: Literal["fused", "plain"] = "fused"  # plain: the reference, for checking
-    chunk_megabytes: Positive | None = None  # of the fused walk's logits; 64 on CPU, 1,024 on GPU
+    implementation: MayChange[Literal["fused", "plain"]] = "fused"  # plain: the slow reference
+    chunk_megabytes: MayChange[Positive | None] = None  # of logits; default: 64, on GPUs 1,024
 
     @property
     def needs_teacher(self) -> bool:
@@ -166,40 +179,56 @@ class LossConfig(Section):
         return self
 
 
-# ---- models ------------------------------------------------------------------------------------
+# ---- models, and the processes that run them ---------------------------------------------------
 
 
-class TeacherConfig(Section):
-    """The frozen teacher and the pool of scorers that run it."""
+class ModelConfig(Section):
+    """A Hugging Face directory with safetensors, and how it is loaded."""
 
     model: AbsolutePath
-    dtype: Dtype = "auto"  # auto: bfloat16 where the processor computes it natively
+    dtype: Dtype = "auto"
     trust_remote_code: bool = False
-    actors: Positive = 1
-    tensor_parallel: Positive = 1
-    max_batch_tokens: Positive = 8192  # a scorer's forward pass packs up to this many tokens
-    num_cpus: Annotated[float, Field(ge=0.0)] = 1.0  # per actor
-    num_gpus: Annotated[float, Field(ge=0.0)] | None = None  # per actor; None: tensor_parallel
-    num_threads: Positive | None = None  # CPU threads of the forward pass; None: num_cpus
+
+
+class ProcessConfig(Section):
+    """What one process of a role asks of its node."""
+
+    num_cpus: MayChange[Amount] = 1.0
+    num_gpus: MayChange[Amount | None] = None  # None: as many as the role needs, 0 without GPUs
+    num_threads: MayChange[Positive] = Field(
+        default_factory=lambda values: max(1, int(values.get("num_cpus", 1))),
+        validate_default=False,
+    )  # CPU threads; default: num_cpus
+
+
+class PoolConfig(ProcessConfig):
+    """A pool of identical processes."""
+
+    actors: MayChange[Positive] = 1
+    tensor_parallel: MayChange[Positive] = 1  # GPUs that one model is split over
+
+
+class TeacherConfig(ModelConfig, PoolConfig):
+    """The frozen teacher, and the pool of scorers that runs it."""
+
+    max_batch_tokens: MayChange[Positive] = 8192  # packed into one forward pass
+    timeout_s: MayChange[Above0] = 600.0  # scoring one sequence, waiting in the queue included
 
 
 class LoraConfig(Section):
     """Train low-rank adapters and keep the student's own weights frozen (peft)."""
 
     rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    alpha: Above0 = 32.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
-class StudentConfig(Section):
-    """The model that learns. A Hugging Face directory with safetensors."""
+class StudentConfig(ModelConfig):
+    """The model that learns."""
 
-    model: AbsolutePath
-    dtype: Dtype = "auto"
-    trust_remote_code: bool = False
     lora: LoraConfig | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: MayChange[bool] = False
 
 
 # ---- data --------------------------------------------------------------------------------------
@@ -259,38 +288,56 @@ class TransformersEngine(Section):
 class SamplingConfig(Section):
     """How responses are sampled."""
 
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    temperature: Amount = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: NonNegative = 0  # 0: all tokens
-    max_tokens: Positive | None = None  # None: data.max_response_tokens
+    max_tokens: Positive | None = None  # default: data.max_response_tokens
     stop_token_ids: tuple[int, ...] = ()  # besides the model's own end tokens
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of a response. `Config` fills in the default."""
+        assert self.max_tokens is not None, "sampling that does not come from a complete Config"
+        return self.max_tokens
 
 
 class FilterConfig(Section):
-    """Which generated responses are not trained on. Everything is counted either way."""
+    """Which generated responses are not trained on. Both kinds are counted in any case."""
 
     drop_looping: bool = False  # repeats an n-gram to the end
     drop_truncated: bool = False  # ended by length
 
 
-class RolloutConfig(Section):
-    """The pool of generators and how far it runs ahead of the learner."""
+class GeneratorPoolConfig(PoolConfig):
+    """A pool of generators."""
 
-    engine: Annotated[VllmEngine | TransformersEngine, Field(discriminator="type")] = VllmEngine()
-    actors: Positive = 1
-    tensor_parallel: Positive = 1
-    dtype: Dtype = "auto"
+    engine: MayChange[Annotated[VllmEngine | TransformersEngine, Field(discriminator="type")]] = (
+        VllmEngine()
+    )
+    dtype: MayChange[Dtype] = "auto"
+    max_in_flight: MayChange[Positive] = 256  # requests per generator
+    timeout_s: MayChange[Above0] = 600.0  # one response, or one weight update
+
+    @model_validator(mode="after")
+    def _engine_runs_in_parallel(self) -> GeneratorPoolConfig:
+        if isinstance(self.engine, TransformersEngine) and self.tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel must be 1 with engine.type=transformers, got"
+                f" {self.tensor_parallel}: that engine runs on one device; raise actors, or use"
+                " engine.type=vllm"
+            )
+        return self
+
+
+class RolloutConfig(GeneratorPoolConfig):
+    """The student's generators during training, and how far they run ahead of the learner."""
+
     sampling: SamplingConfig = SamplingConfig()
     filter: FilterConfig = FilterConfig()
     lookahead: Positive = 2  # steps whose fresh samples are in flight or finished
     sync_interval: Positive = 1  # publish weights every so many steps
     max_staleness: NonNegative = 4  # in optimizer steps
-    max_in_flight: Positive = 256  # requests per generator
-    logprob_warning: Annotated[float, Field(gt=0.0)] = 0.1  # mean |engine - learner|, in nats
-    timeout_s: Annotated[float, Field(gt=0.0)] = 600.0  # one response, or one weight update
-    num_cpus: Annotated[float, Field(ge=0.0)] = 1.0  # per actor
-    num_gpus: Annotated[float, Field(ge=0.0)] | None = None  # per actor; None: tensor_parallel
-    num_threads: Positive | None = None  # CPU threads of the engine; None: num_cpus
+    logprob_warning: MayChange[Above0] = 0.1  # mean |engine - learner|, in nats
 
     @model_validator(mode="after")
     def _age_is_bounded(self) -> RolloutConfig:
@@ -305,13 +352,19 @@ class RolloutConfig(Section):
         return self
 
 
+class GenerateConfig(GeneratorPoolConfig):
+    """The pool of `distillm-ray generate`, and how it samples."""
+
+    sampling: SamplingConfig = SamplingConfig()
+
+
 class TargetsConfig(Section):
-    """What the teacher's answer looks like, and the stores that keep it."""
+    """What the teacher targets of a token are, and the stores that keep them."""
 
     type: Literal["hidden", "top_k", "logits"] = "hidden"
     k: Positive = 64  # type: top_k
-    stores: Positive = 1
-    max_bytes: Positive = 2 * 2**30  # of all stores together
+    stores: MayChange[Positive] = 1
+    max_bytes: MayChange[Positive] = 2 * 2**30  # of all stores together
 
 
 # ---- schedule and buffer -----------------------------------------------------------------------
@@ -326,14 +379,14 @@ class AdaptiveSchedule(Section):
 
     type: Literal["adaptive"] = "adaptive"
     start: Fraction = 0.0
-    increment: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    tolerance: Annotated[float, Field(ge=0.0)] = 0.0
+    increment: MayChange[Annotated[float, Field(gt=0.0, le=1.0)]] = 0.1
+    tolerance: MayChange[Amount] = 0.0
     reference: ReferenceRule = "best"
     replay_ratio: ReplayRatio = "decreasing"
 
 
 class FixedSchedule(Section):
-    """A constant SGO probability: 0 is off-policy, 1 with `fresh: true` is on-policy."""
+    """A constant phi: 0 trains on the data set only, 1 on student outputs only."""
 
     type: Literal["fixed"] = "fixed"
     phi: Fraction = 0.0
@@ -347,84 +400,95 @@ class ReplayConfig(Section):
     """The shelf of student outputs that were trained on once."""
 
     capacity: Positive = 1000  # sequences
-    min_size: Positive | None = None  # replay starts here; None: one global batch
+    min_size: Positive | None = None  # replay starts here; default: learner.batch_size
 
 
 # ---- learner -----------------------------------------------------------------------------------
 
 
-class LearnerConfig(Section):
+class LearnerConfig(ProcessConfig):
     """The Ray Train group and its DeepSpeed engine."""
 
-    workers: Positive = 1
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    steps: Positive
+    workers: MayChange[Positive] = 1  # with zero_stage 0 only
+    zero_stage: MayChange[Annotated[int, Field(ge=0, le=3)]] = 1  # between 1 and 2 only
+    steps: MayChange[Positive]
     batch_size: Positive  # sequences of the global batch
-    max_micro_batch_tokens: Positive = 8192  # of one packed row
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
-    min_learning_rate_ratio: Fraction = 0.1  # the cosine ends here
-    warmup_steps: NonNegative = 0
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: for checks
-    max_gradient_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    max_skipped_steps: NonNegative = 10  # non-finite steps in a row before the run stops
-    prefetch_steps: Positive = 1  # steps collated ahead of the training thread
-    data_timeout_s: Annotated[float, Field(gt=0.0)] = 1800.0  # waiting for one step's samples
-    max_restarts: NonNegative = 3  # of the group, from the last checkpoint
-    num_cpus: Annotated[float, Field(ge=0.0)] = 1.0  # per worker
-    num_gpus: Annotated[float, Field(ge=0.0)] | None = None  # per worker; None: 1 if there are any
-    num_threads: Positive | None = None  # CPU threads of a worker; None: num_cpus
-
-
-def cpu_threads(section: TeacherConfig | RolloutConfig | LearnerConfig) -> int:
-    """CPU threads that one process of a role computes with."""
-    return section.num_threads or max(1, int(section.num_cpus))
+    max_micro_batch_tokens: MayChange[Positive] = 8192  # of one packed row
+    learning_rate: MayChange[Above0] = 1e-5
+    min_learning_rate_ratio: MayChange[Fraction] = 0.1  # the cosine ends here
+    warmup_steps: MayChange[NonNegative] = 0
+    weight_decay: MayChange[Amount] = 0.0
+    adam_betas: MayChange[tuple[float, float]] = (0.9, 0.95)
+    adam_epsilon: MayChange[Above0] = 1e-8
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: to compare runs without Adam's rounding
+    max_gradient_norm: MayChange[Above0] = 1.0
+    max_skipped_steps: MayChange[NonNegative] = 10  # non-finite steps in a row before the run stops
+    prefetch_steps: MayChange[Positive] = 1  # steps collated ahead of the training thread
+    data_timeout_s: MayChange[Above0] = 1800.0  # waiting for one step's samples, while training
+    max_restarts: MayChange[NonNegative] = 3  # of the group, from the last checkpoint
 
 
 # ---- the rest ----------------------------------------------------------------------------------
 
 
 class ValidationConfig(Section):
-    """When the held-out loss is computed, and what is generated to look at."""
+    """When the held-out loss is computed, and which prompts show the student's responses."""
 
     interval: Positive = 100  # optimizer steps
     max_prompts: Positive | None = None  # None: the whole split
-    probe_prompts: NonNegative = 4  # answered where a validation finds new weights, for the log
+    probe_prompts: MayChange[NonNegative] = 4  # responses in the log where weights are new
+
+
+class HeldOutLossConfig(ProcessConfig):
+    """The task that computes the held-out loss of a model directory."""
+
+    max_batch_tokens: Positive = 8192  # of one packed row
+    timeout_s: Above0 = 1800.0
 
 
 class EvaluationConfig(Section):
-    """ROUGE-L and BLEU on the test split, over seeds."""
+    """ROUGE-L, BLEU and held-out loss of the student and of the teacher.
+
+    Within a run the student is evaluated by its own generators; `student` is the pool of
+    `distillm-ray evaluate`, and of a run whose generators were lost.
+    """
 
     seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = (10, 20, 30, 40, 50)
     sampling: SamplingConfig = SamplingConfig()
     max_prompts: Positive | None = None
     num_samples_shown: NonNegative = 10  # before/after samples in the run directory
-    at_end: bool = True  # evaluate before and after training, within the job
+    at_end: MayChange[bool] = True  # evaluate before and after training; may be turned off only
+    student: MayChange[GeneratorPoolConfig] = GeneratorPoolConfig()
+    teacher: MayChange[GeneratorPoolConfig] = GeneratorPoolConfig()
+    held_out_loss: MayChange[HeldOutLossConfig] = HeldOutLossConfig()
 
 
 class CheckpointConfig(Section):
-    """When the run's state is saved, and how much of it is kept."""
+    """When the run's state is saved, and how many checkpoints are kept."""
 
-    interval: Positive = 500  # optimizer steps
-    keep: Positive = 2  # newest; the best by validation loss is kept besides
+    interval: MayChange[Positive] = 500  # optimizer steps
+    keep: MayChange[Positive] = 2  # newest; the best by validation loss is kept besides
 
 
 class RunConfig(Section):
     """The run itself."""
 
-    directory: AbsolutePath  # shared by all nodes that run a learner
+    directory: MayChange[AbsolutePath]  # shared by all nodes that run a learner
     seed: NonNegative = 0
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    startup_timeout_s: Annotated[float, Field(gt=0.0)] = 600.0
+    mode: Literal["cluster", "local"] = "cluster"  # local: one process, no Ray (local.py)
+    device: MayChange[Literal["auto", "cuda", "cpu"]] = "auto"
+    startup_timeout_s: MayChange[Above0] = 600.0  # loading one model, on any actor
 
 
 class Config(Section):
-    """The whole tree."""
+    """The whole tree.
+
+    Defaults that follow from another section are filled in when the tree is built, so the resolved
+    config shows them: `replay.min_size` and every `sampling.max_tokens`.
+    """
 
     run: RunConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None = None  # None: no term of the loss compares with a teacher
     student: StudentConfig
     data: DataConfig
     learner: LearnerConfig
@@ -435,12 +499,14 @@ class Config(Section):
     targets: TargetsConfig = TargetsConfig()
     validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    generate: GenerateConfig = GenerateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @property
     def replay_min_size(self) -> int:
         """Sequences the replay shelf must hold before replay slots replay."""
-        return self.replay.min_size or self.learner.batch_size
+        assert self.replay.min_size is not None
+        return self.replay.min_size
 
     @property
     def wants_rollouts(self) -> bool:
@@ -459,18 +525,42 @@ class Config(Section):
         return student if phi == 1.0 else ("dataset", *student)
 
     @property
-    def max_response_tokens(self) -> int:
-        """Longest response that the student may generate."""
-        return self.rollout.sampling.max_tokens or self.data.max_response_tokens
+    def wants_generators(self) -> bool:
+        """Whether a run generates: rollouts, or responses to evaluate the student."""
+        return self.wants_rollouts or self.evaluation.at_end
 
     @property
     def longest_response(self) -> int:
-        """Tokens of the longest response that anything in the run reads or generates."""
-        evaluated = self.evaluation.sampling.max_tokens or 0
-        return max(self.data.max_response_tokens, self.max_response_tokens, evaluated)
+        """Tokens of the longest response that a run reads or generates."""
+        return max(
+            self.data.max_response_tokens,
+            self.rollout.sampling.limit,
+            self.evaluation.sampling.limit,
+        )
 
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Config:
+    @model_validator(mode="wrap")
+    @classmethod
+    def _complete(cls, values: Any, validate: ModelWrapValidatorHandler[Config]) -> Config:
+        """Fill in the defaults that cross sections, then check the rules that do."""
+        config = validate(values)
+        filled: dict[str, Section] = {}
+        if config.replay.min_size is None:
+            filled["replay"] = config.replay.model_copy(
+                update={"min_size": config.learner.batch_size}
+            )
+        for name in ("rollout", "evaluation", "generate"):
+            section: RolloutConfig | EvaluationConfig | GenerateConfig = getattr(config, name)
+            if section.sampling.max_tokens is None:
+                sampling = section.sampling.model_copy(
+                    update={"max_tokens": config.data.max_response_tokens}
+                )
+                filled[name] = section.model_copy(update={"sampling": sampling})
+        config = config.model_copy(update=filled)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        """Rules between sections. Raises ValueError with key, rule and value."""
         batch, minimum, capacity = (
             self.learner.batch_size,
             self.replay_min_size,
@@ -487,32 +577,32 @@ class Config(Section):
                 f"learner.workers must be at most learner.batch_size, got {self.learner.workers}"
                 f" > {batch}: a rank would have no sequence"
             )
+        if self.loss.needs_teacher and self.teacher is None:
+            raise ValueError(
+                "teacher.model is required: a term of loss.terms compares with a teacher; name its"
+                " model directory, or train with type: cross_entropy alone"
+            )
         longest = self.data.max_prompt_tokens + self.longest_response
-        for key, limit in (
-            ("learner.max_micro_batch_tokens", self.learner.max_micro_batch_tokens),
-            ("teacher.max_batch_tokens", self.teacher.max_batch_tokens),
-        ):
+        limits = {"learner.max_micro_batch_tokens": self.learner.max_micro_batch_tokens}
+        if self.teacher is not None:
+            limits["teacher.max_batch_tokens"] = self.teacher.max_batch_tokens
+        for key, limit in limits.items():
             if limit < longest:
                 raise ValueError(
                     f"{key} must hold the longest sequence, data.max_prompt_tokens + the longest"
                     f" response, got {limit} < {longest}"
                 )
-        for key, sampling in (
-            ("rollout.sampling", self.rollout.sampling),
-            ("evaluation.sampling", self.evaluation.sampling),
+        for pool_key, pool, key, sampling in (
+            ("rollout", self.rollout, "rollout.sampling", self.rollout.sampling),
+            ("rollout", self.rollout, "evaluation.sampling", self.evaluation.sampling),
+            ("generate", self.generate, "generate.sampling", self.generate.sampling),
         ):
-            if isinstance(self.rollout.engine, VllmEngine) and sampling.temperature > 2.0:
+            if isinstance(pool.engine, VllmEngine) and sampling.temperature > 2.0:
                 raise ValueError(
-                    f"{key}.temperature must be at most 2 with rollout.engine.type=vllm, got"
+                    f"{key}.temperature must be at most 2 with {pool_key}.engine.type=vllm, got"
                     f" {sampling.temperature:g}: vLLM refuses it; lower it or use"
-                    " rollout.engine.type=transformers"
+                    f" {pool_key}.engine.type=transformers"
                 )
-        if isinstance(self.rollout.engine, TransformersEngine) and self.rollout.tensor_parallel > 1:
-            raise ValueError(
-                f"rollout.tensor_parallel must be 1 with rollout.engine.type=transformers, got"
-                f" {self.rollout.tensor_parallel}: that engine runs on one device; raise"
-                " rollout.actors, or use rollout.engine.type=vllm"
-            )
         if self.targets.type == "top_k" and self.loss.needs_teacher and self.loss.temperature != 1:
             raise ValueError(
                 f"loss.temperature must be 1 with targets.type=top_k, got"
@@ -525,10 +615,10 @@ class Config(Section):
                 f" {self.learner.warmup_steps} >= {self.learner.steps}: the learning rate would"
                 " never reach its peak"
             )
-        return self
+        self._check_terms()
 
-    @model_validator(mode="after")
-    def _terms_fit_the_text(self) -> Config:
+    def _check_terms(self) -> None:
+        """Every term holds on text that is drawn, and all text that is drawn has a term."""
         drawn = self.drawn_text
         for index, term in enumerate(self.loss.terms):
             if term.on != "all" and term.on not in drawn:
@@ -547,7 +637,6 @@ class Config(Section):
                     f" ({' and '.join(drawn)}), got terms on {covered} only: {consequence};"
                     f" add a term with on: {text} or on: all, or {remedy}"
                 )
-        return self
 
 
 _WHY_NOT_DRAWN = {

@@ -1,31 +1,35 @@
-"""`evaluate` and `generate`: jobs that only answer prompts."""
+"""`distillm-ray evaluate` and `generate`: jobs that respond to prompts and train nothing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from distillm_ray.cluster import resources
-from distillm_ray.cluster.cluster import Cluster
+from distillm_ray.cluster import placement
 from distillm_ray.cluster.connection import available, connect, resolve_device
-from distillm_ray.config import Config, CrossEntropy, LossConfig
+from distillm_ray.cluster.placement import Phase
+from distillm_ray.config import Config, ModelConfig
+from distillm_ray.data import ray_data
 from distillm_ray.data.files import check_files
 from distillm_ray.data.splits import load_dataset, load_splits
 from distillm_ray.errors import DataError, RunDirectoryError
-from distillm_ray.evaluation import inference
+from distillm_ray.evaluation.model_scores import evaluation_seeds, score_model, served_student
+from distillm_ray.evaluation.responder import ServedModel, serving
 from distillm_ray.evaluation.results import Evaluation
-from distillm_ray.models.directory import ModelFacts, check_lengths, check_model_directory
+from distillm_ray.files import write_atomically
+from distillm_ray.models.directory import ModelFacts, check_context, check_model_directory
+from distillm_ray.preflight import check_engines
 from distillm_ray.report.console import ConsoleView
 from distillm_ray.run_directory import MODEL_FOLDER
-from distillm_ray.types import FinishReason, Source
+from distillm_ray.types import Device, FinishReason, Source
 
 
 def evaluate(config: Config, model: Path | None, output: Path | None, view: ConsoleView) -> Table:
-    """Score a model on the config's test split (validation, where there is none).
+    """Score a model on the config's test split, or on the validation split without one.
 
     Writes the same JSON as the end of a run does; returns the table.
 
@@ -40,29 +44,28 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
         )
     if output is not None and output.exists() and not output.is_dir():
         raise DataError(f"--output {output} must be a directory, it is a file")
-    facts = _check(config, directory)
+    check_engines({"evaluation.student": config.evaluation.student})
+    facts = _check(config, directory, config.longest_response)
     check_files(config.data)
-    cluster = _connect(config, view)
+    device = _connect(config, placement.evaluate_phases, view)
     tokenizer = _tokenizer(directory, config)
     view.start("reading data")
-    splits = load_splits(config.data, tokenizer, config.run.seed)
+    splits = load_splits(config.data, tokenizer, config.run.seed, tokenize=ray_data.tokenize_files)
     test = splits.test or splits.validation
     prompts = test.prompts[: config.evaluation.max_prompts]
-    view.start(f"answering {len(prompts)} prompts")
-    scores, _ = inference.score_model(
-        cluster,
+    view.start(f"responding to {len(prompts)} prompts")
+    scores, _ = score_model(
         config,
-        facts,
-        config.student,
+        served_student(config, facts, device),
         prompts,
         splits.validation.demonstrations[: config.validation.max_prompts],
+        device=device,
         tokenizer=tokenizer,
         end_token_id=test.end_token_id,
+        interrupt=view.tick,
     )
     evaluation = Evaluation(
-        models={str(directory): scores},
-        num_prompts=len(prompts),
-        seeds=inference.evaluation_seeds(config),
+        models={str(directory): scores}, num_prompts=len(prompts), seeds=evaluation_seeds(config)
     )
     assert scores.rouge_l is not None
     assert scores.bleu is not None
@@ -87,7 +90,7 @@ def generate(
     keep_truncated: bool,
     view: ConsoleView,
 ) -> list[str]:
-    """Answer prompts with `model` under `rollout.sampling`; one JSONL row an answer, in order.
+    """Respond to prompts with `model` under `generate.sampling`; one JSONL row each, in order.
 
     Each row has the prompt's id, the prompt, the response, and why it ended. Returns a summary.
 
@@ -99,50 +102,54 @@ def generate(
     for path in prompt_files:
         if not path.exists():
             raise DataError(f"--prompts {path} does not exist")
-    facts = _check(config, model)
-    cluster = _connect(config, view)
+    check_engines({"generate": config.generate})
+    sampling = config.generate.sampling
+    facts = _check(config, model, sampling.limit)
+    device = _connect(config, placement.generate_phases, view)
     tokenizer = _tokenizer(model, config)
     view.start("reading prompts")
     dataset = load_dataset(
-        prompt_files, config.data, tokenizer, split="test", require_responses=False
+        prompt_files,
+        config.data,
+        tokenizer,
+        split="test",
+        require_responses=False,
+        tokenize=ray_data.tokenize_files,
     )
-    view.start(f"answering {len(dataset.prompts)} prompts")
-    with inference.answering(
-        cluster,
+    view.start(f"responding to {len(dataset.prompts)} prompts")
+    served = ServedModel(
+        facts=facts,
+        model=ModelConfig(model=model, trust_remote_code=config.student.trust_remote_code),
+        source=Source.TEACHER,
+        spec=placement.generation(config, device),
+        pool=config.generate,
+    )
+    with serving(
         config,
-        facts,
-        Source.TEACHER,
+        served,
+        sampling,
+        device=device,
+        tokenizer=tokenizer,
         end_token_id=dataset.end_token_id,
-        trust_remote_code=config.student.trust_remote_code,
-    ) as loop:
-        answers = inference.answer_all(
-            loop,
-            dataset.prompts,
-            config.rollout.sampling.model_copy(update={"max_tokens": config.max_response_tokens}),
-            config.run.seed,
-            tokenizer=tokenizer,
-            timeout_s=config.rollout.timeout_s * max(1, len(dataset.prompts) // 8),
-        )
-    kept = [
-        (prompt, answer)
-        for prompt, answer in zip(dataset.prompts, answers, strict=True)
-        if answer.text and (keep_truncated or answer.finish_reason is FinishReason.STOP)
+        interrupt=view.tick,
+    ) as responder:
+        responses = responder.respond(dataset.prompts, sampling, config.run.seed)
+    rows = [
+        {
+            "id": prompt.prompt_id,
+            "prompt": prompt.text,
+            "response": response.text,
+            "finish_reason": str(response.finish_reason),
+        }
+        for prompt, response in zip(dataset.prompts, responses, strict=True)
+        if response.text and (keep_truncated or response.finish_reason is FinishReason.STOP)
     ]
-    partial = output.with_name(f"{output.name}.partial")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as file:
-        for prompt, answer in kept:
-            row = {
-                "id": prompt.prompt_id,
-                "prompt": prompt.text,
-                "response": answer.text,
-                "finish_reason": str(answer.finish_reason),
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.rename(output)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(output, text.encode())
     return [
-        f"{output}: {len(kept)} responses to {len(dataset.prompts)} prompts"
-        f" ({len(dataset.prompts) - len(kept)} truncated or empty ones left out)"
+        f"{output}: {len(rows)} responses to {len(dataset.prompts)} prompts"
+        f" ({len(dataset.prompts) - len(rows)} truncated or empty ones left out)"
     ]
 
 
@@ -152,20 +159,20 @@ def _tokenizer(directory: Path, config: Config) -> PreTrainedTokenizerBase:
     )
 
 
-def _check(config: Config, directory: Path) -> ModelFacts:
+def _check(config: Config, directory: Path, longest_response: int) -> ModelFacts:
     facts = check_model_directory(
         directory, "model", trust_remote_code=config.student.trust_remote_code
     )
-    check_lengths(config, None, facts)
+    check_context(config.data.max_prompt_tokens, longest_response, facts)
     return facts
 
 
-def _connect(config: Config, view: ConsoleView) -> Cluster:
-    """A cluster that has the resources of the generators."""
+def _connect(
+    config: Config, phases: Callable[[Config, Device], Sequence[Phase]], view: ConsoleView
+) -> Device:
+    """Connect to a cluster that can hold the phases; returns the device to run on."""
     view.start("connecting to Ray")
     connect(config)
     device = resolve_device(config)
-    # Neither scorers nor learners run here; the validation task takes a learner's place.
-    alone = config.model_copy(update={"loss": LossConfig(terms=(CrossEntropy(),))})
-    resources.check(resources.request(alone, device), available())
-    return Cluster(config, device)
+    placement.check(phases(config, device), available())
+    return device

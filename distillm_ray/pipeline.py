@@ -1,12 +1,21 @@
-"""The job: wires the roles, runs them to the end and writes the report. Read this file first.
+"""The job on a cluster, from start to end. Read this file first.
 
-    preflight ──► connect ──► data ──┬─► generators, scorers ──► evaluate the student as it is ─┐
-                                     └─► learners ──► validate the student as it is ────────────┤
-                                                                                    open the buffer
-    report ◄── evaluate student and teacher ◄── learners and rollout loop, to the last step ◄───┘
+    preflight ──► connect ──► data ──┬─► generators, scorers ──► evaluate the student ──────────┐
+                                     └─► learners ──► validate the student ─────────────────────┤
+                                                                                       training │
+    report ◄── evaluate student and teacher ◄── learners and orchestrator, to the last step ◄───┘
 
-The driver moves no data: it starts actors, watches the log, and hands on a signal to stop. The
-learners pull samples from the buffer, the rollout loop pulls work from it; nothing calls upwards.
+The driver moves no data: it starts actors, follows the log and watches the run. Learners pull
+samples from the replay buffer, the orchestrator pulls work from it; nothing calls the driver.
+
+    wait                        ends when                            limit
+    ------------------------    ---------------------------------    -------------------------------
+    for data                    all rows are tokenized               none: follows from their size
+    for actors to start         all models are loaded                2 x `run.startup_timeout_s`
+    for an evaluation           all responses are there              by waves of requests
+    for training                the learners' group has ended        none: follows from the steps
+
+Every wait also ends with a stop request (SIGTERM, SIGINT) or a failure, noticed twice a second.
 """
 
 from __future__ import annotations
@@ -14,296 +23,368 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import ray
+from ray.actor import ActorProxy
 from ray.exceptions import RayActorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from distillm_ray.cluster import resources
-from distillm_ray.cluster.actor_pool import Actor
-from distillm_ray.cluster.cluster import Cluster, ask, release
+from distillm_ray.cluster import placement
+from distillm_ray.cluster.actors import ask, release
+from distillm_ray.cluster.buffer import start_buffer
 from distillm_ray.cluster.connection import available, connect, resolve_device
-from distillm_ray.cluster.learners import LearnerJob, Learners
-from distillm_ray.cluster.loop_actor import LoopPeers
-from distillm_ray.cluster.resources import Device
-from distillm_ray.cluster.services import Wires
+from distillm_ray.cluster.control import ControlClient, start_control
+from distillm_ray.cluster.learner import LearnerGroup, LearnerJob, Wires
+from distillm_ray.cluster.log import LogClient, start_log
+from distillm_ray.cluster.orchestrator import (
+    OrchestratorActor,
+    TrainingPeers,
+    start_orchestrator,
+)
+from distillm_ray.cluster.rollout import start_generators
+from distillm_ray.cluster.targets import start_scorers, start_stores
 from distillm_ray.config import Config
 from distillm_ray.config_files import dump_config
+from distillm_ray.data import ray_data
 from distillm_ray.data.splits import Splits, load_splits
-from distillm_ray.errors import ClusterError, UserError
+from distillm_ray.errors import UserError
+from distillm_ray.evaluation.responder import Responder
 from distillm_ray.evaluation.results import Evaluation, read_evaluation
 from distillm_ray.evaluation.run_evaluator import RunEvaluator
 from distillm_ray.files import write_atomically
+from distillm_ray.learner import worker
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.log.commit import package_commit
-from distillm_ray.log.records import DoneRecord, StepRecord, ValidationRecord
+from distillm_ray.log.records import DoneRecord
 from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.report.console import ConsoleView
+from distillm_ray.rollout.generator import generator_job
 from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
-from distillm_ray.types import Rollout, Source
+from distillm_ray.types import TRAINING, Device, Source
 
-_POLL_S = 0.5
-_ASK_S = 120.0  # limit of small calls
-_LOOP, _LOG = "the rollout loop", "the log"
-
+Result = TypeVar("Result")
 Status: TypeAlias = Literal["complete", "stopped"]
 
+_POLL_S = 0.5
 
-def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: str) -> Status:
-    """Run or resume the job; returns how it ended.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a job ended that did not fail."""
+
+    status: Status
+    step: int  # of the newest checkpoint; 0 if there is none
+
+
+class Stopped(Exception):
+    """The job was asked to stop while the learners did not train."""
+
+
+def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: str) -> Ended:
+    """Run or resume the job.
 
     Raises:
-        UserError: for the user's eyes.
-        RunFailed: what restarts could not mend; the last checkpoint stays good.
+        UserError: a message for the user.
+        RunFailed: restarts did not fix it; the last checkpoint is intact.
     """
-    return _Job(config, preflight, view, command).run()
+    watch = Watch(view)
+    with watch.phase("connecting to Ray"):
+        connect(config)
+        device = resolve_device(config)
+        placement.check(placement.train_phases(config, device), available())
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.student.model, trust_remote_code=config.student.trust_remote_code
+    )
+    with watch.signals():
+        try:
+            with watch.phase("reading data"):
+                splits = watch.wait_for(
+                    lambda: load_splits(
+                        config.data, tokenizer, config.run.seed, tokenize=ray_data.tokenize_files
+                    )
+                )
+                for line in splits.describe():
+                    view.note(line)
+        except Stopped:
+            return Ended(status="stopped", step=_checkpointed(config))
+        config.run.directory.mkdir(parents=True, exist_ok=True)
+        with held(config.run.directory):
+            # Checked again: until here another job may have been at work in it.
+            resume_from = check_run_directory(config)
+            write_atomically(config.run.directory / CONFIG_FILE, dump_config(config).encode())
+            run = Run(config, preflight, splits, resume_from, device, command=command)
+            watch.control = ControlClient(run.control)
+            return _work(run, watch, tokenizer)
 
 
-@dataclass(slots=True, eq=False)
-class _Roles:
-    """Handles of what is running."""
+def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
+    """The phases after the roles were made."""
+    config, directory = run.config, run.config.run.directory
+    evaluator = RunEvaluator(config, run.splits, tokenizer, run.device, watch.interrupt)
+    responder = Responder(
+        orchestrator=run.orchestrator,
+        pool=config.rollout,
+        startup_timeout_s=config.run.startup_timeout_s,
+        tokenizer=tokenizer,
+        interrupt=watch.interrupt,
+    )
+    status: Status = "stopped"
+    try:
+        group = watch.group = run.start_learners()
+        with watch.phase("starting generators, scorers and learners"):
+            ask(
+                run.orchestrator.start.remote(),
+                "generators and scorers that start (twice run.startup_timeout_s)",
+                timeout_s=2 * config.run.startup_timeout_s,
+                interrupt=watch.interrupt,
+            )
+        evaluation = read_evaluation(directory) if run.resume_from else None
+        if evaluation is None and evaluator.prompts:
+            with watch.phase("evaluating the student before training"):
+                evaluation = evaluator.before(responder)
+                evaluation.write(directory)
+        with watch.phase(TRAINING):
+            watch.follow(group, run)
+        if _checkpointed(config) == config.learner.steps:
+            watch.group = None  # it has ended as it should
+            if evaluation is not None:
+                _evaluate(run, watch, evaluator, responder, evaluation)
+            status = "complete"
+    except Stopped:
+        pass
+    ended = Ended(status=status, step=_checkpointed(config))
+    record = DoneRecord(
+        step=ended.step,
+        status=status,
+        seconds=watch.elapsed_s,
+        phase_seconds=watch.phase_seconds,
+    )
+    log = LogClient(run.log)
+    log.add(record)
+    watch.view.update(record)
+    log.close()
+    return ended
 
-    loop: Actor
-    peers: LoopPeers
 
-    @property
-    def metrics(self) -> Actor:
-        return self.peers.metrics
+def _evaluate(
+    run: Run, watch: Watch, evaluator: RunEvaluator, responder: Responder, evaluation: Evaluation
+) -> None:
+    directory = run.config.run.directory
+    with watch.phase("evaluating the student after training"):
+        after = evaluator.after(responder, evaluation)
+        release([*run.generators, *run.scorers])
+        evaluation = after or evaluator.exported(evaluation)
+        evaluation.write(directory)
+    if run.preflight.teacher is not None:
+        with watch.phase("evaluating the teacher"):
+            evaluator.teacher(evaluation, run.preflight.teacher).write(directory)
 
-    @property
-    def buffer(self) -> Actor:
-        return self.peers.buffer
 
-    @property
-    def wires(self) -> Wires:
-        return Wires(
-            buffer=self.buffer,
-            loop=self.loop,
-            stores=tuple(self.peers.stores),
-            metrics=self.metrics,
+def _checkpointed(config: Config) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    folder = config.run.directory / CHECKPOINT_FOLDER
+    latest = CheckpointDirectory(folder, keep=config.checkpoint.keep).latest()
+    return latest.meta.step if latest is not None else 0
+
+
+class Run:
+    """The actors of one training run."""
+
+    def __init__(
+        self,
+        config: Config,
+        preflight: Preflight,
+        splits: Splits,
+        resume_from: Checkpoint | None,
+        device: Device,
+        *,
+        command: str,
+    ) -> None:
+        """Start all of them but the learners; models are loaded later, by `orchestrator.start`."""
+        self.config = config
+        self.preflight = preflight
+        self.splits = splits
+        self.resume_from = resume_from
+        self.device: Device = device
+        self.control = start_control()
+        self.log = start_log(
+            config.run.directory,
+            resume_step=resume_from.meta.step if resume_from else None,
+            commit=package_commit(),
+            command=command,
+        )
+        self._buffer = start_buffer(config)
+        self.generators = []
+        if config.wants_generators:
+            job = generator_job(
+                config,
+                preflight.student,
+                Source.STUDENT,
+                config.rollout.sampling,
+                end_token_id=splits.train.end_token_id,
+                max_response_tokens=config.longest_response,
+                trust_remote_code=config.student.trust_remote_code,
+                device=device,
+            )
+            spec = placement.generators(config, device)
+            self.generators = start_generators(spec, config.rollout, job)
+        self.scorers, self._stores = [], []
+        self._identity = preflight.target_identity(config, device)
+        if self._identity is not None:
+            assert config.teacher is not None
+            self.scorers = start_scorers(
+                placement.scorers(config, device),
+                config.teacher,
+                config.targets,
+                vocabulary_size=preflight.vocabulary_size,
+                device=device,
+            )
+            self._stores = start_stores(config.targets)
+        peers = TrainingPeers(
+            buffer=self._buffer,
+            prompts=ray.put(splits.train.prompts),
+            demonstrations=ray.put(splits.train.demonstrations),
+            log=self.log,
+            scorers=self.scorers,
+            stores=self._stores,
+            identity=self._identity,
+        )
+        self.orchestrator: ActorProxy[OrchestratorActor] = start_orchestrator(
+            config, config.rollout, self.generators, peers
         )
 
+    def start_learners(self) -> LearnerGroup:
+        """They load, validate and wait for the first draw, which waits for the orchestrator."""
+        config = self.config
+        held_out = self.splits.validation
+        job = LearnerJob(
+            config=config,
+            device=self.device,
+            wires=Wires(
+                buffer=self._buffer,
+                orchestrator=self.orchestrator,
+                log=self.log,
+                control=self.control,
+                stores=self._stores,
+                identity=self._identity,
+            ),
+            vocabulary_size=self.preflight.vocabulary_size,
+            validation=ray.put(held_out.demonstrations[: config.validation.max_prompts]),
+            probe_prompts=held_out.prompts[: config.validation.probe_prompts],
+        )
+        group = LearnerGroup(placement.learners(config, self.device), job, worker.run)
+        group.start()
+        return group
 
-class _Job:
-    def __init__(
-        self, config: Config, preflight: Preflight, view: ConsoleView, command: str
-    ) -> None:
-        self._config = config
-        self._preflight = preflight
-        self._view = view
-        self._command = command
-        self._seconds: dict[str, float] = {}
+
+class Watch:
+    """What the driver watches: phases, signals, run control, the learners and the log."""
+
+    def __init__(self, view: ConsoleView) -> None:
+        self.view = view
+        self.phase_seconds: dict[str, float] = {}
+        self.control: ControlClient | None = None
+        self.group: LearnerGroup | None = None
+        self._phase = ""
         self._stop = threading.Event()
         self._started = time.monotonic()
 
-    def run(self) -> Status:
-        config = self._config
-        with self._phase("connecting to Ray"):
-            connect(config)
-            device = resolve_device(config)
-            resources.check(resources.request(config, device), available())
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.student.model, trust_remote_code=config.student.trust_remote_code
-        )
-        with self._phase("reading data"):
-            splits = load_splits(config.data, tokenizer, config.run.seed)
-            for line in _describe(splits):
-                self._view.note(line)
-        config.run.directory.mkdir(parents=True, exist_ok=True)
-        with held(config.run.directory):
-            # Looked at only now: until here another job may have been at work in it.
-            resume_from = check_run_directory(config)
-            return self._work(device, tokenizer, splits, resume_from)
-
-    def _work(
-        self,
-        device: Device,
-        tokenizer: PreTrainedTokenizerBase,
-        splits: Splits,
-        resume_from: Checkpoint | None,
-    ) -> Status:
-        config = self._config
-        directory = config.run.directory
-        write_atomically(directory / CONFIG_FILE, dump_config(config).encode())
-        cluster = Cluster(config, device)
-        roles = self._make_roles(cluster, splits, resume_from)
-        with self._stopping_on_signals():
-            learners = self._start_learners(cluster, roles, splits, device)
-            with self._phase("starting generators, scorers and learners"):
-                ask(
-                    roles.loop.start.remote(),
-                    "generators and scorers that start (twice run.startup_timeout_s)",
-                    timeout_s=2 * config.run.startup_timeout_s,
-                )
-            evaluation = read_evaluation(directory) if resume_from else None
-            evaluator = RunEvaluator(config, self._preflight, tokenizer, splits)
-            if evaluation is None and evaluator.prompts:
-                with self._phase("evaluating the student before training"):
-                    evaluation = evaluator.before(roles.loop)
-                    evaluation.write(directory)
-            with self._phase("training"):
-                completed = self._train(roles, learners)
-            status: Status = "complete" if completed == config.learner.steps else "stopped"
-            assert status == "complete" or self._stop.is_set(), f"learners left at step {completed}"
-            if status == "complete" and evaluation is not None:
-                self._evaluate(cluster, roles, evaluator, evaluation)
-        self._finish(roles, status, completed)
-        return status
-
-    # ---- phases ----------------------------------------------------------------------------------
-
-    def _make_roles(
-        self, cluster: Cluster, splits: Splits, resume_from: Checkpoint | None
-    ) -> _Roles:
-        config, preflight = self._config, self._preflight
-        metrics = cluster.metrics(
-            resume_step=resume_from.meta.step if resume_from else None,
-            commit=package_commit(),
-            command=self._command,
-        )
-        buffer = cluster.buffer()
-        data = (ray.put(splits.train.prompts), ray.put(splits.train.demonstrations))
-        generators = scorers = stores = []
-        if resources.wants_generators(config):
-            generators = cluster.generators(
-                preflight.student,
-                Source.STUDENT,
-                end_token_id=splits.train.end_token_id,
-                trust_remote_code=config.student.trust_remote_code,
-            )
-        if config.loss.needs_teacher:
-            scorers = cluster.scorers(preflight.vocabulary_size)
-            stores = cluster.stores()
-        peers = LoopPeers(
-            generators=generators,
-            scorers=scorers,
-            stores=stores,
-            buffer=buffer,
-            data=data,
-            metrics=metrics,
-        )
-        return _Roles(loop=cluster.loop(peers), peers=peers)
-
-    def _start_learners(
-        self, cluster: Cluster, roles: _Roles, splits: Splits, device: Device
-    ) -> Learners:
-        """They load, validate and then wait for the first draw, which waits for the loop to run."""
-        job = LearnerJob(
-            config=self._config,
-            device=device,
-            wires=roles.wires,
-            vocabulary_size=self._preflight.vocabulary_size,
-            validation=ray.put(self._limited(splits.validation.demonstrations)),
-            probe_prompts=splits.validation.prompts[: self._config.validation.probe_prompts],
-        )
-        learners = Learners(lambda: cluster.train(job), self._config)
-        learners.start()
-        return learners
-
-    def _train(self, roles: _Roles, learners: Learners) -> int:
-        """Run learners and rollout loop side by side; returns the completed steps."""
-        rollouts = roles.loop.run.remote()  # which opens the buffer
-        position = 0
-        told_to_stop = False
-        while learners.is_alive():
-            learners.join(_POLL_S)
-            position = self._follow(roles, position)
-            if self._stop.is_set():
-                if not told_to_stop:
-                    told_to_stop = True
-                    self._view.note("stopping: the learners write a checkpoint first")
-                # Every time, because a buffer that died forgets it.
-                self._ask_buffer(roles.buffer.request_stop.remote())
-            failure = self._ask_buffer(roles.buffer.failure.remote())
-            if failure is not None:
-                raise UserError(failure)
-            if ray.wait([rollouts], timeout=0)[0] and learners.is_alive():
-                ask(rollouts, _LOOP, timeout_s=_ASK_S)  # it only returns early by raising
-        self._follow(roles, position)
-        learners.raise_failure()
-        self._ask_buffer(roles.buffer.finish.remote())
-        ask(rollouts, _LOOP, timeout_s=_ASK_S)
-        folder = self._config.run.directory / CHECKPOINT_FOLDER
-        last = CheckpointDirectory(folder, keep=self._config.checkpoint.keep).latest()
-        assert last is not None, "every end of the learners leaves a checkpoint"
-        return last.meta.step
-
-    def _evaluate(
-        self,
-        cluster: Cluster,
-        roles: _Roles,
-        evaluator: RunEvaluator,
-        evaluation: Evaluation,
-    ) -> None:
-        with self._phase("evaluating the student after training"):
-            after = evaluator.after(roles.loop, evaluation)
-            release([*roles.peers.generators, *roles.peers.scorers])
-            evaluation = after or evaluator.exported(cluster, evaluation)
-            evaluation.write(self._config.run.directory)
-        with self._phase("evaluating the teacher"):
-            evaluator.teacher(cluster, evaluation).write(self._config.run.directory)
-
-    def _finish(self, roles: _Roles, status: Status, completed: int) -> None:
-        record = DoneRecord(
-            step=completed,
-            status=status,
-            seconds=time.monotonic() - self._started,
-            phase_seconds=self._seconds,
-        )
-        ask(roles.metrics.add.remote(record), _LOG, timeout_s=_ASK_S)
-        self._view.update(record)
-        ask(roles.metrics.close.remote(), _LOG, timeout_s=_ASK_S)
-
-    # ---- helpers ---------------------------------------------------------------------------------
-
-    def _follow(self, roles: _Roles, position: int) -> int:
-        """Show what the log has that we have not seen; returns how far we have read."""
-        try:
-            call = roles.metrics.since.remote(position)
-            records, position = ask(call, _LOG, timeout_s=_ASK_S)
-        except RayActorError:
-            return position  # the learners, which write to it, fail by its death
-        for record in records:
-            self._view.update(record)
-        if not any(isinstance(record, StepRecord | ValidationRecord) for record in records):
-            self._view.waiting(self._ask_buffer(roles.buffer.waiting.remote()))
-        self._view.tick()
-        return position
-
-    def _ask_buffer(self, call: Any) -> Any:
-        """The answer to a call, waited for while a buffer that died is being restarted.
-
-        Raises:
-            ClusterError: it does not come back.
-        """
-        limit = self._config.run.startup_timeout_s
-        try:
-            return ask(call, "the replay buffer (run.startup_timeout_s)", timeout_s=limit)
-        except RayActorError as error:
-            raise ClusterError(
-                "the replay buffer died and does not come back; see the log of the driver's node"
-                f" for the reason, then give the same command to resume ({error})"
-            ) from error
-
-    def _limited(self, demonstrations: tuple[Rollout, ...]) -> tuple[Rollout, ...]:
-        return demonstrations[: self._config.validation.max_prompts]
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        self._view.start(name)
+    def phase(self, name: str) -> Iterator[None]:
+        """Show a phase, tell run control, and take its time. A stop request ends it."""
+        self._phase = name
+        self.view.start(name)
+        self.interrupt()
         started = time.monotonic()
         yield
-        self._seconds[name] = time.monotonic() - started
+        self.phase_seconds[name] = time.monotonic() - started
+
+    def interrupt(self) -> None:
+        """Raise what has to end the wait of a phase in which the learners do not train.
+
+        Raises:
+            Stopped: the job was asked to stop.
+            UserError: a role reported a failure, or the learners ended with one.
+        """
+        self.view.tick()
+        if self.control is not None:
+            status = self.control.update(self._phase, stop=self._stop.is_set())
+            if status.failure is not None:
+                raise UserError(status.failure)
+        if self.group is not None and not self.group.is_alive():
+            self.group.raise_failure()
+        if self._stop.is_set() and self._phase != TRAINING:
+            raise Stopped
+
+    def wait_for(self, work: Callable[[], Result]) -> Result:
+        """The result of `work`, which runs in a thread so that a stop request is noticed."""
+        results: list[Result] = []
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(work())
+            except BaseException as error:
+                failures.append(error)  # raised again below
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            self.interrupt()
+        if failures:
+            raise failures[0]
+        return results[0]
+
+    def follow(self, group: LearnerGroup, run: Run) -> None:
+        """Run learners and orchestrator side by side until the learners have ended."""
+        assert self.control is not None
+        log = LogClient(run.log)
+        rollouts = run.orchestrator.run.remote()  # opens the buffer
+        position = 0
+        told = False
+        while group.is_alive():
+            group.join(_POLL_S)
+            position = self._show(log, position)
+            if self._stop.is_set() and not told:
+                told = True
+                self.view.note("stopping: the learners write a checkpoint first")
+            status = self.control.update(self._phase, stop=self._stop.is_set())
+            self.view.waiting(status.waiting)
+            if status.failure is not None:
+                raise UserError(status.failure)
+            if ray.wait([rollouts], timeout=0)[0] and group.is_alive():
+                ask(rollouts, "the orchestrator")  # it returns before `finish` only by raising
+        self._show(log, position)
+        group.raise_failure()
+        ask(run.orchestrator.finish.remote(), "the orchestrator")
+        ask(rollouts, "the orchestrator")
+
+    def _show(self, log: LogClient, position: int) -> int:
+        """Show the records after `position`; returns how far the log was read."""
+        try:
+            records, position = log.since(position)
+        except RayActorError:
+            return position  # the learners, which write to the log, fail by its death
+        for record in records:
+            self.view.update(record)
+        self.view.tick()
+        return position
 
     @contextmanager
-    def _stopping_on_signals(self) -> Iterator[None]:
-        """The first SIGTERM or SIGINT asks for a checkpoint; a second SIGINT ends at once."""
-        previous: dict[int, Any] = {}
+    def signals(self) -> Iterator[None]:
+        """The first SIGTERM or SIGINT asks to stop; a second SIGINT ends the driver at once."""
+        previous: dict[int, Any] = {}  # what signal.signal returns has no narrower type
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self._stop.is_set() and number == signal.SIGINT:
@@ -319,14 +400,3 @@ class _Job:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def _describe(splits: Splits) -> list[str]:
-    datasets = [splits.train, splits.validation, *([splits.test] if splits.test else [])]
-    lines = [dataset.summary() for dataset in datasets]
-    if splits.num_validation_twins:
-        lines.append(
-            f"warning: {splits.num_validation_twins} validation prompts are also training prompts,"
-            " word for word: the validation loss will look better than it is"
-        )
-    return lines

@@ -1,15 +1,17 @@
-"""Everything that can be refused before a cluster is touched or a file is written: in seconds."""
+"""Everything that can be refused in seconds, before a cluster is touched or a file is written."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from distillm_ray.config import Config
+from distillm_ray.config import Config, GeneratorPoolConfig, VllmEngine
 from distillm_ray.config_files import load_config
 from distillm_ray.data.files import check_files
-from distillm_ray.errors import RunDirectoryError
+from distillm_ray.errors import ConfigError, RunDirectoryError
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.learner.resume import check_resume
 from distillm_ray.log.metrics import FILE_NAME, read_records
@@ -22,7 +24,10 @@ from distillm_ray.models.directory import (
     check_parallelism,
     check_targets,
 )
+from distillm_ray.models.identity import model_identity
 from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
+from distillm_ray.teacher.target_key import TargetIdentity
+from distillm_ray.types import Device
 
 _RAY_UPLOADS = "runtime_resources"  # Ray's folder for what comes with a job
 
@@ -31,26 +36,44 @@ _RAY_UPLOADS = "runtime_resources"  # Ray's folder for what comes with a job
 class Preflight:
     """What the checks found."""
 
-    teacher: ModelFacts
+    teacher: ModelFacts | None  # None: the config names none
     student: ModelFacts
-    vocabulary_size: int  # shared; rows of the heads from here on are padding
+    vocabulary_size: int  # of the tokenizer; rows of the heads from here on are padding
+
+    def target_identity(self, config: Config, device: Device) -> TargetIdentity | None:
+        """What all teacher targets of a run have in common; None if it needs none."""
+        if config.teacher is None or self.teacher is None or not config.loss.needs_teacher:
+            return None
+        dtype = config.teacher.dtype
+        return TargetIdentity(
+            teacher=model_identity(self.teacher.path),
+            kind=config.targets.type,
+            k=config.targets.k if config.targets.type == "top_k" else None,
+            # Only a scorer's processor knows what `auto` stands for.
+            dtype=f"auto on {device}" if dtype == "auto" else dtype,
+        )
 
 
 def check(config: Config) -> Preflight:
-    """Models, data files and run directory.
+    """Check engines, models, data files and run directory.
 
     Raises:
         UserError: the first of them that cannot work, by name.
     """
-    if config.loss.needs_teacher:
-        check_parallelism(config.teacher)
-    teacher = check_model_directory(
-        config.teacher.model, "teacher", trust_remote_code=config.teacher.trust_remote_code
-    )
+    check_engines(train_engines(config))
+    teacher = None
+    if config.teacher is not None:
+        if config.loss.needs_teacher:
+            check_parallelism(config.teacher)
+        teacher = check_model_directory(
+            config.teacher.model, "teacher", trust_remote_code=config.teacher.trust_remote_code
+        )
     student = check_model_directory(
         config.student.model, "student", trust_remote_code=config.student.trust_remote_code
     )
-    vocabulary_size = check_pair(teacher, student)
+    vocabulary_size = student.vocabulary_size
+    if teacher is not None:
+        vocabulary_size = check_pair(teacher, student)
     check_lengths(config, teacher, student)
     check_targets(config.targets, vocabulary_size)
     check_files(config.data)
@@ -61,8 +84,34 @@ def check(config: Config) -> Preflight:
     return Preflight(teacher=teacher, student=student, vocabulary_size=vocabulary_size)
 
 
+def train_engines(config: Config) -> dict[str, GeneratorPoolConfig]:
+    """The pools of generators that a run starts in any of its phases, by config section."""
+    pools: dict[str, GeneratorPoolConfig] = {}
+    if config.wants_generators:
+        pools["rollout"] = config.rollout
+    if config.evaluation.at_end:
+        pools["evaluation.student"] = config.evaluation.student
+        if config.teacher is not None:
+            pools["evaluation.teacher"] = config.evaluation.teacher
+    return pools
+
+
+def check_engines(pools: Mapping[str, GeneratorPoolConfig]) -> None:
+    """Refuse vLLM where it is not installed, before a phase that needs it begins.
+
+    Raises:
+        ConfigError: with the section's key.
+    """
+    for section, pool in pools.items():
+        if isinstance(pool.engine, VllmEngine) and importlib.util.find_spec("vllm") is None:
+            raise ConfigError(
+                f"{section}.engine.type is vllm, which is not installed here: install it (`make"
+                f" setup`), or set {section}.engine.type=transformers"
+            )
+
+
 def check_run_directory(config: Config) -> Checkpoint | None:
-    """The newest checkpoint of a directory that holds this run; None in one that is new or empty.
+    """The newest checkpoint of the run in `run.directory`; None if it has none.
 
     Raises:
         RunDirectoryError: it belongs to something else or to another run, or cannot be written.
@@ -83,8 +132,8 @@ def check_run_directory(config: Config) -> Checkpoint | None:
         begun = f"{CONFIG_FILE}.tmp"  # by a job that was killed at its very start
         if directory.is_dir() and any(path.name != begun for path in directory.iterdir()):
             raise RunDirectoryError(
-                f"run.directory: {directory} is not empty and holds no {CONFIG_FILE}: it is no run"
-                " of this program, and nothing in it shall be overwritten; choose another"
+                f"run.directory: {directory} is not empty and holds no {CONFIG_FILE}: not a"
+                " distillm-ray run; refusing to overwrite it; choose another directory"
             )
         return None
     check_resume(load_config(saved), config)
@@ -93,8 +142,8 @@ def check_run_directory(config: Config) -> Checkpoint | None:
     if latest is not None and latest.meta.step > config.learner.steps:
         raise RunDirectoryError(
             f"learner.steps must be at least the steps that the run has done, got"
-            f" {config.learner.steps} < {latest.meta.step}: {latest.path} is past its end; raise"
-            " learner.steps, or set run.directory to a new directory to start another run"
+            f" {config.learner.steps} < {latest.meta.step}: {latest.path} is beyond the new end;"
+            " raise learner.steps, or set run.directory to a new directory to start another run"
         )
     return latest
 
@@ -113,7 +162,7 @@ def _check_writable(directory: Path) -> None:
 
 
 def is_complete(config: Config) -> bool:
-    """Whether the run in `run.directory` has done these steps and what comes after them."""
+    """Whether the run in `run.directory` has done all its steps and its evaluation."""
     path = config.run.directory / FILE_NAME
     if not path.is_file():
         return False

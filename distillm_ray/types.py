@@ -1,6 +1,6 @@
-"""The messages between roles. Read this first: who makes what, and who reads it.
+"""The messages between roles: who makes each of them, and who reads it. Read this file first.
 
-    data ── Prompt ──► rollout loop ── Demand ──► Generator ── Rollout ──► Scorer ── TeacherTargets
+    data ── Prompt ──► orchestrator ── Demand ──► Generator ── Rollout ──► Scorer ── TeacherTargets
       └──── Rollout (source = dataset) ─────────────┐  │                                 │
                                                     ▼  ▼                                 ▼
                           Schedule ── Mix ──► ReplayBuffer ── StepPlan ──► batching ◄─ TargetStore
@@ -8,8 +8,8 @@
                              └── Validation ◄── learner ◄── LearnerBatch ◄────┘
                                                    └────── Weights ──► Generator
 
-Messages are immutable and hold numpy arrays, so that they cross process borders without a copy.
-Arrays that arrive from the object store are read-only: copy before writing.
+Messages are immutable and hold numpy arrays, which cross process borders without a copy. Arrays
+from the object store are read-only: copy before writing.
 
 Axes: P prompt tokens, T response tokens, D hidden size, K top-k, V vocabulary, L packed tokens,
 N loss positions of a packed row, S sequences of a packed row.
@@ -56,13 +56,13 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """Something to answer, with the answers that the data set has for it."""
+    """Something to respond to, with the responses that the data set has for it."""
 
     prompt_id: str
     token_ids: Int32Array  # [P], chat template applied, ready for generation
     reference_ids: tuple[Int32Array, ...]  # each [T], end token included
     text: str  # the user's words, for reports
-    references: tuple[str, ...]  # the answers as text, for ROUGE and BLEU
+    references: tuple[str, ...]  # the same responses as text, for ROUGE and BLEU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,8 +78,8 @@ class Rollout:
     version: int  # optimizer step of the weights its generation started with; 0 for data
     finish_reason: FinishReason
     logprobs: Float32Array | None = None  # [T], under the engine's weights and temperature 1
-    ordinal: int | None = None  # set on student rollouts: which demand it answers
-    text: str = ""  # decoded response where the maker had it, for reports
+    ordinal: int | None = None  # of the demand that it fulfils; set on student rollouts
+    text: str = ""  # the decoded response, where known; for reports
 
     def __post_init__(self) -> None:
         """Reject shapes that would only fail much later, inside a packed batch."""
@@ -98,6 +98,15 @@ class Rollout:
     def num_loss_tokens(self) -> int:
         """Response tokens that the loss covers."""
         return int(self.loss_mask.sum())
+
+    @property
+    def loss_positions(self) -> Int32Array:
+        """Positions of the sequence that predict its loss tokens, `[num_loss_tokens]`.
+
+        Token i of the response is predicted one position before it: len(prompt) - 1 + i.
+        """
+        offsets = np.flatnonzero(self.loss_mask)
+        return (len(self.prompt_ids) - 1 + offsets).astype(np.int32)
 
 
 # ---- teacher targets: row i belongs to the position that predicts the i-th loss token --------
@@ -146,7 +155,7 @@ TeacherTargets: TypeAlias = HiddenTargets | TopKTargets | LogitTargets
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreReport:
-    """What the rollout loop learns of a scored sequence; the payload travels beside it."""
+    """What the orchestrator is told of a scored sequence; the payload goes to a store."""
 
     num_tokens: int  # tokens that the teacher's forward pass computed for this sequence
     nbytes: int  # size of the payload
@@ -181,7 +190,7 @@ class Mix:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DrawnSequence:
-    """One slot of the global batch, decided."""
+    """The sequence in one slot of the global batch."""
 
     rollout: Rollout
     shelf: Shelf
@@ -190,7 +199,7 @@ class DrawnSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Draw:
-    """The global batch of one step, before it is split over ranks. Slot order."""
+    """The global batch of one step in slot order, before it is split over ranks."""
 
     step: int
     phi: float
@@ -216,7 +225,7 @@ class PlannedSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatchPlan:
-    """What one forward and backward pass packs into one row."""
+    """The sequences that one forward and backward pass packs into one row."""
 
     sequences: tuple[PlannedSequence, ...]
 
@@ -267,6 +276,20 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BufferCounters:
+    """What the replay buffer holds, and totals since the start of the run."""
+
+    fresh: int  # finished, not drawn yet
+    replay: int  # on the replay shelf
+    outstanding: int  # demanded, not finished
+    demanded: int
+    finished: int
+    lost: int
+    duplicates: int  # second rollouts for an ordinal, which are ignored
+    late: int  # fresh sequences of an age above lookahead + sync_interval - 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DrawFacts:
     """What a step drew, without the sequences: for the log."""
 
@@ -284,6 +307,27 @@ class RankPlan:
 
     facts: DrawFacts
     micro_batches: tuple[MicroBatchPlan, ...]
+
+
+# ---- run control ------------------------------------------------------------------------------
+
+TRAINING = "training"
+"""The phase in which learners take steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """Whether the run goes on, and what it does now."""
+
+    phase: str = ""  # of the driver
+    stop: bool = False  # the job was asked to end: write a checkpoint and return
+    failure: str | None = None  # an error that a restart does not repair; it ends the job
+    waiting: str = ""  # what the learners wait for; empty if for nothing
+
+    @property
+    def ends(self) -> bool:
+        """Whether the run must end before its last step."""
+        return self.stop or self.failure is not None
 
 
 # ---- learner to the rest ----------------------------------------------------------------------
@@ -322,19 +366,19 @@ class Validation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainStep:
-    """What the learners report of one optimizer step: reduced over ranks, one record."""
+    """What the learners report of one optimizer step, reduced over ranks."""
 
     step: int  # completed optimizer steps, the first is 1
-    loss: float
-    loss_by_shelf: dict[str, float] = field(default_factory=dict)
+    loss: float  # weighted sum over the global batch
+    loss_by_shelf: dict[str, float] = field(default_factory=dict)  # token means, finite tokens
     loss_by_term: dict[str, float] = field(default_factory=dict)  # before each term's weight
     learning_rate: float = 0.0
     gradient_norm: float = 0.0
     tokens: int = 0  # packed tokens of the global batch
     loss_tokens: int = 0
-    positions: int = 0  # positions computed, padding included
+    positions: int = 0  # tokens computed, fillers included
     seconds: float = 0.0
-    wait_seconds: float = 0.0  # waited for data on the slowest rank
+    wait_seconds: float = 0.0  # waiting for batches, on the slowest rank
     skipped: bool = False  # non-finite loss or gradient
     infinite_tokens: int = 0  # tokens whose divergence is +inf (an id possible for one side only)
     rank_token_imbalance: float = 0.0  # (most - fewest) / most tokens of a rank

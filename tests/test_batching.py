@@ -1,4 +1,4 @@
-"""Loss positions, packing, the split over ranks and the loss of a step, against hand computations."""
+"""Loss positions, packing, the split over ranks and a step's loss, against hand computations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from distillm_ray.batching import (
-    loss_positions,
     pack,
     plan_step,
     plan_validation,
@@ -115,7 +114,7 @@ def predicted(batch: LearnerBatch) -> list[tuple[int, int]]:
 
 def test_the_first_response_token_and_a_generated_end_token_are_in_the_loss() -> None:
     one = rollout("a", prompt=[5], response=[6, END])
-    assert loss_positions(one).tolist() == [0, 1]
+    assert one.loss_positions.tolist() == [0, 1]
     batch = pack(MicroBatchPlan(sequences=(planned(one),)), None)
     assert predicted(batch) == [(5, 6), (6, END)]
 
@@ -129,19 +128,19 @@ def test_a_truncated_response_has_no_end_token_in_the_loss() -> None:
 
 def test_the_prompt_is_never_in_the_loss() -> None:
     one = rollout("a", prompt=[3, 4], response=[6])
-    assert loss_positions(one).tolist() == [1]
+    assert one.loss_positions.tolist() == [1]
     assert predicted(pack(MicroBatchPlan(sequences=(planned(one),)), None)) == [(4, 6)]
 
 
 def test_another_speakers_tokens_are_not_in_the_loss() -> None:
     one = rollout("a", prompt=[3], response=[6, 7, 8, END], mask=[True, False, False, True])
-    assert loss_positions(one).tolist() == [0, 3]
+    assert one.loss_positions.tolist() == [0, 3]
     assert predicted(pack(MicroBatchPlan(sequences=(planned(one),)), None)) == [(3, 6), (8, END)]
 
 
 def test_an_end_token_inside_a_prompt_is_a_token_like_others() -> None:
     one = rollout("a", prompt=[END, END], response=[END])
-    assert loss_positions(one).tolist() == [1]
+    assert one.loss_positions.tolist() == [1]
 
 
 # ---- packing -------------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ def test_a_directory_of_something_else_is_not_touched(
 ) -> None:
     run_directory.mkdir()
     (run_directory / "thesis.tex").write_text("years of work")
-    assert "it is no run of this program" in refused()
+    assert "not a distillm-ray run; refusing to overwrite it" in refused()
 
 
 def test_a_directory_in_which_another_job_is_at_work_is_left_alone(
@@ -379,8 +379,8 @@ def listening(answer: bytes) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something listens there that is no Ray cluster"),
-        (b"", "says nothing for 0.5 s: it hangs, or is no Ray cluster"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something listens there that is not a Ray cluster"),
+        (b"", "sends nothing for 0.5 s: it hangs, or it is not a Ray cluster"),
     ],
 )
 def test_another_service_at_the_clusters_address_is_told_in_seconds(
@@ -404,7 +404,7 @@ def test_a_dashboards_address_is_not_the_clusters(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    assert "is HOST:PORT, and this is a dashboard's: `ray job submit` takes it" in refused()
+    assert "is HOST:PORT, and this is a dashboard's, which only `ray job submit` takes" in refused()
 
 
 @pytest.mark.usefixtures("same_environment")

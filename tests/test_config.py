@@ -216,12 +216,17 @@ def test_a_wrong_type_names_key_rule_and_value(sections: dict[str, Any], message
         ),
         (
             {"rollout": {"engine": {"type": "transformers"}, "tensor_parallel": 4}},
-            ("rollout.tensor_parallel must be 1", "got 4", "rollout.engine.type=vllm"),
+            ("rollout: tensor_parallel must be 1", "got 4", "use engine.type=vllm"),
         ),
         (
             {"targets": {"type": "top_k"}, "loss": {"temperature": 2.0}},
             ("loss.temperature must be 1 with targets.type=top_k, got 2",),
         ),
+        (
+            {"generate": {"engine": {"type": "transformers"}, "tensor_parallel": 2}},
+            ("generate: tensor_parallel must be 1 with engine.type=transformers, got 2",),
+        ),
+        ({"teacher": None}, ("teacher.model is required", "type: cross_entropy alone")),
         ({"evaluation": {"seeds": []}}, ("evaluation.seeds", "at least 1 item")),
         ({"evaluation": {"seeds": [-1]}}, ("evaluation.seeds.0", "greater than or equal to 0")),
         ({"loss": {"terms": []}}, ("loss.terms must hold at least one term", "nothing to learn")),
@@ -268,7 +273,7 @@ def test_what_is_required_is_named() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({}, name="x.yaml")
     required = {line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]}
-    assert required == {"run", "teacher", "student", "data", "learner"}
+    assert required == {"run", "student", "data", "learner"}
 
 
 @pytest.mark.parametrize(
@@ -321,6 +326,27 @@ def test_defaults_follow_the_paper() -> None:
     assert config.loss.normalize == "source"
     assert config.replay.capacity == 1000
     assert config.replay_min_size == config.learner.batch_size
+
+
+def test_defaults_that_follow_from_another_section_are_filled_in() -> None:
+    config = Config.model_validate(
+        tree(
+            data={"train": ["a.jsonl"], "max_response_tokens": 77},
+            generate={"sampling": {"max_tokens": 5}},
+            rollout={"num_cpus": 2.5},
+        )
+    )
+    assert config.replay.min_size == 8
+    assert config.rollout.sampling.max_tokens == 77
+    assert config.evaluation.sampling.max_tokens == 77
+    assert config.generate.sampling.max_tokens == 5
+    assert (config.rollout.num_threads, config.learner.num_threads) == (2, 1)
+    shown = load_text(dump_config(config))
+    assert shown == config, "the resolved config is complete"
+
+
+def load_text(text: str) -> Config:
+    return parse_config(yaml.safe_load(text), name="x.yaml")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from distillm_ray.config import ChatTemplate, DataConfig, PlainTemplate
+from distillm_ray.data import ray_data
 from distillm_ray.data.files import DataFile, check_files, decode_row, read_rows
 from distillm_ray.data.rows import Example, RowError, parse_row
 from distillm_ray.data.splits import Dataset, hold_out, load_dataset, load_splits
@@ -298,6 +299,7 @@ def load(
         tokenizer or make_tokenizer(),
         split="train",
         require_responses=require_responses,
+        tokenize=ray_data.tokenize_files,
     )
 
 
@@ -441,7 +443,7 @@ class TestWithRayData:
             *({"prompt": word, "response": "yes"} for word in ("is", "no", "and")),
         )
         config = DataConfig(train=(train,), validation=(held,))
-        splits = load_splits(config, make_tokenizer(), seed=0)
+        splits = load_splits(config, make_tokenizer(), seed=0, tokenize=ray_data.tokenize_files)
         assert (len(splits.train.prompts), len(splits.validation.prompts)) == (2, 3)
         assert (splits.num_validation_twins, splits.test) == (1, None)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from distillm_ray.config import RolloutConfig, SamplingConfig
-from distillm_ray.rollout.generator import Generator, Request, Response, request_seed
-from distillm_ray.types import Demand, FinishReason, Prompt, Weights
+from distillm_ray.rollout.generator import Generator, GeneratorJob, Request, Response, request_seed
+from distillm_ray.types import Demand, FinishReason, Prompt, Source, Weights
 
 END = 99
 
@@ -56,17 +56,22 @@ class EchoGenerator(Generator):
         (self.weights,) = buckets
 
 
-async def started(timeout_s: float = 5.0) -> EchoGenerator:
-    generator = EchoGenerator(
-        Path("model"),
-        RolloutConfig(timeout_s=timeout_s),
-        end_token_ids=(END,),
+def job(end_token_ids: tuple[int, ...] = (END,)) -> GeneratorJob:
+    return GeneratorJob(
+        model=Path("model"),
+        source=Source.STUDENT,
+        sampling=SamplingConfig(),
+        end_token_ids=end_token_ids,
+        vocabulary_size=2000,
         max_prompt_tokens=4,
         max_response_tokens=8,
         seed=3,
         device="cpu",
-        vocabulary_size=2000,
     )
+
+
+async def started(timeout_s: float = 5.0) -> EchoGenerator:
+    generator = EchoGenerator(RolloutConfig(timeout_s=timeout_s), job())
     await generator.start()
     return generator
 
@@ -190,13 +195,4 @@ async def test_a_request_that_is_too_long_is_refused_before_the_engine_sees_it()
 
 def test_a_model_without_any_end_token_is_refused() -> None:
     with pytest.raises(ValueError, match="every response would run to its length limit"):
-        EchoGenerator(
-            Path("model"),
-            RolloutConfig(),
-            end_token_ids=(),
-            max_prompt_tokens=4,
-            max_response_tokens=8,
-            seed=3,
-            device="cpu",
-            vocabulary_size=2000,
-        )
+        EchoGenerator(RolloutConfig(), job(end_token_ids=()))

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from distillm_ray.config import Config
+from distillm_ray import preflight
+from distillm_ray.config import (
+    Config,
+    CrossEntropy,
+    GeneratorPoolConfig,
+    LossConfig,
+    TargetsConfig,
+    TransformersEngine,
+    VllmEngine,
+)
 from distillm_ray.config_files import dump_config
 from distillm_ray.errors import ConfigError, RunDirectoryError
 from distillm_ray.learner.checkpoint import CheckpointDirectory, CheckpointMeta
-from distillm_ray.preflight import check, check_run_directory
+from distillm_ray.models.directory import ModelFacts
+from distillm_ray.preflight import (
+    Preflight,
+    check,
+    check_engines,
+    check_run_directory,
+    train_engines,
+)
+from distillm_ray.teacher.target_key import TargetIdentity
 
 
 def make_config(directory: Path) -> Config:
@@ -45,7 +65,7 @@ def test_a_new_and_an_empty_directory_begin_a_run(tmp_path: Path) -> None:
 
 def test_a_directory_with_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunDirectoryError, match="it is no run of this program"):
+    with pytest.raises(RunDirectoryError, match="not a distillm-ray run; refusing to overwrite it"):
         check_run_directory(make_config(tmp_path))
     with pytest.raises(RunDirectoryError, match="it is a file"):
         check_run_directory(make_config(tmp_path / "thesis.tex"))
@@ -66,6 +86,52 @@ def test_a_run_made_shorter_than_what_it_has_done_is_refused(tmp_path: Path) -> 
 
 def test_a_scorer_on_several_devices_is_refused_before_anything_starts(tmp_path: Path) -> None:
     config = make_config(tmp_path)
+    assert config.teacher is not None
     teacher = config.teacher.model_copy(update={"tensor_parallel": 2})
     with pytest.raises(ConfigError, match=r"raise teacher\.actors"):
         check(config.model_copy(update={"teacher": teacher}))
+
+
+def test_vllm_is_looked_for_in_every_pool_of_the_run_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path)
+    assert list(train_engines(config)) == ["rollout", "evaluation.student", "evaluation.teacher"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"set rollout\.engine\.type=transformers"):
+        check(config)
+    teacher = GeneratorPoolConfig(engine=VllmEngine())
+    other = GeneratorPoolConfig(engine=TransformersEngine())
+    with pytest.raises(ConfigError, match=r"^evaluation\.teacher\.engine\.type is vllm"):
+        check_engines({"rollout": other, "evaluation.teacher": teacher})
+    check_engines({"rollout": other})
+
+
+def test_without_at_end_and_rollouts_no_engine_is_needed(tmp_path: Path) -> None:
+    tree = make_config(tmp_path).model_dump()
+    tree |= {
+        "teacher": None,
+        "loss": {"terms": [{"type": "cross_entropy"}]},
+        "schedule": {"type": "fixed", "phi": 0.0},
+    }
+    tree["evaluation"]["at_end"] = False
+    assert train_engines(Config.model_validate(tree)) == {}
+
+
+def facts(path: Path) -> ModelFacts:
+    return cast(ModelFacts, SimpleNamespace(path=path))
+
+
+def test_the_identity_of_targets_names_what_only_a_scorer_can_resolve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "model_identity", lambda path: f"digest of {path.name}")
+    found = Preflight(teacher=facts(Path("big")), student=facts(Path("small")), vocabulary_size=9)
+    config = make_config(tmp_path)
+    identity = found.target_identity(config, "cpu")
+    assert identity == TargetIdentity(teacher="digest of big", kind="hidden", dtype="auto on cpu")
+    top_k = config.model_copy(update={"targets": TargetsConfig(type="top_k", k=7)})
+    identity = found.target_identity(top_k, "cuda")
+    assert identity is not None and (identity.k, identity.dtype) == (7, "auto on cuda")
+    sft = config.model_copy(update={"loss": LossConfig(terms=(CrossEntropy(),))})
+    assert found.target_identity(sft, "cpu") is None

@@ -10,16 +10,15 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from distillm_ray.cluster.cluster import Cluster
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.data.splits import Splits
-from distillm_ray.evaluation import inference, run_evaluator
-from distillm_ray.evaluation.results import Evaluation
+from distillm_ray.evaluation import run_evaluator
+from distillm_ray.evaluation.responder import Responder, ServedModel
+from distillm_ray.evaluation.results import Evaluation, ModelScores
 from distillm_ray.evaluation.run_evaluator import RunEvaluator
 from distillm_ray.log.metrics import MetricsLog
 from distillm_ray.log.records import ValidationRecord
 from distillm_ray.models.directory import ModelFacts
-from distillm_ray.preflight import Preflight
 from distillm_ray.types import FinishReason, Prompt, Rollout, Source
 
 STEPS = 10
@@ -35,64 +34,52 @@ def make_prompt(name: str) -> Prompt:
 PROMPTS = (make_prompt("a"), make_prompt("b"))
 
 
-class Loop:
-    """Answers like generators that hold `versions`: one version a sampling seed."""
+def responses(prompts: Sequence[Prompt], version: int, seed: int) -> list[Rollout]:
+    return [
+        Rollout(
+            rollout_id=f"{prompt.prompt_id}-{seed}",
+            prompt_id=prompt.prompt_id,
+            prompt_ids=prompt.token_ids,
+            response_ids=np.array([version], np.int32),
+            loss_mask=np.ones(1, np.bool_),
+            source=Source.STUDENT,
+            version=version,
+            finish_reason=FinishReason.STOP,
+            text=str(version),
+        )
+        for prompt in prompts
+    ]
+
+
+class FakeResponder:
+    """Responds like generators that hold `versions`: one version for each sampling seed."""
 
     def __init__(self, versions: dict[int, int]) -> None:
         self._versions = versions
-        self.answer = SimpleNamespace(remote=self._answer)
-        self.start = SimpleNamespace(remote=lambda: None)
 
-    def _answer(
+    def respond(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int
     ) -> list[Rollout]:
-        version = self._versions[seed]
-        return [
-            Rollout(
-                rollout_id=f"{prompt.prompt_id}-{seed}",
-                prompt_id=prompt.prompt_id,
-                prompt_ids=prompt.token_ids,
-                response_ids=np.array([version], np.int32),
-                loss_mask=np.ones(1, np.bool_),
-                source=Source.STUDENT,
-                version=version,
-                finish_reason=FinishReason.STOP,
-                text="",
-            )
-            for prompt in prompts
-        ]
+        return responses(prompts, self._versions[seed], seed)
 
 
-class RecordingCluster:
-    """What a model was loaded with."""
-
-    def __init__(self) -> None:
-        self.trusted: list[bool] = []
-
-    def generators(
-        self, model: ModelFacts, source: Source, *, end_token_id: int, trust_remote_code: bool
-    ) -> list[Any]:
-        self.trusted.append(trust_remote_code)
-        return []
-
-    def loop(self, peers: object) -> Loop:
-        return Loop({1: STEPS, 2: STEPS})
-
-    def held_out_loss(self, *_: object, trust_remote_code: bool, **__: object) -> float:
-        self.trusted.append(trust_remote_code)
-        return 0.75
+def responder(versions: dict[int, int]) -> Responder:
+    return cast(Responder, FakeResponder(versions))
 
 
-@pytest.fixture(autouse=True)
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of the fakes are answered at once; a decoded answer is its version."""
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServedModel]:
+    """The models that were scored from their directories."""
+    found: list[ServedModel] = []
 
-    def decode(_: object, rollout: Rollout) -> str:
-        return str(rollout.version)
+    def score_model(
+        config: Config, served: ServedModel, prompts: Sequence[Prompt], *_: object, **__: object
+    ) -> tuple[ModelScores, list[list[Rollout]]]:
+        found.append(served)
+        return ModelScores(validation_loss=0.75), [responses(prompts, STEPS, 1)]
 
-    monkeypatch.setattr(inference, "ask", lambda answer, *_, **__: answer)
-    monkeypatch.setattr(inference, "release", lambda actors: None)
-    monkeypatch.setattr(inference, "decode", decode)
+    monkeypatch.setattr(run_evaluator, "score_model", score_model)
+    return found
 
 
 @pytest.fixture
@@ -104,7 +91,13 @@ def evaluator(tmp_path: Path) -> RunEvaluator:
             "student": {"model": "models/student"},
             "data": {"train": ["data/train.jsonl"]},
             "learner": {"steps": STEPS, "batch_size": 8},
-            "evaluation": {"seeds": [1, 2], "sampling": {"temperature": 1.0}},
+            "rollout": {"actors": 7, "dtype": "float32"},
+            "evaluation": {
+                "seeds": [1, 2],
+                "sampling": {"temperature": 1.0},
+                "student": {"actors": 2},
+                "teacher": {"actors": 3, "num_cpus": 4},
+            },
         }
     )
     log = MetricsLog(tmp_path, commit="", command="", tensorboard=False)
@@ -113,18 +106,17 @@ def evaluator(tmp_path: Path) -> RunEvaluator:
     log.close()
     data = SimpleNamespace(prompts=PROMPTS, demonstrations=(), end_token_id=2)
     splits = cast(Splits, SimpleNamespace(train=data, validation=data, test=None))
-    preflight = cast(Preflight, SimpleNamespace(teacher=SimpleNamespace(vocabulary_size=9)))
-    return RunEvaluator(config, preflight, cast(Any, None), splits)
+    return RunEvaluator(config, splits, cast(Any, None), "cpu", lambda: None)
 
 
 def before(evaluator: RunEvaluator) -> Evaluation:
-    return evaluator.before(cast(Any, Loop({1: 0, 2: 0})))
+    return evaluator.before(responder({1: 0, 2: 0}))
 
 
 def test_the_student_after_has_the_losses_of_the_log_and_the_last_weights(
     evaluator: RunEvaluator,
 ) -> None:
-    after = evaluator.after(cast(Any, Loop({1: STEPS, 2: STEPS})), before(evaluator))
+    after = evaluator.after(responder({1: STEPS, 2: STEPS}), before(evaluator))
     assert after is not None
     assert after.models["student before"].validation_loss == 4.0
     assert after.models["student after"].validation_loss == 1.5
@@ -135,11 +127,14 @@ def test_the_student_after_has_the_losses_of_the_log_and_the_last_weights(
 def test_a_generator_that_lost_the_last_weights_gives_no_scores(
     evaluator: RunEvaluator, versions: dict[int, int]
 ) -> None:
-    assert evaluator.after(cast(Any, Loop(versions)), before(evaluator)) is None
+    assert evaluator.after(responder(versions), before(evaluator)) is None
 
 
 def test_the_exported_student_is_scored_in_their_place(
-    evaluator: RunEvaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluator: RunEvaluator,
+    served: list[ServedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checked: list[Path] = []
 
@@ -148,17 +143,22 @@ def test_the_exported_student_is_scored_in_their_place(
         return SimpleNamespace(vocabulary_size=9)
 
     monkeypatch.setattr(run_evaluator, "check_model_directory", check)
-    cluster = RecordingCluster()
-    after = evaluator.exported(cast(Cluster, cluster), before(evaluator))
+    after = evaluator.exported(before(evaluator))
     assert checked == [tmp_path / "model"]
     assert after.models["student after"].validation_loss == 1.5
-    assert cluster.trusted == [False, False]
+    [student] = served
+    assert (student.pool.actors, student.spec.count) == (2, 2)
+    assert not student.model.trust_remote_code
 
 
-def test_a_teacher_with_code_of_its_own_is_trusted_by_its_generators_too(
-    evaluator: RunEvaluator,
+def test_the_teacher_is_scored_with_its_own_pool_and_its_own_trust(
+    evaluator: RunEvaluator, served: list[ServedModel]
 ) -> None:
-    cluster = RecordingCluster()
-    complete = evaluator.teacher(cast(Cluster, cluster), before(evaluator))
-    assert cluster.trusted == [True, True]
+    facts = cast(ModelFacts, SimpleNamespace(vocabulary_size=9))
+    complete = evaluator.teacher(before(evaluator), facts)
     assert complete.models["teacher"].validation_loss == 0.75
+    [teacher] = served
+    assert teacher.facts is facts
+    assert (teacher.pool.actors, teacher.spec.count, teacher.spec.cpus) == (3, 3, 4)
+    assert teacher.source is Source.TEACHER
+    assert teacher.model.trust_remote_code

@@ -1,4 +1,4 @@
-"""The learner's loop against services and a learner that are plain objects."""
+"""The learner's loop against roles and a learner that are plain objects."""
 
 import errno
 import json
@@ -6,20 +6,23 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from distillm_ray.cluster.learner import Links
 from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError, RunDirectoryError, UserError
+from distillm_ray.learner import train_loop
 from distillm_ray.learner.checkpoint import CheckpointDirectory
-from distillm_ray.learner.prefetch import Prefetcher
-from distillm_ray.learner.train_loop import train_loop
+from distillm_ray.learner.prefetch import Prefetcher, PreparedStep
+from distillm_ray.learner.train_loop import TrainLoop
 from distillm_ray.log.records import EventRecord, ProbeRecord, Record, Sample
 from distillm_ray.types import (
+    TRAINING,
     Bucket,
     DrawFacts,
     FinishReason,
@@ -28,8 +31,10 @@ from distillm_ray.types import (
     MicroBatchPlan,
     Mix,
     PlannedSequence,
+    Prompt,
     RankPlan,
     Rollout,
+    RunStatus,
     Shelf,
     Source,
     TeacherTargets,
@@ -49,9 +54,15 @@ def make_config(directory: Path, **learner: Any) -> Config:
             "learner": {"steps": 6, "batch_size": 1, "data_timeout_s": 30.0} | learner,
             "rollout": {"sync_interval": 2, "lookahead": 2},
             "validation": {"interval": 3},
+            "evaluation": {"at_end": False},
             "checkpoint": {"interval": 2, "keep": 2},
         }
     )
+
+
+@pytest.fixture(autouse=True)
+def _quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_loop, "_POLL_S", 0.05)
 
 
 def plan_of(step: int) -> RankPlan:
@@ -78,23 +89,33 @@ def plan_of(step: int) -> RankPlan:
     )
 
 
-class Services:
-    """A buffer whose draw of a step waits for the steps and validations before it."""
+class Roles:
+    """Every role that the loop talks to. A draw waits for the steps and validations before it."""
 
     def __init__(self, config: Config) -> None:
         self.lookahead = config.rollout.lookahead
         self.interval = config.validation.interval
         self.calls: list[tuple[str, int]] = []
         self.records: list[Record] = []
-        self.published: list[Weights] = []
+        self.published: list[Weights[Bucket]] = []
         self.completed = -1
         self.validated = -1
         self.stop_at: int | None = None
+        self.failure: str | None = None
+        self.phase = TRAINING
+        self.waits: list[str] = []
         self.wants = True
         self.wants_from_validation: int | None = None
         self.missing_step: int | None = None
         self.fail_targets = False
         self.drawn: list[int] = []
+
+    @property
+    def links(self) -> Links:
+        role = cast(Any, self)
+        return Links(buffer=role, orchestrator=role, log=role, control=role, targets=role)
+
+    # ---- the replay buffer
 
     def draw(self, step: int, rank: int, timeout_s: float) -> RankPlan | None:
         due = step // self.interval * self.interval
@@ -108,19 +129,7 @@ class Services:
     def waiting_for(self, step: int) -> str:
         return f"ordinal {step}"
 
-    def fetch_targets(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherTargets]:
-        if self.fail_targets:
-            raise ClusterError("no store answers")
-        values = np.zeros((1, 4), dtype=np.float32)
-        return {one.rollout_id: HiddenTargets(values_TD=values) for one in rollouts}
-
-    def restore_buffer(self, state: bytes | None, completed: int) -> None:
-        assert state == (None if completed == 0 else f"buffer {completed}".encode())
-        self.calls.append(("restore", completed))
-        self.completed = completed
-        self.validated = completed // self.interval * self.interval if completed else -1
-
-    def buffer_state(self, completed: int) -> bytes:
+    def state(self, completed: int) -> bytes:
         assert completed == self.completed, "the state of a step that is not the newest"
         return f"buffer {completed}".encode()
 
@@ -128,23 +137,40 @@ class Services:
         self.calls.append(("advance", completed))
         self.completed = completed
 
-    def wants_weights(self, completed: int) -> bool:
-        return self.wants
-
-    def put_bucket(self, bucket: Bucket) -> Any:
-        return bucket
-
-    def publish(self, weights: Weights) -> None:
-        self.calls.append(("publish", weights.version))
-        self.published.append(weights)
-
-    def report_validation(self, validation: Validation) -> float:
+    def report(self, validation: Validation) -> float:
         self.calls.append(("validation", validation.step))
         self.validated = validation.step
         self.wants = self.wants or validation.step == self.wants_from_validation
         return 0.5
 
-    def start_probe(self) -> None:
+    def wants_weights(self) -> bool:
+        return self.wants
+
+    # ---- target stores
+
+    def fetch(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherTargets]:
+        if self.fail_targets:
+            raise ClusterError("no store replies")
+        values = np.zeros((1, 4), dtype=np.float32)
+        return {one.rollout_id: HiddenTargets(values_TD=values) for one in rollouts}
+
+    # ---- the orchestrator
+
+    def restore(self, state: bytes | None, completed: int) -> None:
+        assert state == (None if completed == 0 else f"buffer {completed}".encode())
+        self.calls.append(("restore", completed))
+        self.completed = completed
+        self.validated = completed // self.interval * self.interval if completed else -1
+
+    def put(self, bucket: Bucket) -> Bucket:
+        return bucket
+
+    def publish(self, weights: Weights[Bucket]) -> None:
+        self.calls.append(("publish", weights.version))
+        self.published.append(weights)
+
+    def start_probe(self, prompts: Sequence[Prompt]) -> None:
+        assert [prompt.text for prompt in prompts] == ["why"]
         self.calls.append(("probe", self.completed))
 
     def finish_probe(self) -> list[Rollout]:
@@ -162,17 +188,21 @@ class Services:
             )
         ]
 
-    def samples(self, rollouts: Sequence[Rollout]) -> tuple[Sample, ...]:
-        return (Sample(prompt="why", reference="so", response="as"),)
-
     def report_step(self, train: TrainStep, facts: DrawFacts) -> None:
         self.calls.append(("step", train.step))
 
-    def log(self, record: Record) -> None:
+    # ---- log and run control
+
+    def add(self, record: Record) -> None:
         self.records.append(record)
 
-    def should_stop(self) -> bool:
-        return self.completed == self.stop_at
+    def status(self) -> RunStatus:
+        stop = self.completed == self.stop_at
+        return RunStatus(phase=self.phase, stop=stop, failure=self.failure)
+
+    def wait_for(self, what: str) -> RunStatus:
+        self.waits.append(what)
+        return self.status()
 
 
 class FakeLearner:
@@ -216,30 +246,42 @@ class FakeLearner:
     def export(self, directory: Path) -> None:
         directory.mkdir()
 
-    def agree(self, flag: bool) -> bool:
-        return flag
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        return flags
 
     def collect(self, value: Any) -> list[Any]:
         return [value]
 
 
-def run(services: Services, learner: FakeLearner, config: Config, *, resume: bool = False) -> int:
+PROBE = Prompt(
+    prompt_id="probe",
+    token_ids=np.array([1], dtype=np.int32),
+    reference_ids=(),
+    text="why",
+    references=("so",),
+)
+
+
+def run(roles: Roles, learner: FakeLearner, config: Config, *, resume: bool = False) -> int:
     checkpoints = CheckpointDirectory(config.run.directory / "checkpoints", keep=2)
-    return train_loop(
-        services,
-        learner,
+    loop = TrainLoop(
+        cast(Any, learner),
+        roles.links,
         config,
+        checkpoints,
         validation_batches=(),
         publish_dtype=torch.float32,
-        start=checkpoints.latest() if resume else None,
+        probe_prompts=(PROBE,),
+        decode=lambda rollout: "as",
     )
+    return loop.run(checkpoints.latest() if resume else None)
 
 
 def test_a_run_publishes_advances_and_validates_in_this_order(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    services, learner = Services(config), FakeLearner()
-    assert run(services, learner, config) == 6
-    assert services.calls == [
+    roles, learner = Roles(config), FakeLearner()
+    assert run(roles, learner, config) == 6
+    assert roles.calls == [
         ("restore", 0),
         *[("probe", 0), ("validation", 0)],
         *[("advance", 1), ("step", 1)],
@@ -255,9 +297,9 @@ def test_a_run_publishes_advances_and_validates_in_this_order(tmp_path: Path) ->
 
 def test_published_weights_are_those_of_their_version(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    services = Services(config)
-    run(services, FakeLearner(), config)
-    for weights in services.published:
+    roles = Roles(config)
+    run(roles, FakeLearner(), config)
+    for weights in roles.published:
         [bucket] = weights.buckets
         assert bucket["steps"][2].tolist() == [weights.version]
         assert weights.nbytes == 1
@@ -265,20 +307,29 @@ def test_published_weights_are_those_of_their_version(tmp_path: Path) -> None:
 
 def test_nothing_is_published_that_nobody_wants(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    services = Services(config)
-    services.wants = False
-    run(services, FakeLearner(), config)
-    assert services.published == []
+    roles = Roles(config)
+    roles.wants = False
+    run(roles, FakeLearner(), config)
+    assert roles.published == []
+
+
+def test_the_last_weights_are_published_for_the_evaluation(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    evaluation = config.evaluation.model_copy(update={"at_end": True})
+    roles = Roles(config)
+    roles.wants = False
+    run(roles, FakeLearner(), config.model_copy(update={"evaluation": evaluation}))
+    assert [weights.version for weights in roles.published] == [6]
 
 
 def test_weights_go_out_late_where_a_validation_makes_phi_leave_zero(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    services = Services(config)
-    services.wants = False
-    services.wants_from_validation = 3
-    run(services, FakeLearner(), config)
-    late = services.calls.index(("publish", 3))  # the multiple of 2 before it was not wanted
-    assert services.calls[late - 1 : late + 2] == [
+    roles = Roles(config)
+    roles.wants = False
+    roles.wants_from_validation = 3
+    run(roles, FakeLearner(), config)
+    late = roles.calls.index(("publish", 3))  # the multiple of 2 before it was not wanted
+    assert roles.calls[late - 1 : late + 2] == [
         ("validation", 3),
         ("publish", 3),
         *[("publish", 4)],
@@ -287,21 +338,21 @@ def test_weights_go_out_late_where_a_validation_makes_phi_leave_zero(tmp_path: P
 
 def test_a_probe_measures_how_far_engine_and_learner_are_apart(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    services = Services(config)
-    run(services, FakeLearner(), config)
-    probes = [record for record in services.records if isinstance(record, ProbeRecord)]
+    roles = Roles(config)
+    run(roles, FakeLearner(), config)
+    probes = [record for record in roles.records if isinstance(record, ProbeRecord)]
     assert [probe.step for probe in probes] == [0, 6]  # step 3 has no weights of its own
     # The engine said -1 for each of the two tokens; the learner says -1.5 and -1.25.
     assert probes[0].logprob_gap == pytest.approx(0.375)
     assert probes[0].samples == (Sample(prompt="why", reference="so", response="as"),)
-    warnings = [record for record in services.records if isinstance(record, EventRecord)]
+    warnings = [record for record in roles.records if isinstance(record, EventRecord)]
     assert [warning.name for warning in warnings] == ["log-probabilities differ"]
     assert "0.375 nats" in warnings[0].detail
 
 
 def test_checkpoints_hold_step_phi_and_the_newest_validation(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    run(Services(config), FakeLearner(), config)
+    run(Roles(config), FakeLearner(), config)
     kept = CheckpointDirectory(tmp_path / "checkpoints", keep=2).complete()
     assert [found.meta.step for found in kept] == [4, 6]
     assert kept[0].meta.validation == Validation(step=3, loss=2.7, tokens=10)
@@ -311,33 +362,33 @@ def test_checkpoints_hold_step_phi_and_the_newest_validation(tmp_path: Path) -> 
 
 def test_a_stopped_run_leaves_a_checkpoint_and_goes_on_from_it(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    services, learner = Services(config), FakeLearner()
-    services.stop_at = 3
-    assert run(services, learner, config) == 3
+    roles, learner = Roles(config), FakeLearner()
+    roles.stop_at = 3
+    assert run(roles, learner, config) == 3
     assert not (tmp_path / "model").exists()
 
-    services, learner = Services(config), FakeLearner()
-    assert run(services, learner, config, resume=True) == 6
-    assert services.calls[:3] == [("restore", 3), ("publish", 3), ("publish", 4)]
+    roles, learner = Roles(config), FakeLearner()
+    assert run(roles, learner, config, resume=True) == 6
+    assert roles.calls[:3] == [("restore", 3), ("publish", 3), ("publish", 4)]
     assert learner.trained_on == ["student-3", "student-4", "student-5"]
     assert learner.steps_taken == 6
 
 
 def test_a_finished_run_that_is_resumed_trains_nothing(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    run(Services(config), FakeLearner(), config)
+    run(Roles(config), FakeLearner(), config)
     (tmp_path / "model").rmdir()
     learner = FakeLearner()
-    assert run(Services(config), learner, config, resume=True) == 6
+    assert run(Roles(config), learner, config, resume=True) == 6
     assert learner.trained_on == []
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_ids(tmp_path: Path) -> None:
     config = make_config(tmp_path, max_skipped_steps=1)
-    services, learner = Services(config), FakeLearner()
+    roles, learner = Roles(config), FakeLearner()
     learner.skip_from = 2
     with pytest.raises(UserError) as caught:
-        run(services, learner, config)
+        run(roles, learner, config)
     path = tmp_path / "non_finite_step_00000004.json"
     assert str(path) in str(caught.value)
     assert "learner.max_skipped_steps = 1" in str(caught.value)
@@ -346,20 +397,72 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_ids(tmp_path: Pat
 
 def test_samples_that_never_come_end_the_wait_and_say_what_was_missing(tmp_path: Path) -> None:
     config = make_config(tmp_path, data_timeout_s=0.2)
-    services = Services(config)
-    services.missing_step = 1
+    roles = Roles(config)
+    roles.missing_step = 1
     with pytest.raises(ClusterError) as caught:
-        run(services, FakeLearner(), config)
+        run(roles, FakeLearner(), config)
     assert "the samples of step 1" in str(caught.value)
     assert "waiting for ordinal 1" in str(caught.value)
 
 
+def test_waiting_counts_in_the_training_phase_only(tmp_path: Path) -> None:
+    """Evaluations before training may take longer than any step's samples."""
+    config = make_config(tmp_path, data_timeout_s=0.2)
+    roles = Roles(config)
+    roles.missing_step, roles.phase = 0, "evaluating the student before training"
+
+    def begin() -> None:
+        roles.missing_step, roles.phase = None, TRAINING
+
+    timer = threading.Timer(1.0, begin)
+    timer.start()
+    assert run(roles, FakeLearner(), config) == 6
+    assert "ordinal 0" in roles.waits
+
+
+def test_a_stop_is_noticed_while_samples_are_missing(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    roles = Roles(config)
+    roles.missing_step = 3
+    timer = threading.Timer(0.5, lambda: setattr(roles, "stop_at", 3))
+    timer.start()
+    assert run(roles, FakeLearner(), config) == 3
+    latest = CheckpointDirectory(tmp_path / "checkpoints", keep=2).latest()
+    assert latest is not None and latest.meta.step == 3
+
+
+def test_a_stop_before_the_first_step_leaves_nothing_behind(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    roles = Roles(config)
+    roles.stop_at = 0
+    assert run(roles, FakeLearner(), config) == 0
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_failure_elsewhere_ends_a_learner_that_waits(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    roles = Roles(config)
+    roles.missing_step, roles.failure = 0, "another rank's disk is full"
+    assert run(roles, FakeLearner(), config) == 0
+
+
+def test_what_a_learner_waits_for_is_told_and_taken_back(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    roles = Roles(config)
+    roles.missing_step = 1
+    timer = threading.Timer(0.5, lambda: setattr(roles, "missing_step", None))
+    timer.start()
+    run(roles, FakeLearner(), config)
+    assert set(roles.waits[:-1]) == {"ordinal 1"}
+    assert roles.waits[-1] == ""
+
+
 def test_an_error_of_the_prefetching_thread_reaches_the_training_thread(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    services = Services(config)
-    services.fail_targets = True
-    with pytest.raises(ClusterError, match="no store answers"):
-        run(services, FakeLearner(), config)
+    roles = Roles(config)
+    roles.fail_targets = True
+    with pytest.raises(ClusterError, match="no store replies"):
+        run(roles, FakeLearner(), config)
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
@@ -367,53 +470,52 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path
     learner = FakeLearner()
     learner.full_at = 4
     with pytest.raises(RunDirectoryError, match="step-00000002 remains valid"):
-        run(Services(config), learner, config)
+        run(Roles(config), learner, config)
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert names == ["step-00000002"]
 
 
-def prefetcher(services: Services, *, depth: int) -> Prefetcher:
-    return Prefetcher(
-        services,
-        rank=0,
-        first_step=0,
-        total_steps=6,
-        depth=depth,
-        timeout_s=5.0,
-        with_targets=True,
-    )
+def prefetcher(roles: Roles, *, depth: int) -> Prefetcher:
+    buffer = targets = cast(Any, roles)
+    return Prefetcher(buffer, targets, rank=0, first_step=0, total_steps=6, depth=depth)
+
+
+def get(ahead: Prefetcher, step: int) -> PreparedStep:
+    prepared = ahead.poll(step, 5.0)
+    assert prepared is not None
+    return prepared
 
 
 def test_the_prefetcher_draws_depth_steps_ahead_and_no_more(tmp_path: Path) -> None:
-    services = Services(make_config(tmp_path))
-    services.completed, services.validated = 100, 100
-    with prefetcher(services, depth=2) as ahead:
-        ahead.get(0)
+    roles = Roles(make_config(tmp_path))
+    roles.completed, roles.validated = 100, 100
+    with prefetcher(roles, depth=2) as ahead:
+        get(ahead, 0)
         deadline = time.monotonic() + 5.0
-        while len(services.drawn) < 3 and time.monotonic() < deadline:
+        while len(roles.drawn) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.05)
-        assert services.drawn == [0, 1, 2]
-        [ahead.get(step) for step in range(1, 6)]
-    assert services.drawn == [0, 1, 2, 3, 4, 5]
+        assert roles.drawn == [0, 1, 2]
+        [get(ahead, step) for step in range(1, 6)]
+    assert roles.drawn == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_wait_for_a_late_step_is_measured(tmp_path: Path) -> None:
-    services = Services(make_config(tmp_path))
-    services.completed, services.validated, services.missing_step = 100, 100, 0
-    timer = threading.Timer(0.3, lambda: setattr(services, "missing_step", None))
-    with prefetcher(services, depth=1) as ahead:
+    roles = Roles(make_config(tmp_path))
+    roles.completed, roles.validated, roles.missing_step = 100, 100, 0
+    timer = threading.Timer(0.3, lambda: setattr(roles, "missing_step", None))
+    with prefetcher(roles, depth=1) as ahead:
         timer.start()
-        assert 0.2 < ahead.get(0).wait_seconds < 3.0
+        assert 0.2 < get(ahead, 0).wait_seconds < 3.0
         time.sleep(0.1)
-        assert ahead.get(1).wait_seconds < 0.1
+        assert get(ahead, 1).wait_seconds < 0.1
 
 
 def test_leaving_the_prefetcher_ends_its_thread_though_a_draw_is_pending(tmp_path: Path) -> None:
-    services = Services(make_config(tmp_path))
-    services.completed, services.validated, services.missing_step = 100, 100, 1
+    roles = Roles(make_config(tmp_path))
+    roles.completed, roles.validated, roles.missing_step = 100, 100, 1
     started = time.monotonic()
-    with prefetcher(services, depth=1) as ahead:
-        ahead.get(0)
+    with prefetcher(roles, depth=1) as ahead:
+        get(ahead, 0)
     assert time.monotonic() - started < 3.0
     assert not [one for one in threading.enumerate() if one.name.startswith("prefetch")]

@@ -1,165 +1,165 @@
-"""The roles as classes that Ray can host: thin, asynchronous shells around the plain ones.
+"""How a role becomes a Ray actor, and how its calls are waited for.
 
-Each imports what its role needs in its own process, so that the driver loads no engine. Nothing
-here decides anything; `cluster.py` says where these run, `actor_pool.py` what follows where they
-fail. The replay buffer and the rollout loop have files of their own.
+The files beside this one define the actors of each role and their clients. An actor's methods carry
+`@ray.method` and its handle has the type `ActorProxy[...]`, so that the type checker sees every
+remote call. No actor is detached: when the driver ends, however it ends, its actors end with it.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import ray
+from ray.actor import ActorClass, ActorHandle, ActorProxy
+from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from distillm_ray.config import RolloutConfig, SamplingConfig, TargetsConfig, TeacherConfig
-from distillm_ray.log.metrics import MetricsLog
-from distillm_ray.log.records import BufferSizes, Record
-from distillm_ray.replay.buffer import BufferCounters
-from distillm_ray.rollout.generator import Generator
-from distillm_ray.teacher.target_store import StoreCounters, TargetStore
-from distillm_ray.types import (
-    Demand,
-    Prompt,
-    Rollout,
-    ScoreReport,
-    Source,
-    TeacherTargets,
-    Weights,
-)
+from distillm_ray.cluster.placement import RoleSpec
+from distillm_ray.errors import ClusterError, UserError
+from distillm_ray.types import Device
+
+A = TypeVar("A")
+Result = TypeVar("Result")
+
+MAX_CONCURRENCY = 1000  # calls that an asynchronous actor may have open
+CALL_TIMEOUT_S = 120.0  # of calls that only read or change a little state
+_POLL_S = 0.5  # between two looks at what may interrupt a wait
 
 
-class PooledActor:
-    """An actor of a pool, which may be killed and restarted under the same handle."""
+class BufferLost(Exception):
+    """The replay buffer's process died and its successor has not been restored.
 
-    async def process(self) -> str:
-        """Another one after a restart."""
-        return ray.get_runtime_context().get_worker_id()
-
-
-class GeneratorActor(PooledActor):
-    """A generator in a process of its own; resolves published weights before they go in."""
-
-    def __init__(self, source: Source, config: RolloutConfig, **settings: Any) -> None:
-        self._source = source
-        self._generator = _make_generator(config, settings)
-
-    async def start(self) -> None:
-        """Load the model."""
-        await self._generator.start()
-
-    async def generate(self, demand: Demand) -> Rollout:
-        """See `Generator.generate`."""
-        return await self._generator.generate(demand)
-
-    async def answer(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
-        """See `Generator.complete`."""
-        return await self._generator.complete(prompt, sampling, seed=seed, source=self._source)
-
-    async def update_weights(self, weights: Weights, keep_in_flight: bool) -> float:
-        """See `Generator.update_weights`."""
-        buckets = await asyncio.gather(*(_resolve(bucket) for bucket in weights.buckets))
-        resolved = Weights(version=weights.version, buckets=tuple(buckets), nbytes=weights.nbytes)
-        return await self._generator.update_weights(resolved, keep_in_flight=keep_in_flight)
-
-    async def stop(self) -> None:
-        """Free the engine and its processes."""
-        await self._generator.stop()
+    A learner fails with it. Ray Train then restarts the group from the last checkpoint, which also
+    restores the buffer.
+    """
 
 
-class ScorerActor(PooledActor):
-    """A scorer in a process of its own."""
-
-    def __init__(self, teacher: TeacherConfig, targets: TargetsConfig, **settings: Any) -> None:
-        from distillm_ray.teacher.scorer import Scorer  # noqa: PLC0415  the driver loads no torch model
-
-        self._scorer = Scorer(teacher, targets, **settings)
-
-    async def start(self) -> None:
-        """Load the teacher."""
-        await self._scorer.start()
-
-    async def score(self, rollout: Rollout) -> tuple[ScoreReport, TeacherTargets]:
-        """See `Scorer.score`; Ray returns the two as two objects."""
-        return await self._scorer.score(rollout)
+# ---- start and end -------------------------------------------------------------------------------
 
 
-class TargetStoreActor:
-    """Owns payloads: what it keeps is a reference made by its own `ray.put`."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._store: TargetStore[ray.ObjectRef[Any]] = TargetStore(max_bytes)
-
-    def put(self, rollout_id: str, payload: TeacherTargets, nbytes: int) -> bool:
-        """Keep a payload; False if it is larger than the whole store."""
-        return self._store.put(rollout_id, ray.put(payload), nbytes)
-
-    def get(self, rollout_ids: Sequence[str]) -> dict[str, ray.ObjectRef[Any]]:
-        """References to the payloads that are here."""
-        return self._store.get(rollout_ids)
-
-    def has(self, rollout_id: str) -> bool:
-        """Whether it is here, without counting as a use."""
-        return rollout_id in self._store
-
-    def drop(self, rollout_ids: Sequence[str]) -> None:
-        """Forget payloads that turned out to be lost."""
-        self._store.drop(rollout_ids)
-
-    def counters(self) -> StoreCounters:
-        """See `TargetStore.counters`."""
-        return self._store.counters
-
-
-class MetricsActor:
-    """The run's log in a process of its own."""
-
-    def __init__(self, directory: Path, **settings: Any) -> None:
-        self._log = MetricsLog(directory, **settings)
-
-    def add(self, record: Record) -> None:
-        """See `MetricsLog.add`."""
-        self._log.add(record)
-
-    def rewind(self, step: int) -> None:
-        """See `MetricsLog.rewind`."""
-        self._log.rewind(step)
-
-    def since(self, position: int) -> tuple[list[Record], int]:
-        """See `MetricsLog.since`."""
-        return self._log.since(position)
-
-    def close(self) -> None:
-        """See `MetricsLog.close`."""
-        self._log.close()
-
-
-def buffer_sizes(buffer: BufferCounters, stores: Sequence[StoreCounters]) -> BufferSizes:
-    """What the log keeps of the two."""
-    return BufferSizes(
-        fresh=buffer.fresh,
-        replay=buffer.replay,
-        in_flight=buffer.outstanding,
-        target_bytes=sum(store.nbytes for store in stores),
+def pooled(role: type[A], spec: RoleSpec, device: Device) -> ActorClass[A]:
+    """An actor class of a pool. Ray restarts its processes; the pool decides about its calls."""
+    return _remote(
+        role,
+        num_cpus=spec.cpus,
+        num_gpus=spec.gpus,
+        max_restarts=-1,
+        max_task_retries=0,
+        max_concurrency=MAX_CONCURRENCY,
+        runtime_env={"env_vars": thread_settings(spec.num_threads, device)},
     )
 
 
-def _make_generator(config: RolloutConfig, settings: dict[str, Any]) -> Generator:
-    # The driver and the other roles load no engine.
-    match config.engine.type:
-        case "vllm":
-            from distillm_ray.rollout.vllm_engine import VllmGenerator  # noqa: PLC0415
+def beside_driver(
+    role: type[A], *, survives: bool = False, concurrent: bool = True
+) -> ActorClass[A]:
+    """An actor class that only coordinates, on the driver's node.
 
-            return VllmGenerator(config=config, **settings)
-        case "transformers":
-            from distillm_ray.rollout.transformers_engine import (  # noqa: PLC0415
-                TransformersGenerator,
-            )
+    Args:
+        survives: restart it after a crash and repeat the calls that the crash interrupted.
+        concurrent: it is asynchronous and serves many calls at a time.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return _remote(
+        role,
+        num_cpus=0,
+        max_restarts=-1 if survives else 0,
+        max_task_retries=-1 if survives else 0,
+        max_concurrency=MAX_CONCURRENCY if concurrent else 1,
+        scheduling_strategy=here,
+    )
 
-            return TransformersGenerator(config=config, **settings)
+
+def spread(role: type[A], *, retries: int) -> ActorClass[A]:
+    """An actor class whose instances Ray spreads over the nodes; its calls may be repeated."""
+    return _remote(
+        role, num_cpus=0, max_restarts=-1, max_task_retries=retries, scheduling_strategy="SPREAD"
+    )
 
 
-async def _resolve(bucket: Any) -> Any:
-    return await bucket
+def _remote(role: type[A], **options: Any) -> ActorClass[A]:
+    decorate: Any = ray.remote  # its annotations know only some of its options
+    return decorate(**options)(role)
+
+
+def kill(actor: ActorProxy[Any], *, no_restart: bool) -> None:
+    """End an actor's process."""
+    ray.kill(cast(ActorHandle, actor), no_restart=no_restart)
+
+
+def release(actors: Sequence[ActorProxy[Any]]) -> None:
+    """End actors for good and return their CPUs and GPUs."""
+    for actor in actors:
+        kill(actor, no_restart=True)
+
+
+def thread_settings(num_threads: int, device: Device) -> dict[str, str]:
+    """Environment variables for roles that share the cores and the memory of a node.
+
+    Idle OpenMP threads sleep instead of spinning, and glibc keeps few heaps. On the CPU glibc (2.35
+    and newer) also asks for huge pages: torch maps its tensors anew at every use, and page faults
+    were a sixth of a learner's step.
+    """
+    settings = {
+        "MALLOC_ARENA_MAX": "2",
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+    }
+    if device == "cpu":
+        tunables = (os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1")
+        settings["GLIBC_TUNABLES"] = ":".join(filter(None, tunables))
+    return settings
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+def ask(
+    call: ray.ObjectRef[Result],
+    what: str,
+    *,
+    timeout_s: float = CALL_TIMEOUT_S,
+    interrupt: Callable[[], None] | None = None,
+) -> Result:
+    """The result of a remote call, within a limit.
+
+    Args:
+        what: who should have replied, for the message; names the config key of the limit, if any.
+        interrupt: called twice a second while waiting; what it raises ends the wait.
+
+    Raises:
+        UserError: raised by the call itself, or ClusterError when the limit has passed.
+        BufferLost: raised by the call itself.
+    """
+    left_s = timeout_s
+    while interrupt is not None and left_s > _POLL_S:
+        if ray.wait([call], timeout=_POLL_S)[0]:
+            break
+        interrupt()
+        left_s -= _POLL_S
+    try:
+        return ray.get(call, timeout=left_s)
+    except GetTimeoutError as error:
+        raise ClusterError(
+            f"no reply within {timeout_s:g} s: {what}; the process hangs, or the cluster is"
+            " overloaded; see the log of the driver's node"
+        ) from error
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError | BufferLost):
+            raise error.cause from error
+        raise
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The exception that was raised inside the actor, where Ray hands one on."""
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Type and message of an error, for a log."""
+    cause = cause_of(error)
+    text = " ".join(f"{type(cause).__name__}: {cause}".split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

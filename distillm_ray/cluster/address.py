@@ -1,4 +1,4 @@
-"""The address of a Ray cluster: does one answer there?"""
+"""A quick check whether a Ray cluster listens at an address."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _HTTP2_SETTINGS = 4  # type of the frame with which a server has to begin; the f
 
 
 def knock(address: str) -> None:
-    """Fail in seconds where no cluster can be: `ray.init` would try for minutes.
+    """Fail in seconds where there is no cluster: `ray.init` would try for minutes.
 
-    Ray speaks gRPC, which is HTTP/2, so whatever answers otherwise is something else. With TLS only
-    the connection is tried.
+    Ray speaks gRPC over HTTP/2, so a server that does not reply in HTTP/2 is not Ray's. With TLS
+    only the connection is tried.
 
     Raises:
-        OSError: nothing answers there, or not as a cluster does.
-        ValueError: the port is no number, or the address is that of a dashboard.
+        OSError: nothing listens there, or it is not a Ray cluster.
+        ValueError: the port is not a number, or the address is that of a dashboard.
     """
     if address.startswith(("http://", "https://")):
         raise ValueError(
-            "a Ray cluster's address is HOST:PORT, and this is a dashboard's: `ray job submit`"
-            " takes it, a program that joins the cluster does not; `ray start --head` says which"
+            "a Ray cluster's address is HOST:PORT, and this is a dashboard's, which only `ray job"
+            " submit` takes; `ray start --head` prints both"
         )
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon:
@@ -36,14 +36,14 @@ def knock(address: str) -> None:
 def _greet(connection: socket.socket) -> None:
     try:
         connection.sendall(_HTTP2_HELLO)
-        answer = connection.recv(4)
+        reply = connection.recv(4)
     except TimeoutError as error:
         raise TimeoutError(
-            f"something listens there and says nothing for {_TIMEOUT_S:g} s: it hangs, or is no Ray"
-            " cluster"
+            f"something listens there but sends nothing for {_TIMEOUT_S:g} s: it hangs, or it is"
+            " not a Ray cluster"
         ) from error
-    if len(answer) < 4 or answer[3] != _HTTP2_SETTINGS:
+    if len(reply) < 4 or reply[3] != _HTTP2_SETTINGS:
         raise ConnectionError(
-            "something listens there that is no Ray cluster; its port is the one that"
-            " `ray start --head` says, 6379 unless it was told otherwise"
+            "something listens there that is not a Ray cluster; `ray start --head` prints the"
+            " cluster's port, 6379 by default"
         )

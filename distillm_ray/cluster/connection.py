@@ -1,4 +1,4 @@
-"""The cluster that a job runs on: joined or started, and what it offers."""
+"""Join or start the Ray cluster of a job, and read what it offers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 import ray
 
 from distillm_ray.cluster.address import knock
-from distillm_ray.cluster.resources import Available, Device, Node
+from distillm_ray.cluster.placement import Available, Node
 from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError
+from distillm_ray.types import Device
 
 
 def connect(config: Config, *, namespace: str = "distillm-ray") -> None:
-    """Join the cluster that RAY_ADDRESS names (a Ray job sets it), or start one of our own here.
+    """Join the cluster at RAY_ADDRESS, which a Ray job sets, or start one on this machine.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
     """
     environment = {
-        # Ray's own defaults wait minutes before a dead or hanging worker is noticed.
+        # By default Ray notices a dead or hanging worker after minutes.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
         "RAY_TRAIN_V2_ENABLED": "1",
@@ -33,10 +34,10 @@ def connect(config: Config, *, namespace: str = "distillm-ray") -> None:
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     settings: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
-        # A cluster of our own: nobody else is meant to reach it, and it needs no web page.
+        # A cluster of this process alone: no authentication and no dashboard.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         settings = {
-            # Without an address Ray joins whatever cluster was started here last.
+            # Without an address Ray would join the cluster that was started here last.
             "address": "local",
             "include_dashboard": False,
             "object_store_memory": _local_store_bytes(config),
@@ -75,5 +76,5 @@ def resolve_device(config: Config) -> Device:
 
 
 def _local_store_bytes(config: Config) -> int:
-    """Room for all targets, two versions of the weights and the batches under way."""
+    """Room for all targets, two versions of the weights, and the batches in transit."""
     return config.targets.max_bytes + 2 * 2**30

@@ -1,7 +1,7 @@
-"""From files to prompts and demonstrations, read and tokenized with Ray Data in the files' order.
+"""From files to prompts and demonstrations, in the files' order.
 
-One Ray Data pipeline per split. Rows carry their file and line, so that messages can name them and
-the result does not depend on how Ray divides the work.
+Rows carry their file and line, so that messages can name them and the result does not depend on
+how Ray Data divides the work, or on whether it does the work at all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distillm_ray.config import DataConfig
 from distillm_ray.data.files import DataFile, Split, find_files
 from distillm_ray.data.rows import RowProblemKind
 from distillm_ray.data.templates import Renderer
-from distillm_ray.data.tokenizing import tokenize_files
+from distillm_ray.data.tokenizing import TokenizeFiles, tokenize_files
 from distillm_ray.errors import DataError
 from distillm_ray.types import FinishReason, Int32Array, Prompt, Rollout, Source
 
@@ -80,22 +80,43 @@ class Splits:
     test: Dataset | None
     num_validation_twins: int  # validation prompts whose text is also a training prompt
 
+    def describe(self) -> list[str]:
+        """What was read, for the user: a line for each split, and a warning about twins."""
+        datasets = [self.train, self.validation, *([self.test] if self.test else [])]
+        lines = [dataset.summary() for dataset in datasets]
+        if self.num_validation_twins:
+            lines.append(
+                f"warning: {self.num_validation_twins} validation prompts are also training"
+                " prompts, word for word: the validation loss will look better than it is"
+            )
+        return lines
 
-def load_splits(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Splits:
+
+def load_splits(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    tokenize: TokenizeFiles = tokenize_files,
+) -> Splits:
     """Read all splits; without validation files, hold out a part of the training prompts.
 
     The choice of held-out prompts depends only on their text and the seed; equal prompts stay
-    together. Needs a connection to Ray and free CPUs.
+    together. `tokenize` decides where the rows are read: in this process, or with Ray Data.
 
     Raises:
         DataError: as in `load_dataset` and `hold_out`.
     """
-    train = load_dataset(config.train, config, tokenizer, split="train")
+
+    def load(paths: Sequence[Path], split: Split) -> Dataset:
+        return load_dataset(paths, config, tokenizer, split=split, tokenize=tokenize)
+
+    train = load(config.train, "train")
     if config.validation:
-        validation = load_dataset(config.validation, config, tokenizer, split="validation")
+        validation = load(config.validation, "validation")
     else:
         train, validation = hold_out(train, fraction=config.validation_fraction, seed=seed)
-    test = load_dataset(config.test, config, tokenizer, split="test") if config.test else None
+    test = load(config.test, "test") if config.test else None
     known = set(train.split_keys)
     return Splits(
         train=train,
@@ -112,6 +133,7 @@ def load_dataset(
     *,
     split: Split,
     require_responses: bool = True,
+    tokenize: TokenizeFiles = tokenize_files,
 ) -> Dataset:
     """Read and tokenize the files of one split, in the order of files and rows.
 
@@ -124,7 +146,7 @@ def load_dataset(
     """
     files = find_files(paths, split)
     renderer = Renderer(tokenizer, config.template)
-    table = tokenize_files(files, renderer, config, require_responses=require_responses)
+    table = tokenize(files, renderer, config, require_responses)
     return _collect(table, files, renderer, config, split, require_responses=require_responses)
 
 

@@ -1,29 +1,22 @@
-"""Reads and tokenizes files with Ray Data into one table, each row with its file and line."""
+"""Tokenizes the rows of files into one table, each row with its file and line. No Ray here.
+
+`ray_data.py` maps the same rows with Ray Data.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import logging
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, TypeAlias
 
 import pyarrow as pa
-import ray
-from ray.data.datasource import FileBasedDatasource
-from ray.exceptions import RayTaskError
 
 from distillm_ray.config import DataConfig
 from distillm_ray.data.files import DataFile, decode_row, read_rows
 from distillm_ray.data.rows import Example, RowError, parse_row
 from distillm_ray.data.templates import RenderedExample, Renderer
-from distillm_ray.errors import DataError
 
-_ROWS_PER_READ_BLOCK = 4096
-_BYTES_PER_TASK = 8 * 2**20  # smaller tasks do not pay for importing transformers in a worker
-_BYTES_WITH_PROGRESS_BAR = 64 * 2**20  # less is read in seconds
+_ROWS_PER_BATCH = 4096
 
 TOKENIZED = pa.schema(
     [
@@ -44,36 +37,39 @@ TOKENIZED = pa.schema(
 )
 
 
-class RowsDatasource(FileBasedDatasource):
-    """Reads rows as (file, row number, JSON).
+TokenizeFiles: TypeAlias = Callable[[Sequence[DataFile], Renderer, DataConfig, bool], pa.Table]
+"""`tokenize_files` or `ray_data.tokenize_files`: their tables are equal."""
 
-    Our own reader because the JSON readers of Ray Data, pyarrow and `datasets` know no line
-    numbers and fail a whole file for one bad line, so neither messages with `FILE:LINE` nor
-    `data.bad_rows: skip` would work. The first two also refuse a column that holds a text in one
-    row and a list of texts in another. Loading only `save_to_disk` directories with `datasets`
-    would save ten lines in files.py.
+
+def tokenize_files(
+    files: Sequence[DataFile], renderer: Renderer, config: DataConfig, require_responses: bool
+) -> pa.Table:
+    """All rows in the order of files and rows, with the columns of `TOKENIZED`.
+
+    Raises:
+        DataError: a file cannot be read.
     """
+    tables = [TOKENIZED.empty_table()]
+    for index, file in enumerate(files):
+        with file.path.open("rb") as stream:
+            for batch in raw_batches(stream, file, index):
+                tables.append(tokenize_rows(batch, renderer, config, require_responses))
+    return pa.concat_tables(tables)
 
-    def __init__(self, files: Sequence[DataFile]) -> None:
-        """`file` in the rows is the index into `files`."""
-        super().__init__([str(file.path) for file in files])
-        self._files = {str(file.path): (index, file) for index, file in enumerate(files)}
 
-    def _read_stream(self, f: Any, path: str) -> Iterator[pa.Table]:
-        index, file = self._files[path]
-        rows: list[tuple[int, bytes]] = []
-        # An Arrow input file does not iterate over lines.
-        stream = io.BufferedReader(f) if file.format == "jsonl" else f
-        for row in read_rows(stream, file):
-            rows.append(row)
-            if len(rows) == _ROWS_PER_READ_BLOCK:
-                yield _raw_table(index, rows)
-                rows = []
-        yield _raw_table(index, rows)
+def raw_batches(stream: BinaryIO, file: DataFile, index: int) -> Iterator[pa.Table]:
+    """The rows of a file as tables of (file, row number, JSON); `index` goes into `file`.
 
-    def _open_input_source(self, filesystem: Any, path: str, **open_args: Any) -> Any:
-        # Parquet needs a seekable file; the default is an input stream.
-        return filesystem.open_input_file(path)
+    Raises:
+        DataError: the file is damaged.
+    """
+    rows: list[tuple[int, bytes]] = []
+    for row in read_rows(stream, file):
+        rows.append(row)
+        if len(rows) == _ROWS_PER_BATCH:
+            yield _raw_table(index, rows)
+            rows = []
+    yield _raw_table(index, rows)
 
 
 def _raw_table(index: int, rows: Sequence[tuple[int, bytes]]) -> pa.Table:
@@ -86,53 +82,10 @@ def _raw_table(index: int, rows: Sequence[tuple[int, bytes]]) -> pa.Table:
     )
 
 
-def tokenize_files(
-    files: Sequence[DataFile],
-    renderer: Renderer,
-    config: DataConfig,
-    *,
-    require_responses: bool,
-) -> pa.Table:
-    """All rows in the order of files and rows, with the columns of `TOKENIZED`.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
-    num_bytes = sum(file.path.stat().st_size for file in files)
-    with _quiet_ray_data(progress_bars=num_bytes >= _BYTES_WITH_PROGRESS_BAR):
-        dataset = ray.data.read_datasource(
-            RowsDatasource(files), override_num_blocks=max(1, -(-num_bytes // _BYTES_PER_TASK))
-        ).map_batches(
-            partial(
-                tokenize_rows,
-                renderer=renderer,
-                max_prompt_tokens=config.max_prompt_tokens,
-                max_response_tokens=config.max_response_tokens,
-                require_responses=require_responses,
-            ),
-            batch_format="pyarrow",
-            batch_size=None,
-        )
-        try:
-            references: list[Any] = dataset.to_arrow_refs()
-            tables: list[pa.Table] = ray.get(references)
-        except RayTaskError as error:
-            if isinstance(error.cause, DataError):
-                # The first line only: Ray adds the task's stack trace and notes on retries.
-                raise DataError(str(error.cause).splitlines()[0]) from error
-            raise
-    table = pa.concat_tables([TOKENIZED.empty_table(), *(t for t in tables if t.num_rows)])
-    return table.sort_by([("file", "ascending"), ("row", "ascending")])
-
-
 def tokenize_rows(
-    batch: pa.Table,
-    renderer: Renderer,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    require_responses: bool,
+    batch: pa.Table, renderer: Renderer, config: DataConfig, require_responses: bool
 ) -> pa.Table:
-    """Turn a batch of raw rows into the columns of `TOKENIZED`; runs in Ray Data's tasks."""
+    """Turn a batch of raw rows into the columns of `TOKENIZED`."""
     out: list[dict[str, Any]] = []
     for file, row, payload in zip(
         batch["file"].to_pylist(),
@@ -144,7 +97,7 @@ def tokenize_rows(
         try:
             example = parse_row(decode_row(payload), require_responses=require_responses)
             rendered = renderer.render(example)
-            _check_lengths(rendered, max_prompt_tokens, max_response_tokens)
+            _check_lengths(rendered, config.max_prompt_tokens, config.max_response_tokens)
         except RowError as error:
             out.append({**place, "kind": error.kind, "reason": error.reason})
             continue
@@ -185,23 +138,3 @@ def _check_lengths(
             f"the response has {len(rendered.reference_ids[0])} tokens, data.max_response_tokens is"
             f" {max_response_tokens}",
         )
-
-
-@contextlib.contextmanager
-def _quiet_ray_data(*, progress_bars: bool) -> Iterator[None]:
-    """Silence the plan and the progress bar that Ray Data shows for every execution."""
-    context = ray.data.DataContext.get_current()
-    # The second logger warns that the bars are off.
-    loggers = [logging.getLogger(name) for name in ("ray.data", "ray.data._internal.progress")]
-    levels = [logger.level for logger in loggers]
-    before = context.enable_progress_bars
-    context.enable_progress_bars = progress_bars
-    if not progress_bars:
-        loggers[0].setLevel(logging.WARNING)
-        loggers[1].setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        context.enable_progress_bars = before
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -9,8 +9,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from distillm_ray.files import write_atomically
 from distillm_ray.errors import RunDirectoryError
+from distillm_ray.files import write_atomically
 
 EVALUATION_FILE = "evaluation.json"
 STUDENT_BEFORE, STUDENT_AFTER, TEACHER = "student before", "student after", "teacher"

@@ -1,20 +1,21 @@
-"""The student before, the student after and the teacher on the same held-out prompts.
-
-What the end of a run shows: each model's answers are scored by ROUGE-L and BLEU, and its held-out
-loss stands beside them.
-"""
+"""The student before, the student after and the teacher, on the same held-out prompts."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from distillm_ray.cluster.actor_pool import Actor
-from distillm_ray.cluster.cluster import Cluster
 from distillm_ray.config import Config
 from distillm_ray.data.splits import Splits
-from distillm_ray.evaluation import inference
+from distillm_ray.evaluation.model_scores import (
+    evaluation_seeds,
+    score_model,
+    score_responses,
+    served_student,
+    served_teacher,
+)
+from distillm_ray.evaluation.responder import Responder, ServedModel
 from distillm_ray.evaluation.results import (
     STUDENT_AFTER,
     STUDENT_BEFORE,
@@ -25,28 +26,29 @@ from distillm_ray.evaluation.results import (
 )
 from distillm_ray.log.metrics import FILE_NAME, read_records
 from distillm_ray.log.records import ValidationRecord
-from distillm_ray.models.directory import check_model_directory
-from distillm_ray.preflight import Preflight
+from distillm_ray.models.directory import ModelFacts, check_model_directory
 from distillm_ray.run_directory import MODEL_FOLDER
-from distillm_ray.types import Prompt, Rollout
+from distillm_ray.types import Device, Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class RunEvaluator:
-    """Scores the three models of a run; `prompts` is empty where `evaluation.at_end` is off."""
+    """Scores the models of a run. `prompts` is empty where `evaluation.at_end` is off."""
 
     def __init__(
         self,
         config: Config,
-        preflight: Preflight,
-        tokenizer: PreTrainedTokenizerBase,
         splits: Splits,
+        tokenizer: PreTrainedTokenizerBase,
+        device: Device,
+        interrupt: Callable[[], None],
     ) -> None:
         self._config = config
-        self._preflight = preflight
         self._tokenizer = tokenizer
+        self._device: Device = device
+        self._interrupt = interrupt
         self._end_token_id = splits.train.end_token_id
         limit = config.validation.max_prompts
         self._validation = splits.validation.demonstrations[:limit]
@@ -55,11 +57,9 @@ class RunEvaluator:
         if config.evaluation.at_end:
             self.prompts = test.prompts[: config.evaluation.max_prompts]
 
-    def before(self, loop: Actor) -> Evaluation:
-        """The student as it came; its answers become the samples' first half."""
-        scores, answers = inference.score_answers(
-            loop, self.prompts, self._config, tokenizer=self._tokenizer
-        )
+    def before(self, responder: Responder) -> Evaluation:
+        """The student before training; its responses become the samples' first half."""
+        scores, responses = score_responses(responder, self.prompts, self._config)
         shown = self._config.evaluation.num_samples_shown
         return Evaluation(
             models={STUDENT_BEFORE: scores},
@@ -67,51 +67,41 @@ class RunEvaluator:
                 ComparedSample(
                     prompt=prompt.text,
                     reference=prompt.references[0],
-                    before=answer.text,
+                    before=response.text,
                     after="",
                 )
-                for prompt, answer in list(zip(self.prompts, answers[0], strict=True))[:shown]
+                for prompt, response in list(zip(self.prompts, responses[0], strict=True))[:shown]
             ),
             num_prompts=len(self.prompts),
-            seeds=inference.evaluation_seeds(self._config),
+            seeds=evaluation_seeds(self._config),
         )
 
-    def after(self, loop: Actor, evaluation: Evaluation) -> Evaluation | None:
+    def after(self, responder: Responder, evaluation: Evaluation) -> Evaluation | None:
         """The trained student, by the generators of the run.
 
-        None where one of them does not hold the last weights: it was restarted after the learners
-        were gone, and the weights that they had published with them.
+        None if one of them does not hold the last weights: it was restarted after the learners, and
+        with them the weights that they had published, were gone.
         """
-        scores, answers = inference.score_answers(
-            loop, self.prompts, self._config, tokenizer=self._tokenizer
-        )
+        scores, responses = score_responses(responder, self.prompts, self._config)
         steps = self._config.learner.steps
-        if any(answer.version != steps for by_prompt in answers for answer in by_prompt):
+        if any(response.version != steps for by_seed in responses for response in by_seed):
             return None
-        return self._completed(evaluation, scores, answers[0])
+        return self._completed(evaluation, scores, responses[0])
 
-    def exported(self, cluster: Cluster, evaluation: Evaluation) -> Evaluation:
-        """The trained student, from `model/`; needs what `inference.score_model` does."""
-        scores, answers = inference.score_model(
-            cluster,
-            self._config,
-            check_model_directory(
-                self._config.run.directory / MODEL_FOLDER,
-                "student",
-                trust_remote_code=self._config.student.trust_remote_code,
-            ),
-            self._config.student,
-            self.prompts,
-            self._validation,
-            tokenizer=self._tokenizer,
-            end_token_id=self._end_token_id,
+    def exported(self, evaluation: Evaluation) -> Evaluation:
+        """The trained student, from `model/`, in the pool of `evaluation.student`."""
+        facts = check_model_directory(
+            self._config.run.directory / MODEL_FOLDER,
+            "student",
+            trust_remote_code=self._config.student.trust_remote_code,
         )
-        return self._completed(evaluation, scores, answers[0])
+        scores, responses = self._score(served_student(self._config, facts, self._device))
+        return self._completed(evaluation, scores, responses[0])
 
     def _completed(
-        self, evaluation: Evaluation, scores: ModelScores, answers: Sequence[Rollout]
+        self, evaluation: Evaluation, scores: ModelScores, responses: Sequence[Rollout]
     ) -> Evaluation:
-        """With the student after training; both losses of the student are the learners'."""
+        """With the student after training; the learners computed both losses of the student."""
         losses = {
             record.step: record.loss
             for record in read_records(self._config.run.directory / FILE_NAME)
@@ -125,21 +115,24 @@ class RunEvaluator:
             evaluation,
             models={STUDENT_BEFORE: before, STUDENT_AFTER: after},
             samples=tuple(
-                dataclasses.replace(sample, after=answer.text)
-                for sample, answer in zip(evaluation.samples, answers, strict=False)
+                dataclasses.replace(sample, after=response.text)
+                for sample, response in zip(evaluation.samples, responses, strict=False)
             ),
         )
 
-    def teacher(self, cluster: Cluster, evaluation: Evaluation) -> Evaluation:
-        """What the student is measured against. See `inference.score_model`."""
-        scores, _ = inference.score_model(
-            cluster,
+    def teacher(self, evaluation: Evaluation, facts: ModelFacts) -> Evaluation:
+        """The teacher, in the pool of `evaluation.teacher`."""
+        scores, _ = self._score(served_teacher(self._config, facts, self._device))
+        return dataclasses.replace(evaluation, models={**evaluation.models, TEACHER: scores})
+
+    def _score(self, served: ServedModel) -> tuple[ModelScores, list[list[Rollout]]]:
+        return score_model(
             self._config,
-            self._preflight.teacher,
-            self._config.teacher,
+            served,
             self.prompts,
             self._validation,
+            device=self._device,
             tokenizer=self._tokenizer,
             end_token_id=self._end_token_id,
+            interrupt=self._interrupt,
         )
-        return dataclasses.replace(evaluation, models={**evaluation.models, TEACHER: scores})

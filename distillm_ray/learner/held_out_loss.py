@@ -1,7 +1,7 @@
-"""Held-out loss of a model directory: teacher-forced cross-entropy, token mean, in nats.
+"""Held-out loss: teacher-forced cross-entropy, token mean, in nats.
 
-During a run the learners compute the same quantity with their own engine; this is for a model on
-disk.
+`held_out_loss` loads a model directory; during a run the learners use `cross_entropy_sum` on the
+student that they train.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from distillm_ray.batching import pack, plan_validation
 from distillm_ray.config import Dtype
-from distillm_ray.learner.student_model import PackedStudent
+from distillm_ray.learner.step_statistics import counted_tokens
+from distillm_ray.learner.student_model import PackedStudent, label_logprobs
 from distillm_ray.loss.distillation_head import install_distillation_head
-from distillm_ray.loss.head_loss import HeadLoss, LossRequest
 from distillm_ray.models.directory import Role
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.packed import load_packed_model
-from distillm_ray.types import Rollout
+from distillm_ray.types import LearnerBatch, Rollout
 
 
 def held_out_loss(
@@ -54,18 +55,23 @@ def held_out_loss(
     install_distillation_head(loaded, vocabulary_size=vocabulary_size, role=role)
     packed_model = PackedStudent(loaded)
     (plans,) = plan_validation(demonstrations, num_ranks=1, max_micro_batch_tokens=max_batch_tokens)
-    total = 0.0
-    num_tokens = 0
-    with torch.no_grad():
-        for plan in plans:
-            batch = pack(plan, None)
-            loss: HeadLoss = packed_model(
-                torch.tensor(batch.token_ids_L, device=place),
-                torch.tensor(batch.position_ids_L, device=place),
-                torch.tensor(batch.loss_positions_N, device=place),
-                LossRequest(labels_N=torch.tensor(batch.labels_N, device=place).long()),
-            )
-            assert loss.log_probs_N is not None
-            total -= float(loss.log_probs_N.double().sum())
-            num_tokens += len(batch.labels_N)
+    batches = [pack(plan, None) for plan in plans]
+    total, num_tokens = cross_entropy_sum(packed_model, batches, place).tolist()
     return total / num_tokens
+
+
+def cross_entropy_sum(
+    student: nn.Module, batches: Sequence[LearnerBatch], device: torch.device
+) -> Tensor:
+    """`[2]`, float64: the cross-entropy summed over the loss tokens, in nats, and their number.
+
+    Fillers are computed and not counted. The student is left in evaluation mode.
+    """
+    student.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        log_probs_N = label_logprobs(student, batch, device)
+        counts_N = torch.from_numpy(counted_tokens(batch)).to(device)
+        total[0] -= log_probs_N[counts_N].double().sum()
+        total[1] += counts_N.sum()
+    return total

@@ -18,35 +18,41 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from distillm_ray.config import LearnerConfig, LossConfig, StudentConfig, cpu_threads
+from distillm_ray.config import LearnerConfig, LossConfig, StudentConfig
 from distillm_ray.learner.deepspeed_engine import (
     engine_config,
     join_group,
     random_state,
     set_random_state,
 )
+from distillm_ray.learner.held_out_loss import cross_entropy_sum
 from distillm_ray.learner.host_memory import return_freed_memory
 from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at
-from distillm_ray.learner.step_statistics import StepStatistics, counted_tokens
-from distillm_ray.learner.student_model import PackedStudent, load_student
-from distillm_ray.loss.distillation_head import install_distillation_head
-from distillm_ray.loss.head_loss import HeadLoss, LossRequest, WeightedTerm
-from distillm_ray.loss.teacher_tensors import teacher_tensors
+from distillm_ray.learner.step_statistics import StepStatistics
+from distillm_ray.learner.student_model import (
+    build_student,
+    label_logprobs,
+    run_row,
+    training_request,
+)
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.types import Bucket, LearnerBatch, TrainStep
 from distillm_ray.weights.export import export_model
 from distillm_ray.weights.gather import gather
+
+Value = TypeVar("Value")
 
 _ENGINE_TAG = "engine"
 _EXPORT_ELEMENTS = 1_000_000_000  # most elements of one exported file
@@ -82,27 +88,27 @@ class Learner:
         self._teacher_head = None if teacher_head is None else teacher_head.to(device)
         self.device = device
         if device.type == "cpu":
-            torch.set_num_threads(cpu_threads(config))
+            torch.set_num_threads(config.num_threads)
         join_group(device)
         self.rank = dist.get_rank()
         self.num_ranks = dist.get_world_size()
         torch.manual_seed(seed + self.rank)
-        model = load_student(student, device=device, zero_stage=config.zero_stage)
-        self._dtype = resolve_dtype(student.dtype, device)
-        install_distillation_head(
-            model,
+        packed = build_student(
+            student,
+            loss,
             vocabulary_size=vocabulary_size,
-            implementation=loss.implementation,
-            memory_bytes=None if loss.chunk_megabytes is None else loss.chunk_megabytes * 2**20,
+            device=device,
+            zero_stage=config.zero_stage,
         )
-        self._model = model
+        self._model = packed.model
+        self._dtype = resolve_dtype(student.dtype, device)
         self._gradient_norm = math.nan
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trainable = [parameter for parameter in packed.parameters() if parameter.requires_grad]
         self._optimizer = build_optimizer(config, trainable)
         if config.zero_stage == 0:
             self._optimizer.register_step_pre_hook(self._clip_or_skip)
         self._engine, *_ = deepspeed.initialize(
-            model=PackedStudent(model),
+            model=packed,
             optimizer=self._optimizer,
             config=engine_config(config, self._dtype, persistence_threshold=persistence_threshold),
         )
@@ -123,7 +129,8 @@ class Learner:
         self._engine.train()
         statistics = StepStatistics(self._loss.terms, self.device)
         for batch in batches:
-            result = self._forward(batch, training=True)
+            request = training_request(batch, self._loss, self._teacher_head, self.device)
+            result = run_row(self._engine, batch, request, self.device)
             # A non-finite loss can have a finite gradient. Times NaN the gradient is NaN as well,
             # and the all-reduce shows it to every rank, so that all of them skip the step.
             poison = torch.where(result.loss.detach().isfinite(), 1.0, math.nan)
@@ -133,23 +140,12 @@ class Learner:
         if self.device.type == "cpu":
             return_freed_memory()
         norm = self._global_gradient_norm()
-        totals = statistics.reduce(wait_seconds)
-        return TrainStep(
-            step=step + 1,
-            loss=totals.loss,
-            loss_by_shelf=totals.loss_by_shelf,
-            loss_by_term=totals.loss_by_term,
+        return replace(
+            statistics.reduce(step + 1, wait_seconds=wait_seconds),
             learning_rate=learning_rate,
             gradient_norm=norm,
-            tokens=totals.tokens,
-            loss_tokens=totals.loss_tokens,
-            positions=totals.positions,
             seconds=time.monotonic() - started + wait_seconds,
-            wait_seconds=totals.wait_seconds,
             skipped=not math.isfinite(norm),
-            infinite_tokens=totals.infinite_tokens,
-            rank_token_imbalance=totals.rank_token_imbalance,
-            logprob_gap=totals.logprob_gap,
         )
 
     def validation_loss(self, batches: Sequence[LearnerBatch]) -> tuple[float, int]:
@@ -157,22 +153,15 @@ class Learner:
 
         Fillers are computed and not counted.
         """
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in batches:
-            log_probs_N = self._forward(batch, training=False).log_probs_N
-            assert log_probs_N is not None
-            counts_N = self._to_device(counted_tokens(batch), torch.bool)
-            total[0] -= log_probs_N[counts_N].double().sum()
-            total[1] += counts_N.sum()
+        total = cross_entropy_sum(self._engine, batches, self.device)
         dist.all_reduce(total)
         loss_sum, num_tokens = total.tolist()
         return loss_sum, int(num_tokens)
 
     def token_logprobs(self, batch: LearnerBatch) -> NDArray[np.float32]:
         """`[N]`, log-probability of each label at temperature 1."""
-        log_probs_N = self._forward(batch, training=False).log_probs_N
-        assert log_probs_N is not None
-        return log_probs_N.float().cpu().numpy()
+        self._engine.eval()
+        return label_logprobs(self._engine, batch, self.device).float().cpu().numpy()
 
     # ---- weights and state -----------------------------------------------------------------------
 
@@ -209,15 +198,15 @@ class Learner:
 
     # ---- agreement -------------------------------------------------------------------------------
 
-    def agree(self, flag: bool) -> bool:
-        """The flag of rank 0, on every rank."""
-        value = torch.tensor([int(flag)], device=self.device)
-        dist.broadcast(value, src=0)
-        return bool(value.item())
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any rank has it set; the same on every rank."""
+        values = torch.tensor([int(flag) for flag in flags], device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return tuple(bool(value) for value in values.tolist())
 
-    def collect(self, value: Any) -> list[Any]:
+    def collect(self, value: Value) -> list[Value]:
         """Every rank's value, in the order of ranks."""
-        values: list[Any] = [None] * self.num_ranks
+        values = [value] * self.num_ranks
         dist.all_gather_object(values, value)
         return values
 
@@ -226,37 +215,6 @@ class Learner:
         dist.all_reduce(torch.zeros(1, device=self.device))
 
     # ---- inside ----------------------------------------------------------------------------------
-
-    def _forward(self, batch: LearnerBatch, *, training: bool) -> HeadLoss:
-        """The engine's forward pass on one row. Validation asks for log-probabilities only."""
-        token_ids_L = self._to_device(batch.token_ids_L, torch.int64)
-        position_ids_L = self._to_device(batch.position_ids_L, torch.int64)
-        positions_N = self._to_device(batch.loss_positions_N, torch.int64)
-        if training:
-            return self._engine(token_ids_L, position_ids_L, positions_N, self._request(batch))
-        self._engine.eval()
-        request = LossRequest(labels_N=self._to_device(batch.labels_N, torch.int64))
-        with torch.no_grad():
-            return self._engine(token_ids_L, position_ids_L, positions_N, request)
-
-    def _request(self, batch: LearnerBatch) -> LossRequest:
-        teacher = None
-        if self._loss.needs_teacher:
-            assert batch.targets is not None, f"no teacher targets for {batch.rollout_ids}"
-            teacher = teacher_tensors(batch.targets, self._teacher_head, self.device)
-        return LossRequest(
-            terms=tuple(
-                WeightedTerm(term=term, weights_N=self._to_device(weights_N, torch.float32))
-                for term, weights_N in zip(self._loss.terms, batch.term_weights_N, strict=True)
-            ),
-            teacher=teacher,
-            labels_N=self._to_device(batch.labels_N, torch.int64),
-            temperature=self._loss.temperature,
-        )
-
-    def _to_device(self, array: NDArray[Any], dtype: torch.dtype) -> Tensor:
-        """A copy: arrays from the object store are shared memory and read-only."""
-        return torch.from_numpy(np.array(array, copy=True)).to(self.device, dtype)
 
     def _clip_or_skip(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         """Clip the gradients, record their norm and skip the step if it is not finite.

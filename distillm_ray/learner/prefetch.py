@@ -1,8 +1,8 @@
-"""Batches fetched and collated ahead of the training thread.
+"""Batches that are fetched and packed ahead of the training thread.
 
-One worker thread: wait for the draw of a step, fetch its teacher targets, pack. The training
-thread takes steps in order and sees the worker's errors. Draws made ahead change nothing: a
-checkpoint holds the buffer as of the step that the learner completed.
+One worker thread waits for the draw of a step, fetches its teacher targets and packs its rows. The
+training thread takes the steps in order and gets the worker's errors. Draws made ahead change
+nothing: a checkpoint holds the buffer as of the step that the learner completed.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from distillm_ray.batching import pack
-from distillm_ray.errors import ClusterError
-from distillm_ray.types import DrawFacts, LearnerBatch, RankPlan, Rollout, TeacherTargets
+from distillm_ray.cluster.buffer import ReplayConsumer
+from distillm_ray.cluster.targets import TargetReader
+from distillm_ray.types import DrawFacts, LearnerBatch, RankPlan, Rollout
 
-_POLL_S = 2.0  # how long a stopped prefetcher may still wait for a draw
+_DRAW_TIMEOUT_S = 2.0  # how long a stopped prefetcher may still wait for a draw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,23 +29,7 @@ class PreparedStep:
 
     facts: DrawFacts
     batches: tuple[LearnerBatch, ...]
-    wait_seconds: float  # the training thread waited so long for it
-
-
-class SampleSource(Protocol):
-    """Where plans and teacher targets come from. Called from the worker thread."""
-
-    def draw(self, step: int, rank: int, timeout_s: float) -> RankPlan | None:
-        """This rank's plan for `step`; None if it is not ready after `timeout_s`."""
-        ...
-
-    def waiting_for(self, step: int) -> str:
-        """What the draw of `step` still lacks, for a message."""
-        ...
-
-    def fetch_targets(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherTargets]:
-        """The targets of every rollout, by rollout id; has a limit of its own."""
-        ...
+    wait_seconds: float  # how long the training thread waited for it
 
 
 class Prefetcher:
@@ -55,24 +40,24 @@ class Prefetcher:
 
     def __init__(
         self,
-        source: SampleSource,
+        buffer: ReplayConsumer,
+        targets: TargetReader | None,
         *,
         rank: int,
         first_step: int,
         total_steps: int,
         depth: int,
-        timeout_s: float,
-        with_targets: bool,
     ) -> None:
-        self._source = source
+        """`targets` is None without a teacher."""
+        self._buffer = buffer
+        self._targets = targets
         self._rank = rank
         self._next_step = first_step
         self._total_steps = total_steps
         self._depth = depth
-        self._timeout_s = timeout_s
-        self._with_targets = with_targets
         self._stopped = threading.Event()
         self._pending: dict[int, Future[PreparedStep]] = {}
+        self._waiting_since: float | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
 
     def __enter__(self) -> Self:
@@ -87,41 +72,35 @@ class Prefetcher:
         self._stopped.set()
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def get(self, step: int) -> PreparedStep:
-        """The batches of `step`; waits for them. Steps are taken in order, each once.
+    def poll(self, step: int, timeout_s: float) -> PreparedStep | None:
+        """The batches of `step`, or None if they are not ready after `timeout_s`.
 
-        Raises:
-            ClusterError: they did not come within `timeout_s`.
+        Steps are taken in order, each once. Raises what the worker raised.
         """
         while self._next_step < min(step + 1 + self._depth, self._total_steps):
             self._pending[self._next_step] = self._worker.submit(self._prepare, self._next_step)
             self._next_step += 1
-        started = time.monotonic()
-        future = self._pending.pop(step)
-        if not wait([future], timeout=self._timeout_s).done:
-            raise ClusterError(
-                f"the samples of step {step} did not come within learner.data_timeout_s ="
-                f" {self._timeout_s:g} s; waiting for {self._source.waiting_for(step)}"
-            )
-        prepared = future.result()
-        return PreparedStep(
-            facts=prepared.facts,
-            batches=prepared.batches,
-            wait_seconds=time.monotonic() - started,
-        )
+        now = time.monotonic()
+        started = self._waiting_since = self._waiting_since or now
+        future = self._pending[step]
+        if not wait([future], timeout=timeout_s).done:
+            return None
+        del self._pending[step]
+        self._waiting_since = None
+        return replace(future.result(), wait_seconds=time.monotonic() - started)
 
     def _prepare(self, step: int) -> PreparedStep:
         plan = None
         while plan is None:
             if self._stopped.is_set():
                 raise CancelledError
-            plan = self._source.draw(step, self._rank, _POLL_S)
-        targets = self._source.fetch_targets(_rollouts(plan)) if self._with_targets else None
+            plan = self._buffer.draw(step, self._rank, _DRAW_TIMEOUT_S)
+        targets = None if self._targets is None else self._targets.fetch(_rollouts(plan))
         batches = tuple(pack(micro_batch, targets) for micro_batch in plan.micro_batches)
         return PreparedStep(facts=plan.facts, batches=batches, wait_seconds=0.0)
 
 
-def _rollouts(plan: RankPlan) -> list[Rollout]:
+def _rollouts(plan: RankPlan) -> Sequence[Rollout]:
     """Each rollout once, in the order of the plan."""
     by_id = {
         sequence.rollout.rollout_id: sequence.rollout

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from distillm_ray.config import Term
 from distillm_ray.loss.head_loss import HeadLoss
 from distillm_ray.loss.terms import term_names
-from distillm_ray.types import BoolArray, LearnerBatch, Shelf
+from distillm_ray.types import BoolArray, LearnerBatch, Shelf, TrainStep
 
 _SHELVES = tuple(Shelf)
 # Indices into the vector of sums. The sums of the terms follow at the end.
@@ -25,22 +24,6 @@ _LOSS, _INFINITE, _GAP, _GAP_TOKENS = range(4)
 _SHELF_LOSS = 4
 _SHELF_FINITE = _SHELF_LOSS + len(_SHELVES)
 _TERM_LOSS = _SHELF_FINITE + len(_SHELVES)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepTotals:
-    """Totals of the global batch."""
-
-    loss: float  # weighted sum
-    loss_by_shelf: dict[str, float]  # token means, infinite tokens left out
-    loss_by_term: dict[str, float]  # weighted sum of each term, divided by the term's weight
-    infinite_tokens: int
-    logprob_gap: float  # mean |engine - learner| over tokens of age 0; NaN without any
-    positions: int  # tokens computed, fillers included
-    tokens: int
-    loss_tokens: int
-    wait_seconds: float  # of the slowest rank
-    rank_token_imbalance: float
 
 
 def counted_tokens(batch: LearnerBatch) -> BoolArray:
@@ -95,21 +78,27 @@ class StepStatistics:
             total_N = total_N + term.weight * values_N.where(covered_N, 0.0)
         return total_N
 
-    def reduce(self, wait_seconds: float) -> StepTotals:
-        """Sum over ranks; a collective."""
-        rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    def reduce(self, step: int, *, wait_seconds: float) -> TrainStep:
+        """Sum over ranks, a collective where there are ranks; `wait_seconds` are this rank's.
+
+        The caller adds learning rate, gradient norm, seconds and whether the step was skipped.
+        """
+        grouped = dist.is_initialized()
+        rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         by_rank = torch.zeros(4, num_ranks, dtype=torch.float64, device=self._sums.device)
         by_rank[:, rank] = torch.tensor(
             [self._positions, self._tokens, self._loss_tokens, wait_seconds],
             dtype=torch.float64,
         )
         everything = torch.cat([by_rank.flatten(), self._sums])
-        dist.all_reduce(everything)
+        if grouped:
+            dist.all_reduce(everything)
         positions, tokens, loss_tokens, waits = (
             everything[: by_rank.numel()].view_as(by_rank).tolist()
         )
         flat = everything[by_rank.numel() :].tolist()
-        return StepTotals(
+        return TrainStep(
+            step=step,
             loss=flat[_LOSS],
             loss_by_shelf={
                 shelf.value: flat[_SHELF_LOSS + index] / flat[_SHELF_FINITE + index]

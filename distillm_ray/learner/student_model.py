@@ -7,18 +7,25 @@ Axes: L packed tokens, N loss positions, D hidden size.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distillm_ray.config import LoraConfig, StudentConfig
+from distillm_ray.config import LoraConfig, LossConfig, StudentConfig
 from distillm_ray.errors import ConfigError, ModelError
-from distillm_ray.loss.distillation_head import DistillationHead
-from distillm_ray.loss.head_loss import HeadLoss, LossRequest
+from distillm_ray.loss.distillation_head import DistillationHead, install_distillation_head
+from distillm_ray.loss.head_loss import HeadLoss, LossRequest, WeightedTerm
+from distillm_ray.loss.teacher_tensors import teacher_tensors
 from distillm_ray.models.dtypes import resolve_dtype
+from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.packed import load_packed_model, packed_forward
+from distillm_ray.types import LearnerBatch
 
 
 class PackedStudent(nn.Module):
@@ -42,6 +49,70 @@ class PackedStudent(nn.Module):
         loss = head(hidden_LD.index_select(0, loss_positions_N), request)
         assert isinstance(loss, HeadLoss)
         return loss
+
+
+def run_row(
+    student: nn.Module, batch: LearnerBatch, request: LossRequest, device: torch.device
+) -> HeadLoss:
+    """One packed row through a `PackedStudent`, or through DeepSpeed's engine around one."""
+    return student(
+        _to_device(batch.token_ids_L, torch.int64, device),
+        _to_device(batch.position_ids_L, torch.int64, device),
+        _to_device(batch.loss_positions_N, torch.int64, device),
+        request,
+    )
+
+
+def training_request(
+    batch: LearnerBatch, loss: LossConfig, teacher_head: FrozenHead | None, device: torch.device
+) -> LossRequest:
+    """All terms of the loss, with the weights that the batch brings."""
+    teacher = None
+    if loss.needs_teacher:
+        assert batch.targets is not None, f"no teacher targets for {batch.rollout_ids}"
+        teacher = teacher_tensors(batch.targets, teacher_head, device)
+    return LossRequest(
+        terms=tuple(
+            WeightedTerm(term=term, weights_N=_to_device(weights_N, torch.float32, device))
+            for term, weights_N in zip(loss.terms, batch.term_weights_N, strict=True)
+        ),
+        teacher=teacher,
+        labels_N=_to_device(batch.labels_N, torch.int64, device),
+        temperature=loss.temperature,
+    )
+
+
+@torch.no_grad()
+def label_logprobs(student: nn.Module, batch: LearnerBatch, device: torch.device) -> Tensor:
+    """`[N]`, log-probability of each label at temperature 1. The student is in evaluation mode."""
+    request = LossRequest(labels_N=_to_device(batch.labels_N, torch.int64, device))
+    log_probs_N = run_row(student, batch, request, device).log_probs_N
+    assert log_probs_N is not None
+    return log_probs_N
+
+
+def _to_device(array: NDArray[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy: arrays from the object store are shared memory and read-only."""
+    return torch.from_numpy(np.array(array, copy=True)).to(device, dtype)
+
+
+def build_student(
+    student: StudentConfig,
+    loss: LossConfig,
+    *,
+    vocabulary_size: int,
+    device: torch.device,
+    zero_stage: int,
+) -> PackedStudent:
+    """The student as `load_student` loads it, with a head that returns the losses of `loss`."""
+    model = load_student(student, device=device, zero_stage=zero_stage)
+    install_distillation_head(
+        model,
+        vocabulary_size=vocabulary_size,
+        implementation=loss.implementation,
+        memory_bytes=None if loss.chunk_megabytes is None else loss.chunk_megabytes * 2**20,
+    )
+    return PackedStudent(model)
 
 
 def load_student(

@@ -5,10 +5,21 @@
            └── draw(step + 1) waits for both ◄──────────────────┘        checkpoint, if due ◄──┘
 
 `step` is 0-based, `completed = step + 1`, and a weight version is a number of completed steps.
-The weights go out before `advance`, which opens the demand that may ask for them, and before the
-validation, during which the generators already work on it. Rank 0 speaks for all ranks to the
-services; whatever it decides by their answers, it tells the others. A checkpoint holds the state
-as of draw `completed`; what was prefetched beyond it is dropped.
+
+The order of the parts matters:
+- Weights are published before `advance`, which opens the demand that may ask for them, and before
+  the validation, so that the generators already work while it runs.
+- A checkpoint holds the state as of draw `completed`. Batches prefetched beyond it are dropped.
+
+Rank 0 alone talks to the other roles. What it decides by their replies it tells the other ranks,
+because a rank that leaves the loop alone would leave the others in a collective.
+
+    wait                        ends when                               limit
+    ------------------------    ------------------------------------    ----------------------------
+    for a step's batches        all ranks have theirs, or the run is    `learner.data_timeout_s`,
+                                asked to stop, or it has failed         counted while training only
+    for the probe's responses   the generators have responded           the pool's (`orchestrator`)
+    for the other ranks         they reach the same collective          the process group's
 """
 
 from __future__ import annotations
@@ -17,15 +28,17 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from distillm_ray.batching import pack, plan_validation
+from distillm_ray.cluster.learner import Links
 from distillm_ray.config import Config
-from distillm_ray.errors import UserError
+from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.learner.checkpoint import (
     LEARNER_FOLDER,
     Checkpoint,
@@ -33,74 +46,87 @@ from distillm_ray.learner.checkpoint import (
     CheckpointMeta,
 )
 from distillm_ray.learner.prefetch import Prefetcher, PreparedStep
-from distillm_ray.learner.protocols import LearnerRank, Services
 from distillm_ray.log.records import (
     CheckpointRecord,
     EventRecord,
     ProbeRecord,
     PublishRecord,
     Record,
+    Sample,
     ValidationRecord,
 )
-from distillm_ray.run_directory import CHECKPOINT_FOLDER, MODEL_FOLDER
-from distillm_ray.types import LearnerBatch, Rollout, TrainStep, Validation, Weights
+from distillm_ray.run_directory import MODEL_FOLDER
+from distillm_ray.types import (
+    TRAINING,
+    LearnerBatch,
+    Prompt,
+    Rollout,
+    TrainStep,
+    Validation,
+    Weights,
+)
+
+if TYPE_CHECKING:
+    from distillm_ray.learner.learner import Learner
+
+_POLL_S = 2.0  # between two looks at run control while batches are missing
 
 
-def train_loop(
-    services: Services,
-    learner: LearnerRank,
-    config: Config,
-    *,
-    validation_batches: Sequence[LearnerBatch],
-    publish_dtype: torch.dtype,
-    start: Checkpoint | None,
-) -> int:
-    """Run until `learner.steps` are completed or the job is asked to stop; returns `completed`.
+class TrainLoop:
+    """One rank's loop.
 
-    A finished run leaves its model in `model/`; every end leaves a checkpoint. `start` is the
-    checkpoint to go on from, the same on all ranks.
-
-    Raises:
-        ClusterError: the samples of a step did not come in time.
-        RunDirectoryError: the disk is full at a checkpoint.
-        UserError: too many non-finite steps in a row.
+    Args:
+        validation_batches: this rank's share of the held-out responses.
+        publish_dtype: dtype of the weights that the generators get.
+        probe_prompts: held-out prompts whose responses go to the log.
+        decode: the text of a response.
     """
-    loop = _TrainLoop(services, learner, config, validation_batches, publish_dtype)
-    return loop.run(start)
 
-
-class _TrainLoop:
     def __init__(
         self,
-        services: Services,
-        learner: LearnerRank,
+        learner: Learner,
+        links: Links,
         config: Config,
+        checkpoints: CheckpointDirectory,
+        *,
         validation_batches: Sequence[LearnerBatch],
         publish_dtype: torch.dtype,
+        probe_prompts: Sequence[Prompt] = (),
+        decode: Callable[[Rollout], str] = lambda rollout: rollout.text,
     ) -> None:
-        self._services = services
         self._learner = learner
+        self._links = links
         self._config = config
+        self._checkpoints = checkpoints
         self._validation_batches = validation_batches
         self._publish_dtype = publish_dtype
-        self._checkpoints = CheckpointDirectory(
-            config.run.directory / CHECKPOINT_FOLDER, keep=config.checkpoint.keep
-        )
+        self._probe_prompts = probe_prompts
+        self._decode = decode
         self._speaks = learner.rank == 0
         self._phi = 0.0
         self._validation: Validation | None = None
         self._skipped_in_a_row = 0
-        self._published = 0  # the generators have loaded the same model directory
+        self._published = 0  # the generators loaded the student's directory: version 0
         self._warned = False
 
     def run(self, start: Checkpoint | None) -> int:
-        completed = self._begin(start)
+        """Run until `learner.steps` are completed or the run is asked to end; returns `completed`.
+
+        A finished run leaves its model in `model/`; every end leaves a checkpoint. `start` is the
+        checkpoint to resume from, the same on all ranks.
+
+        Raises:
+            ClusterError: the samples of a step did not come in time.
+            RunDirectoryError: the disk is full at a checkpoint.
+            UserError: too many non-finite steps in a row.
+        """
+        completed = saved = self._begin(start)
         total_steps = self._config.learner.steps
-        stopping = False
-        saved = completed
         with self._prefetcher(completed) as prefetcher:
-            while completed < total_steps and not stopping:
-                prepared = prefetcher.get(completed)
+            while completed < total_steps:
+                prepared = self._await_batches(prefetcher, completed)
+                if prepared is None:
+                    break
                 train = self._learner.train_step(
                     prepared.batches, completed, wait_seconds=prepared.wait_seconds
                 )
@@ -109,11 +135,11 @@ class _TrainLoop:
                 at_end = completed == total_steps
                 if completed % self._config.validation.interval == 0 or at_end:
                     self._validate(completed)
-                stopping = self._learner.agree(self._speaks and self._services.should_stop())
-                if completed % self._config.checkpoint.interval == 0 or at_end or stopping:
+                if completed % self._config.checkpoint.interval == 0 or at_end:
                     self._save(completed)
                     saved = completed
-        assert saved == completed, "every end leaves a checkpoint"
+        if saved < completed:
+            self._save(completed)
         if completed == total_steps:
             self._learner.export(self._config.run.directory / MODEL_FOLDER)
         return completed
@@ -124,33 +150,70 @@ class _TrainLoop:
         """Bring learner, buffer and generators to the same step; returns it."""
         if start is None:
             if self._speaks:
-                self._services.restore_buffer(None, 0)
+                self._links.orchestrator.restore(None, 0)
             self._validate(0)
             return 0
         completed = start.meta.step
         self._learner.load(start.learner_path)
         self._phi, self._validation = start.meta.phi, start.meta.validation
         if self._speaks:
-            self._services.restore_buffer(start.buffer_state(), completed)
+            self._links.orchestrator.restore(start.buffer_state(), completed)
         self._publish(completed)
         self._log(EventRecord(step=completed, name="resumed", detail=start.path.name))
         return completed
+
+    def _await_batches(self, prefetcher: Prefetcher, step: int) -> PreparedStep | None:
+        """The batches of `step` as soon as every rank has its own; None if the run must end.
+
+        Every rank looks at its batches and rank 0 at run control; one collective tells all of them
+        both. So no rank starts a step that another one does not, and a stop is noticed while the
+        samples are missing. Time counts against `learner.data_timeout_s` in the training phase
+        only: what comes before it may take longer than any step.
+        """
+        control = self._links.control
+        prepared: PreparedStep | None = None
+        waited_s, looked = 0.0, time.monotonic()
+        reason = ""
+        while True:
+            prepared = prepared or prefetcher.poll(step, _POLL_S)
+            ends = False
+            if self._speaks:
+                if prepared is None:
+                    reason = self._links.buffer.waiting_for(step) or "the teacher targets"
+                    status = control.wait_for(reason)
+                else:
+                    status = control.wait_for("") if reason else control.status()
+                ends = status.ends
+                now = time.monotonic()
+                waited_s += now - looked if status.phase == TRAINING else 0.0
+                looked = now
+            missing, ends = self._learner.any_of(prepared is None, ends)
+            if ends:
+                return None
+            if not missing:
+                return prepared
+            if waited_s > self._config.learner.data_timeout_s:
+                raise ClusterError(
+                    f"the samples of step {step} did not come within learner.data_timeout_s ="
+                    f" {self._config.learner.data_timeout_s:g} s; waiting for"
+                    f" {reason or 'another rank'}"
+                )
 
     def _after_step(self, prepared: PreparedStep, train: TrainStep) -> None:
         completed = train.step
         self._phi = prepared.facts.phi
         self._publish_if_due(completed)
         if self._speaks:
-            self._services.advance(completed)
-            self._services.report_step(train, prepared.facts)
+            self._links.buffer.advance(completed)
+            self._links.orchestrator.report_step(train, prepared.facts)
         self._watch_gap(completed, train.logprob_gap)
         self._watch_skips(prepared, train)
 
     def _publish_if_due(self, completed: int) -> None:
-        """Every `sync_interval` steps and after the last; late where nobody wanted them then.
+        """Publish every `sync_interval` steps and after the last, or later if nobody wanted them.
 
-        A demand starts with the newest multiple of `sync_interval` or later: where phi leaves 0,
-        the weights that it asks for were never published.
+        A demand asks for the newest multiple of `sync_interval` or a later version. Where phi
+        leaves 0, the weights of that version were never published.
         """
         interval = self._config.rollout.sync_interval
         newest = completed // interval * interval
@@ -160,9 +223,15 @@ class _TrainLoop:
             self._publish(completed)
 
     def _publish(self, completed: int) -> None:
-        """Hand the weights over bucket by bucket, if anyone needs them."""
-        wanted = self._speaks and self._services.wants_weights(completed)
-        if not self._learner.agree(wanted):
+        """Hand the weights over bucket by bucket, if any generator needs them."""
+        wanted = False
+        if self._speaks:
+            config = self._config
+            # The student is evaluated with the weights of the last step.
+            evaluated = completed == config.learner.steps and config.evaluation.at_end
+            wanted = evaluated or (config.wants_rollouts and self._links.buffer.wants_weights())
+        (wanted,) = self._learner.any_of(wanted)
+        if not wanted:
             return
         started = time.monotonic()
         references = []
@@ -170,9 +239,9 @@ class _TrainLoop:
         for bucket in self._learner.gather_weights(self._publish_dtype):
             if self._speaks:
                 nbytes += sum(values.nbytes for _, _, values in bucket.values())
-                references.append(self._services.put_bucket(bucket))
+                references.append(self._links.orchestrator.put(bucket))
         if self._speaks:
-            self._services.publish(
+            self._links.orchestrator.publish(
                 Weights(version=completed, buckets=tuple(references), nbytes=nbytes)
             )
         self._published = completed
@@ -180,16 +249,21 @@ class _TrainLoop:
         self._log(PublishRecord(step=completed, nbytes=nbytes, seconds=seconds))
 
     def _validate(self, completed: int) -> None:
+        """Compute the held-out loss, adapt the schedule, and let the student respond to probes."""
         started = time.monotonic()
-        probing = self._published == completed and self._config.wants_rollouts
-        probing = probing and self._config.validation.probe_prompts > 0
+        probing = (
+            self._published == completed
+            and self._config.wants_rollouts
+            and len(self._probe_prompts) > 0
+        )
         if probing and self._speaks:
-            self._services.start_probe()
+            # Before the validation, so that the generators work while the learners compute it.
+            self._links.orchestrator.start_probe(self._probe_prompts)
         loss_sum, num_tokens = self._learner.validation_loss(self._validation_batches)
         loss = loss_sum / num_tokens if num_tokens else math.nan
         self._validation = Validation(step=completed, loss=loss, tokens=num_tokens)
         if self._speaks:
-            self._phi = self._services.report_validation(self._validation)
+            self._phi = self._links.buffer.report(self._validation)
         self._log(
             ValidationRecord(
                 step=completed,
@@ -199,14 +273,15 @@ class _TrainLoop:
                 seconds=time.monotonic() - started,
             )
         )
-        self._publish_if_due(completed)  # phi may have left 0 just now
+        self._publish_if_due(completed)  # phi may have left 0 in this validation
         if probing:
             self._finish_probe(completed)
 
     def _finish_probe(self, completed: int) -> None:
-        """What the student says now, and how far engine and learner are apart on it."""
-        answers = self._services.finish_probe() if self._speaks else None
-        rollouts: list[Rollout] = self._learner.collect(answers)[0]
+        """Log the responses, and compare the engine's log-probabilities with the learner's."""
+        responses = self._links.orchestrator.finish_probe() if self._speaks else None
+        rollouts = self._learner.collect(responses)[0]
+        assert rollouts is not None, "rank 0 has the responses"
         (plans,) = plan_validation(
             rollouts,
             num_ranks=1,
@@ -218,33 +293,39 @@ class _TrainLoop:
             assert batch.behaviour_logprobs_N is not None
             gaps.append(np.abs(self._learner.token_logprobs(batch) - batch.behaviour_logprobs_N))
         gap = float(np.concatenate(gaps).mean())
-        if self._speaks:
-            samples = self._services.samples(rollouts)
-            self._log(ProbeRecord(step=completed, samples=samples, logprob_gap=gap))
+        samples = tuple(
+            Sample(
+                prompt=prompt.text,
+                reference=prompt.references[0],
+                response=self._decode(rollout),
+            )
+            for prompt, rollout in zip(self._probe_prompts, rollouts, strict=True)
+        )
+        self._log(ProbeRecord(step=completed, samples=samples, logprob_gap=gap))
         self._watch_gap(completed, gap)
 
     def _watch_gap(self, completed: int, gap: float) -> None:
         """Warn once where the engine's log-probabilities are not the learner's."""
         limit = self._config.rollout.logprob_warning
-        if self._warned or not gap > limit:
+        if self._warned or not gap > limit:  # NaN: nothing was compared
             return
         self._warned = True
         detail = (
             f"mean |engine - learner| is {gap:.3f} nats under the same weights, above"
-            f" rollout.logprob_warning = {limit:g}: what is trained on as the student's output is"
-            " not quite its own; check rollout.dtype"
+            f" rollout.logprob_warning = {limit:g}: the student outputs that are trained on come"
+            " from a slightly different distribution than the student's; check rollout.dtype"
         )
         self._log(EventRecord(step=completed, name="log-probabilities differ", detail=detail))
 
     def _save(self, completed: int) -> None:
-        """Write the checkpoint of `completed`. Without space, the ones before it stay good."""
+        """Write the checkpoint of `completed`. On a full disk the checkpoints before it stay."""
         started = time.monotonic()
         checkpoints = self._checkpoints
         with self._failing_together():
             if self._speaks:
                 checkpoints.prepare(completed)
-        # A rank that fails here cannot tell the others, which wait for it inside of DeepSpeed: it
-        # fails alone, its worker tells the driver, and the driver ends the job.
+        # A rank that fails inside DeepSpeed's save cannot tell the others, which wait for it there.
+        # It fails alone, reports to run control, and the driver ends the job.
         with checkpoints.removing_partial_on_failure(completed):
             self._learner.save(checkpoints.partial_path(completed) / LEARNER_FOLDER)
         with self._failing_together():
@@ -254,13 +335,13 @@ class _TrainLoop:
                     phi=self._phi,
                     validation=self._validation,
                 )
-                path = checkpoints.commit(meta, self._services.buffer_state(completed)).path
+                path = checkpoints.commit(meta, self._links.buffer.state(completed)).path
                 seconds = time.monotonic() - started
                 self._log(CheckpointRecord(step=completed, path=path.name, seconds=seconds))
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:
-        """A rank that fails by a user's error tells the others, which would wait for it forever."""
+        """Raise a user's error of one rank on all ranks: the others would wait for it forever."""
         failure: UserError | None = None
         try:
             yield
@@ -303,16 +384,15 @@ class _TrainLoop:
 
     def _log(self, record: Record) -> None:
         if self._speaks:
-            self._services.log(record)
+            self._links.log.add(record)
 
     def _prefetcher(self, completed: int) -> Prefetcher:
         config = self._config.learner
         return Prefetcher(
-            self._services,
+            self._links.buffer,
+            self._links.targets,
             rank=self._learner.rank,
             first_step=completed,
             total_steps=config.steps,
             depth=config.prefetch_steps,
-            timeout_s=config.data_timeout_s,
-            with_targets=self._config.loss.needs_teacher,
         )

@@ -183,6 +183,7 @@ class ProbeRecord:
     step: int
     time: float = 0.0
     samples: tuple[Sample, ...] = ()
+    logprob_gap: float = math.nan  # mean |engine - learner| over these responses, in nats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -147,17 +147,25 @@ def check_lengths(config: Config, teacher: ModelFacts | None, student: ModelFact
     Raises:
         ConfigError: it does not; names the model and the keys to lower.
     """
-    longest_response = config.longest_response
-    longest = config.data.max_prompt_tokens + longest_response
     for facts in (teacher, student):
-        if facts is None or facts.context_length is None or longest <= facts.context_length:
-            continue
+        if facts is not None:
+            check_context(config.data.max_prompt_tokens, config.longest_response, facts)
+
+
+def check_context(max_prompt_tokens: int, longest_response: int, facts: ModelFacts) -> None:
+    """The longest prompt with the longest response must fit the model's context.
+
+    Raises:
+        ConfigError: it does not; names the model and the keys to lower.
+    """
+    longest = max_prompt_tokens + longest_response
+    if facts.context_length is not None and longest > facts.context_length:
         raise ConfigError(
             f"data.max_prompt_tokens + the longest response must fit the {facts.role}'s context,"
-            f" got {config.data.max_prompt_tokens} + {longest_response} = {longest} >"
+            f" got {max_prompt_tokens} + {longest_response} = {longest} >"
             f" {facts.context_length} ({facts.path}): the model has no more positions; lower"
-            " data.max_prompt_tokens, data.max_response_tokens, or sampling.max_tokens of rollout"
-            " or evaluation"
+            " data.max_prompt_tokens, data.max_response_tokens, or sampling.max_tokens of rollout,"
+            " evaluation or generate"
         )
 
 

@@ -20,21 +20,7 @@ from distillm_ray.replay.draw import promise_fresh, slot_uniforms
 from distillm_ray.replay.schedule import Schedule
 from distillm_ray.replay.shelves import Shelves, Taken
 from distillm_ray.replay.state import BufferState, digest
-from distillm_ray.types import Demand, Draw, Mix, Prompt, Rollout, Validation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BufferCounters:
-    """Current sizes, and totals since the start of the run."""
-
-    fresh: int  # finished, not drawn yet
-    replay: int  # on the replay shelf
-    outstanding: int  # demanded, not finished
-    demanded: int
-    finished: int
-    lost: int
-    duplicates: int  # second rollouts for an ordinal, which are ignored
-    late: int  # fresh sequences of an age above lookahead + sync_interval - 2
+from distillm_ray.types import BufferCounters, Demand, Draw, Mix, Prompt, Rollout, Validation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

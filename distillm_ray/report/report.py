@@ -96,7 +96,8 @@ def render_report(
 
 
 def _scores(evaluation: Evaluation, others: Mapping[str, ModelScores]) -> Table:
-    seeds = f", {len(evaluation.seeds)} seeds" if evaluation.seeds else ""
+    num_seeds = len(evaluation.seeds)
+    seeds = f", {num_seeds} seed{'s' if num_seeds > 1 else ''}" if num_seeds else ""
     title = f"{evaluation.num_prompts} held-out prompts{seeds}"
     table = Table(title=title if evaluation.num_prompts else None, title_justify="left")
     table.add_column("model")

@@ -16,13 +16,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from distillm_ray.config import RolloutConfig, SamplingConfig
+from distillm_ray.config import Config, GeneratorPoolConfig, SamplingConfig
+from distillm_ray.models.directory import ModelFacts
 from distillm_ray.rollout.weight_gate import WeightGate
 from distillm_ray.types import (
+    Bucket,
     Demand,
     Device,
     FinishReason,
@@ -57,47 +58,64 @@ class Response:
     finish_reason: FinishReason
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorJob:
+    """What a generator is told about its model."""
+
+    model: Path
+    source: Source  # of the responses outside of the demand
+    sampling: SamplingConfig  # of the demand
+    end_token_ids: tuple[int, ...]  # of the model; those of the sampling are added to them
+    vocabulary_size: int  # of the tokenizer; later rows of the head pad it and are never sampled
+    max_prompt_tokens: int
+    max_response_tokens: int
+    seed: int
+    device: Device
+    trust_remote_code: bool = False
+
+
+def generator_job(
+    config: Config,
+    facts: ModelFacts,
+    source: Source,
+    sampling: SamplingConfig,
+    *,
+    end_token_id: int,
+    max_response_tokens: int,
+    trust_remote_code: bool,
+    device: Device,
+) -> GeneratorJob:
+    """What generators of `facts` are told; `end_token_id` ends the responses of the data."""
+    return GeneratorJob(
+        model=facts.path,
+        source=source,
+        sampling=sampling,
+        end_token_ids=tuple(dict.fromkeys((*facts.end_token_ids, end_token_id))),
+        vocabulary_size=facts.vocabulary_size,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_response_tokens=max_response_tokens,
+        seed=config.run.seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+
+
 class Generator(ABC):
     """Generates responses with the newest weights that it was given."""
 
-    def __init__(
-        self,
-        model_dir: Path,
-        config: RolloutConfig,
-        *,
-        end_token_ids: Sequence[int],
-        max_prompt_tokens: int,
-        max_response_tokens: int,
-        seed: int,
-        device: Device,
-        vocabulary_size: int,
-        trust_remote_code: bool = False,
-    ) -> None:
+    def __init__(self, config: GeneratorPoolConfig, job: GeneratorJob) -> None:
         """Store the settings; `start` loads the model.
-
-        Args:
-            end_token_ids: all of the model's own end tokens; `config.sampling.stop_token_ids` are
-                added to them.
-            vocabulary_size: of the tokenizer. Later rows of the output head are padding, and no
-                response contains their ids.
 
         Raises:
             ValueError: there is no end token at all.
         """
-        if not end_token_ids and not config.sampling.stop_token_ids:
+        if not job.end_token_ids and not job.sampling.stop_token_ids:
             raise ValueError(
-                f"{model_dir} names no end token and rollout.sampling.stop_token_ids is empty:"
-                " every response would run to its length limit; set rollout.sampling.stop_token_ids"
+                f"{job.model} names no end token and sampling.stop_token_ids is empty: every"
+                " response would run to its length limit; set sampling.stop_token_ids"
             )
-        self.model_dir = model_dir
         self.config = config
-        self.end_token_ids = tuple(end_token_ids)
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_response_tokens = max_response_tokens
-        self.seed = seed
-        self.device: Device = device
-        self.vocabulary_size = vocabulary_size
-        self.trust_remote_code = trust_remote_code
+        self.job = job
         self._gate = WeightGate(config.timeout_s)
 
     # ---- implemented by the engines ------------------------------------------------------------
@@ -118,7 +136,7 @@ class Generator(ABC):
         """
 
     @abstractmethod
-    async def _load(self, buckets: Sequence[Any]) -> None:
+    async def _load(self, buckets: Sequence[Bucket]) -> None:
         """Replace all weights. The engine takes no step meanwhile."""
 
     # ---- called by others ----------------------------------------------------------------------
@@ -126,7 +144,7 @@ class Generator(ABC):
     @property
     def max_model_len(self) -> int:
         """Prompt and response tokens together."""
-        return self.max_prompt_tokens + self.max_response_tokens
+        return self.job.max_prompt_tokens + self.job.max_response_tokens
 
     @property
     def version(self) -> int:
@@ -145,8 +163,8 @@ class Generator(ABC):
         return await self._run(
             demand.prompt,
             rollout_id=f"student-{demand.ordinal}",
-            sampling=self.config.sampling,
-            seed=request_seed(self.seed, demand.ordinal, demand.attempt),
+            sampling=self.job.sampling,
+            seed=request_seed(self.job.seed, demand.ordinal, demand.attempt),
             source=Source.STUDENT,
             min_version=demand.min_version,
             ordinal=demand.ordinal,
@@ -178,7 +196,7 @@ class Generator(ABC):
             ordinal=None,
         )
 
-    async def update_weights(self, weights: Weights, *, keep_in_flight: bool) -> float:
+    async def update_weights(self, weights: Weights[Bucket], *, keep_in_flight: bool) -> float:
         """Load published weights; returns the seconds until they are in use.
 
         Ignores a version that is not newer and returns 0. New requests wait for the update.
@@ -218,7 +236,7 @@ class Generator(ABC):
                 sampling=sampling,
                 max_tokens=max_tokens,
                 stop_token_ids=tuple(
-                    dict.fromkeys((*self.end_token_ids, *sampling.stop_token_ids))
+                    dict.fromkeys((*self.job.end_token_ids, *sampling.stop_token_ids))
                 ),
                 seed=seed,
                 version=version,
@@ -249,7 +267,7 @@ class Generator(ABC):
 
         Raises ValueError if prompt and response might exceed the engine's context.
         """
-        max_tokens = sampling.max_tokens or self.max_response_tokens
+        max_tokens = sampling.max_tokens or self.job.max_response_tokens
         if len(prompt.token_ids) + max_tokens > self.max_model_len:
             raise ValueError(
                 f"prompt {prompt.prompt_id}: its tokens and sampling.max_tokens must fit into"

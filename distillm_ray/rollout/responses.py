@@ -16,6 +16,10 @@ MAX_NGRAM = 64
 MIN_REPEATS = 4
 MIN_LOOP_TOKENS = 32
 
+MAX_REJECTED = 3
+"""How often the filter may drop the response of one ordinal. The next one is trained on as it is,
+because the schedule has promised its slot."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseFacts:
@@ -34,6 +38,17 @@ def response_facts(rollout: Rollout) -> ResponseFacts:
         looping=_is_looping(rollout.response_ids[:-1] if stopped else rollout.response_ids),
         truncated=rollout.finish_reason is FinishReason.LENGTH,
     )
+
+
+def response_counts(rollout: Rollout, facts: ResponseFacts) -> dict[str, int]:
+    """What one response adds to the log's counters, by their names (`log.records.Counters`)."""
+    return {
+        "generated_sequences": 1,
+        "generated_tokens": len(rollout.response_ids),
+        "truncated": facts.truncated,
+        "empty": facts.empty,
+        "looping": facts.looping,
+    }
 
 
 def verdict(facts: ResponseFacts, config: FilterConfig) -> Literal["looping", "truncated"] | None:

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from distillm_ray.config import SamplingConfig, TransformersEngine, cpu_threads
+from distillm_ray.config import SamplingConfig, TransformersEngine
 from distillm_ray.dynamic_batching import DynamicBatcher
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.rollout.generator import Generator, Request, Response
@@ -87,19 +87,19 @@ class TransformersGenerator(Generator):
 
     async def start(self) -> None:
         """Load the model; requests are accepted when this returns."""
-        if self.device == "cpu":
-            torch.set_num_threads(cpu_threads(self.config))
+        if self.job.device == "cpu":
+            torch.set_num_threads(self.config.num_threads)
         model = await asyncio.to_thread(
             AutoModelForCausalLM.from_pretrained,
-            self.model_dir,
-            dtype=resolve_dtype(self.config.dtype, self.device),
-            trust_remote_code=self.trust_remote_code,
+            self.job.model,
+            dtype=resolve_dtype(self.config.dtype, self.job.device),
+            trust_remote_code=self.job.trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
         )
         # generate() takes unset parameters from the model's own config, a repetition penalty say.
         model.generation_config = GenerationConfig()
-        self._model = cast(Any, model).to(torch.device(self.device)).eval()
+        self._model = cast(Any, model).to(torch.device(self.job.device)).eval()
         self._batcher = DynamicBatcher(self._generate, self._fits)
         self._batcher.start()
 
@@ -123,7 +123,7 @@ class TransformersGenerator(Generator):
                 found = self._model.load_state_dict(dict(to_tensors(bucket)), strict=False)
                 if found.unexpected_keys:
                     raise ValueError(
-                        f"the weights hold {found.unexpected_keys[:3]}, which {self.model_dir} does"
+                        f"the weights hold {found.unexpected_keys[:3]}, which {self.job.model} does"
                         " not have: they belong to another model"
                     )
                 for name in bucket:
@@ -131,7 +131,7 @@ class TransformersGenerator(Generator):
         # By storage: a tied head is in no bucket and changes with the embedding.
         if stale:
             raise ValueError(
-                f"the weights lack {list(stale.values())[:3]} of {self.model_dir}: those tensors"
+                f"the weights lack {list(stale.values())[:3]} of {self.job.model}: those tensors"
                 " would keep their old values"
             )
 
@@ -156,7 +156,7 @@ class TransformersGenerator(Generator):
             token_ids_BP[row, longest - length :] = torch.from_numpy(request.prompt_ids.copy())
             mask_BP[row, longest - length :] = 1
         device = self._model.device
-        processor = SamplingProcessor(requests, device, self.vocabulary_size)
+        processor = SamplingProcessor(requests, device, self.job.vocabulary_size)
         cast(Any, self._model).generate(
             inputs=token_ids_BP.to(device),
             attention_mask=mask_BP.to(device),

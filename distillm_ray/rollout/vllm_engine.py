@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distillm_ray.config import VllmEngine, cpu_threads
+from distillm_ray.config import VllmEngine
 from distillm_ray.directory_lock import locked
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.rollout.generator import Generator, Request, Response
@@ -68,17 +68,17 @@ class VllmGenerator(Generator):
         """Start the engine. Blocks the event loop meanwhile: 3 to 20 s on a CPU."""
         engine_config = self.config.engine
         assert isinstance(engine_config, VllmEngine)
-        on_cpu = self.device == "cpu"
-        num_threads = cpu_threads(self.config)
-        os.environ.update(vllm_environment(device=self.device, num_threads=num_threads))
+        on_cpu = self.job.device == "cpu"
+        num_threads = self.config.num_threads
+        os.environ.update(vllm_environment(device=self.job.device, num_threads=num_threads))
         remove_abandoned_weights(node_local_memory())
         # Imported here because vLLM reads its environment at import.
         from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
-        dtype = resolve_dtype(self.config.dtype, self.device)
+        dtype = resolve_dtype(self.config.dtype, self.job.device)
         arguments = AsyncEngineArgs(
-            model=str(self.model_dir),
+            model=str(self.job.model),
             dtype="bfloat16" if dtype.itemsize == 2 else "float32",
             max_model_len=self.max_model_len,
             max_num_seqs=engine_config.max_num_seqs,
@@ -86,9 +86,9 @@ class VllmGenerator(Generator):
             gpu_memory_utilization=engine_config.gpu_memory_utilization,
             kv_cache_memory_bytes=engine_config.cpu_kv_cache_gib * 2**30 if on_cpu else None,
             enforce_eager=engine_config.enforce_eager or on_cpu,
-            seed=self.seed % 2**31,
+            seed=self.job.seed % 2**31,
             load_format="safetensors",
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.job.trust_remote_code,
             # Token ids in and out; end tokens and sampling come from our own config only.
             skip_tokenizer_init=True,
             generation_config="vllm",
@@ -98,7 +98,7 @@ class VllmGenerator(Generator):
         )
         self._serial = itertools.count()
         self._engine = AsyncLLM.from_engine_args(arguments)
-        await self._engine.collective_rpc("limit_vocabulary", args=(self.vocabulary_size,))
+        await self._engine.collective_rpc("limit_vocabulary", args=(self.job.vocabulary_size,))
 
     async def stop(self) -> None:
         """Shut the engine down. Requests in flight fail."""

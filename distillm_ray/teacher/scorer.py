@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distillm_ray.batching import loss_positions
-from distillm_ray.config import TargetsConfig, TeacherConfig, cpu_threads
+from distillm_ray.config import TargetsConfig, TeacherConfig
 from distillm_ray.dynamic_batching import DynamicBatcher
 from distillm_ray.models.directory import check_parallelism
 from distillm_ray.models.dtypes import resolve_dtype
@@ -72,7 +71,7 @@ class Scorer:
                 `check_packed_model` refuses it.
         """
         if self.device.type == "cpu":
-            torch.set_num_threads(cpu_threads(self.config))
+            torch.set_num_threads(self.config.num_threads)
         await asyncio.to_thread(self._load)
         self._batcher.start()
 
@@ -137,7 +136,7 @@ class Scorer:
         scored = []
         start = 0
         for rollout in rollouts:
-            rows = torch.from_numpy(loss_positions(rollout)).long() + start
+            rows = torch.from_numpy(rollout.loss_positions).long() + start
             targets = self._targets(hidden_LD[rows.to(self.device)])
             report = ScoreReport(num_tokens=rollout.num_tokens, nbytes=targets.nbytes)
             scored.append((report, targets))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
-import deepspeed
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -44,7 +44,7 @@ def gather(
             if (layer := adapters.get(_adapted_module(name))) is not None:
                 involved += layer.parameters()
         unique = list({id(tensor): tensor for tensor in involved}.values())
-        with deepspeed.zero.GatheredParameters(unique), torch.no_grad():
+        with _whole(unique), torch.no_grad():
             bucket = {
                 name.replace(_ADAPTED, ""): _to_bytes(
                     _merged(tensors[name], adapters.get(_adapted_module(name))),
@@ -54,6 +54,15 @@ def gather(
                 if keep
             }
         yield bucket
+
+
+def _whole(tensors: Sequence[Tensor]) -> AbstractContextManager[object]:
+    """Inside the block no tensor is partitioned."""
+    if not any(hasattr(tensor, "ds_id") for tensor in tensors):
+        return nullcontext()
+    import deepspeed  # noqa: PLC0415  only ZeRO-3 partitions, and a local run has no DeepSpeed
+
+    return deepspeed.zero.GatheredParameters(list(tensors))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

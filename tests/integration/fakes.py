@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from distillm_ray.cluster.actors import PooledActor
+from distillm_ray.cluster.pool import PooledActor
 from distillm_ray.config import SamplingConfig
 from distillm_ray.errors import ModelError
 from distillm_ray.types import (
@@ -92,7 +92,7 @@ class FakeGenerator(Trouble):
         await asyncio.sleep(0.01)
         return rollout("student-0", text=str(os.getpid()), version=self.version)
 
-    async def answer(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
+    async def respond(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
         return await self.generate(demand(prompt.text))
 
     async def update_weights(self, weights: Weights, keep_in_flight: bool) -> float:
@@ -116,6 +116,7 @@ class FakeScorer(Trouble):
 
     async def start(self) -> None: ...
 
+    @ray.method(num_returns=2)
     async def score(self, rollout: Rollout) -> tuple[ScoreReport, HiddenTargets]:
         await self.obey(rollout.text)
         await asyncio.sleep(0.05)

@@ -23,10 +23,10 @@ from distillm_ray.config import (
     TransformersEngine,
     VllmEngine,
 )
-from distillm_ray.rollout.generator import Generator
+from distillm_ray.rollout.generator import Generator, GeneratorJob
 from distillm_ray.rollout.transformers_engine import TransformersGenerator
 from distillm_ray.rollout.vllm_engine import VllmGenerator
-from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Weights
+from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Source, Weights
 
 pytestmark = [
     pytest.mark.integration,
@@ -96,6 +96,20 @@ def to_weights(model: LlamaForCausalLM, version: int) -> Weights:
     return Weights(version=version, buckets=buckets, nbytes=nbytes)
 
 
+def job(model: Path, *, max_prompt_tokens: int, max_response_tokens: int) -> GeneratorJob:
+    return GeneratorJob(
+        model=model,
+        source=Source.STUDENT,
+        sampling=SamplingConfig(),
+        end_token_ids=tuple(END_TOKENS),
+        vocabulary_size=VOCABULARY_SIZE,
+        max_prompt_tokens=max_prompt_tokens,
+        max_response_tokens=max_response_tokens,
+        seed=7,
+        device="cpu",
+    )
+
+
 @pytest.fixture(scope="module", params=["vllm", "transformers"])
 def generator(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -108,14 +122,8 @@ def generator(
     engine = VllmEngine(max_num_seqs=8) if request.param == "vllm" else TransformersEngine()
     kind = VllmGenerator if request.param == "vllm" else TransformersGenerator
     made = kind(
-        directory,
         RolloutConfig(engine=engine, dtype="float32", num_threads=1, timeout_s=100),
-        end_token_ids=END_TOKENS,
-        max_prompt_tokens=160,
-        max_response_tokens=96,
-        seed=7,
-        device="cpu",
-        vocabulary_size=VOCABULARY_SIZE,
+        job(directory, max_prompt_tokens=160, max_response_tokens=96),
     )
     run(made.start())
     yield made
@@ -321,14 +329,8 @@ def test_weights_that_lack_a_tensor_are_refused_by_the_transformers_engine(tmp_p
     model = tiny_llama(0)
     model.save_pretrained(tmp_path)
     made = TransformersGenerator(
-        tmp_path,
         RolloutConfig(engine=TransformersEngine(), dtype="float32", num_threads=1),
-        end_token_ids=END_TOKENS,
-        max_prompt_tokens=16,
-        max_response_tokens=16,
-        seed=7,
-        device="cpu",
-        vocabulary_size=VOCABULARY_SIZE,
+        job(tmp_path, max_prompt_tokens=16, max_response_tokens=16),
     )
     run(made.start())
     whole = to_weights(model, 1)

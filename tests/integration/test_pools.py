@@ -8,7 +8,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pytest
@@ -16,22 +17,23 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from distillm_ray.cluster.actor_pool import MAX_FAILURES, Actor
-from distillm_ray.cluster.actors import MetricsActor, TargetStoreActor
-from distillm_ray.cluster.buffer_actor import BufferActor, BufferLost
-from distillm_ray.cluster.learners import Learners
-from distillm_ray.cluster.loop_actor import LoopPeers, RolloutLoopActor
-from distillm_ray.cluster.pools import Generators, Targets, store_index
-from distillm_ray.cluster.services import ActorServices, Wires
-from distillm_ray.config import Config, SamplingConfig
+from distillm_ray.cluster.actors import BufferLost
+from distillm_ray.cluster.buffer import BufferActor
+from distillm_ray.cluster.learner import LearnerGroup, Links, Wires
+from distillm_ray.cluster.log import LogActor
+from distillm_ray.cluster.orchestrator import OrchestratorActor, TrainingPeers
+from distillm_ray.cluster.pool import MAX_FAILURES, ActorLost
+from distillm_ray.cluster.rollout import GeneratorPool
+from distillm_ray.cluster.targets import ScorerPool, TargetStoreActor, store_index
+from distillm_ray.config import Config, GeneratorPoolConfig, SamplingConfig
 from distillm_ray.errors import ClusterError, ModelError, RunDirectoryError, RunFailed
 from distillm_ray.log.records import EventRecord, Record
-from distillm_ray.pipeline import _Job
-from distillm_ray.rollout.loop import ActorLost
+from distillm_ray.teacher.target_key import TargetIdentity, target_key
 from distillm_ray.types import (
     DrawFacts,
     HiddenTargets,
     Prompt,
+    Rollout,
     TeacherTargets,
     TrainStep,
     Validation,
@@ -49,6 +51,8 @@ from tests.integration.fakes import (
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
+Actor: TypeAlias = Any  # fakes and real actors alike
+IDENTITY = TargetIdentity(teacher="t", kind="hidden", dtype="float32")
 GREEDY = SamplingConfig(temperature=0.0)
 
 
@@ -56,7 +60,7 @@ _ACTORS: list[Actor] = []
 
 
 def remote(role: type, *arguments: Any, settings: Any = None, **options: Any) -> Actor:
-    """An actor as `cluster.py` makes them, gone after the test."""
+    """An actor with the options of a pool's, killed after the test."""
     defaults = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0, "max_concurrency": 100}
     make: Any = ray.remote  # its annotations know only some of its options
     _ACTORS.append(make(**defaults | options)(role).remote(*arguments, **settings or {}))
@@ -96,13 +100,22 @@ class Events:
         self.details.append(record.detail)
 
 
-def pool_of(*handles: Actor, log: Events | None = None, **changes: float) -> Generators:
-    settings: dict[str, Any] = {
-        "max_in_flight": 4,
-        "call_timeout_s": 60.0,
-        "startup_timeout_s": 120.0,
-    }
-    return Generators(handles, keep_in_flight=True, log=log or Events(), **settings | changes)
+def pool_of(
+    *handles: Actor,
+    log: Events | None = None,
+    max_in_flight: int = 4,
+    call_timeout_s: float = 60.0,
+    startup_timeout_s: float = 120.0,
+) -> GeneratorPool:
+    # A call may take two time-outs: one for the weights, one for the response.
+    config = GeneratorPoolConfig(max_in_flight=max_in_flight, timeout_s=call_timeout_s / 2)
+    return GeneratorPool(
+        handles,
+        config,
+        keep_in_flight=True,
+        startup_timeout_s=startup_timeout_s,
+        log=cast(Any, log or Events()),
+    )
 
 
 def weights(version: int) -> Weights:
@@ -176,11 +189,11 @@ async def test_the_others_work_on_while_one_is_replaced() -> None:
     assert len({answer.text for answer in answers}) == 1
 
 
-async def test_an_answer_is_tried_again_until_an_actor_gives_it(tmp_path: Path) -> None:
+async def test_a_response_is_tried_again_until_an_actor_gives_it(tmp_path: Path) -> None:
     pool = pool_of(remote(FakeGenerator))
     await pool.start()
     name = str(tmp_path / "raised")
-    assert (await pool.answer(prompt(f"raise once {name}"), GREEDY, 0)).rollout_id == "student-0"
+    assert (await pool.respond(prompt(f"raise once {name}"), GREEDY, 0)).rollout_id == "student-0"
     assert Path(name).exists()
 
 
@@ -206,7 +219,7 @@ async def test_too_many_failures_in_a_row_end_every_call_with_a_message() -> Non
         with pytest.raises(ActorLost):
             await pool.generate(demand("raise"))
     last = asyncio.create_task(pool.generate(demand("raise")))
-    waiting = asyncio.create_task(pool.answer(prompt(), GREEDY, 0))
+    waiting = asyncio.create_task(pool.respond(prompt(), GREEDY, 0))
     message = r"^generator 0 failed 3 times in a row, the last time with: RuntimeError: out of mem"
     for call in (last, waiting):
         with pytest.raises(ClusterError, match=message):
@@ -347,20 +360,25 @@ def make_stores(count: int, max_bytes: int = 20_000_000) -> list[Actor]:
     return [remote(TargetStoreActor, max_bytes, **options) for _ in range(count)]
 
 
-def targets_of(scorers: list[Actor], stores: list[Actor], log: Events | None = None) -> Targets:
-    return Targets(
+def targets_of(scorers: list[Actor], stores: list[Actor], log: Events | None = None) -> ScorerPool:
+    return ScorerPool(
         scorers,
         stores,
-        max_in_flight=8,
+        IDENTITY,
         call_timeout_s=60.0,
         startup_timeout_s=120.0,
-        log=log or Events(),
+        log=cast(Any, log or Events()),
     )
 
 
-async def stored(store: Actor, rollout_id: str) -> np.ndarray:
-    references = await store.get.remote([rollout_id])
-    return (await references[rollout_id]).values_TD
+def store_of(one: Rollout, stores: list[Actor]) -> int:
+    return store_index(target_key(IDENTITY, one), len(stores))
+
+
+async def stored(stores: list[Actor], one: Rollout) -> np.ndarray:
+    key = target_key(IDENTITY, one)
+    references = await stores[store_of(one, stores)].get.remote([key])
+    return (await references[key]).values_TD
 
 
 async def test_targets_survive_the_death_of_their_scorer() -> None:
@@ -369,7 +387,7 @@ async def test_targets_survive_the_death_of_their_scorer() -> None:
     await targets.start()
     assert await targets.ensure(rollout("a", 3)) == 5
     ray.kill(scorers[0])
-    values_TD = await stored(stores[store_index("a", 2)], "a")
+    values_TD = await stored(stores, rollout("a", 3))
     assert values_TD.shape == (3, HIDDEN_SIZE) and (values_TD == 5).all()
     assert not values_TD.flags.writeable
 
@@ -393,19 +411,33 @@ async def test_a_scorer_that_dies_in_the_middle_is_asked_again() -> None:
     log = Events()
     targets = targets_of([scorer], make_stores(1), log)
     await targets.start()
-    calls = [asyncio.create_task(targets.ensure(rollout(f"a{i}"))) for i in range(4)]
+    calls = [asyncio.create_task(targets.ensure(rollout(f"a{i}", 1 + i))) for i in range(4)]
     await asyncio.sleep(0.02)
     ray.kill(scorer, no_restart=False)
-    assert await asyncio.wait_for(asyncio.gather(*calls), 60) == [3, 3, 3, 3]
+    assert await asyncio.wait_for(asyncio.gather(*calls), 60) == [3, 4, 5, 6]
 
 
-async def test_another_text_under_the_same_id_replaces_the_old_targets() -> None:
+async def test_another_text_under_the_same_id_has_targets_of_its_own() -> None:
     stores = make_stores(1)
     targets = targets_of([remote(FakeScorer)], stores)
     await targets.start()
-    await targets.ensure(rollout("student-0", 2))
-    assert await targets.replace(rollout("student-0", 4)) == 6
-    assert (await stored(stores[0], "student-0")).shape == (4, HIDDEN_SIZE)
+    old, new = rollout("student-0", 2), rollout("student-0", 4)
+    assert (await targets.ensure(old), await targets.ensure(new)) == (4, 6)
+    assert (await stored(stores, old)).shape == (2, HIDDEN_SIZE)
+    assert (await stored(stores, new)).shape == (4, HIDDEN_SIZE)
+
+
+async def test_equal_text_is_scored_once_whatever_its_id_and_whoever_asks() -> None:
+    """Two rows with the same text, and a second run over the same stores."""
+    scorer, stores = remote(FakeScorer), make_stores(2)
+    first = targets_of([scorer], stores)
+    await first.start()
+    assert await first.ensure(rollout("dataset-a", 3)) == 5
+    assert await first.ensure(rollout("dataset-b", 3, version=7)) == 0
+    second = targets_of([scorer], stores)
+    await second.start()
+    assert await second.ensure(rollout("dataset-c", 3)) == 0
+    assert await scorer.count.remote() == 1
 
 
 # ---- the learner's side -------------------------------------------------------------------------
@@ -425,23 +457,44 @@ def make_config(directory: Path, **sections: dict[str, Any]) -> Config:
     return Config.model_validate(tree)
 
 
-def make_services(
+def make_links(
     config: Config,
     scorers: list[Actor],
     stores: list[Actor],
     *,
-    buffer: Actor | None = None,
-    data: tuple[Any, Any] | None = None,
-    metrics: Actor | None = None,
-) -> ActorServices:
-    peers = LoopPeers(
-        generators=(), scorers=scorers, stores=stores, buffer=buffer, data=data, metrics=metrics
+    buffer: Actor = None,
+    data: tuple[Any, Any] = (None, None),
+    log: Actor = None,
+) -> tuple[Links, Actor]:
+    """A learner's clients, and the orchestrator behind them."""
+    peers = TrainingPeers(
+        buffer=buffer,
+        prompts=data[0],
+        demonstrations=data[1],
+        log=log or remote(LogActor, config.run.directory, settings=LOG),
+        scorers=scorers,
+        stores=stores,
+        identity=IDENTITY,
     )
-    loop = remote(RolloutLoopActor, config, peers)
-    ray.get(loop.start.remote(), timeout=60)
-    wires = Wires(buffer=buffer, loop=loop, stores=tuple(stores), metrics=metrics)
-    unused: Any = None  # the tokenizer, which decodes answers to probes
-    return ActorServices(wires, config, tokenizer=unused)
+    orchestrator = remote(OrchestratorActor, config, config.rollout, (), peers)
+    ray.get(orchestrator.start.remote(), timeout=60)
+    wires = Wires(
+        buffer=buffer,
+        orchestrator=orchestrator,
+        log=peers.log,
+        control=cast(Any, None),
+        stores=stores,
+        identity=IDENTITY,
+    )
+    return Links.over(wires, config), orchestrator
+
+
+LOG = {"resume_step": None, "commit": "", "command": ""}
+
+
+def fetch(links: Links, rollouts: Sequence[Rollout]) -> dict[str, TeacherTargets]:
+    assert links.targets is not None
+    return links.targets.fetch(rollouts)
 
 
 def make_buffer(config: Config) -> Actor:
@@ -473,57 +526,56 @@ def lengths(targets: dict[str, TeacherTargets]) -> dict[str, int]:
 
 def test_targets_that_went_with_their_store_are_scored_again(tmp_path: Path) -> None:
     scorer, stores = remote(FakeScorer), make_stores(2)
-    services = make_services(make_config(tmp_path), [scorer], stores)
-    rollouts = [rollout(f"r{index}", 1 + index) for index in range(6)]
-    assert {store_index(one.rollout_id, 2) for one in rollouts} == {0, 1}
-    expected = {f"r{index}": 1 + index for index in range(6)}
-    assert lengths(services.fetch_targets(rollouts)) == expected
-    assert lengths(services.fetch_targets(rollouts)) == expected
-    assert ray.get(scorer.count.remote()) == 6, "the second time everything is there"
+    links, _ = make_links(make_config(tmp_path), [scorer], stores)
+    rollouts = [rollout(f"r{index}", 1 + index) for index in range(12)]
+    assert {store_of(one, stores) for one in rollouts} == {0, 1}
+    expected = {f"r{index}": 1 + index for index in range(12)}
+    assert lengths(fetch(links, rollouts)) == expected
+    assert lengths(fetch(links, rollouts)) == expected
+    assert ray.get(scorer.count.remote()) == 12, "the second time everything is there"
     kill_and_await_restart(stores[1])
-    assert lengths(services.fetch_targets(rollouts)) == expected
-    lost = sum(store_index(one.rollout_id, 2) == 1 for one in rollouts)
-    assert ray.get(scorer.count.remote()) == 6 + lost
+    assert lengths(fetch(links, rollouts)) == expected
+    lost = sum(store_of(one, stores) == 1 for one in rollouts)
+    assert ray.get(scorer.count.remote()) == 12 + lost
 
 
 def test_stores_that_cannot_hold_a_step_are_named_with_their_key(tmp_path: Path) -> None:
     stores = make_stores(1, max_bytes=1000)
-    services = make_services(make_config(tmp_path), [remote(FakeScorer)], stores)
+    links, _ = make_links(make_config(tmp_path), [remote(FakeScorer)], stores)
     with pytest.raises(
         ClusterError, match=r"1 teacher targets were gone again .* targets\.max_bytes"
     ):
-        services.fetch_targets([rollout("r0")])
+        fetch(links, [rollout("r0")])
 
 
 def test_a_roles_user_error_reaches_the_learner_as_itself(tmp_path: Path) -> None:
-    services = make_services(make_config(tmp_path), [remote(FakeScorer)], make_stores(1))
+    links, _ = make_links(make_config(tmp_path), [remote(FakeScorer)], make_stores(1))
     with pytest.raises(ModelError) as caught:
-        services.fetch_targets([rollout("r0", text="refuse")])
+        fetch(links, [rollout("r0", text="refuse")])
     assert str(caught.value) == "teacher.model: no good"
 
 
-def test_a_role_that_does_not_answer_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_role_that_does_not_reply_is_named(tmp_path: Path) -> None:
     config = make_config(tmp_path, learner={"data_timeout_s": 0.5})
-    services = make_services(config, [remote(FakeScorer)], make_stores(1))
-    with pytest.raises(TimeoutError, match=r"no answer within 0\.5 s: scoring 1 sequences"):
-        services.fetch_targets([rollout("r0", text="hang")])
+    links, _ = make_links(config, [remote(FakeScorer)], make_stores(1))
+    with pytest.raises(ClusterError, match=r"no reply within 0\.5 s: scoring 1 sequences"):
+        fetch(links, [rollout("r0", text="hang")])
 
 
 def test_a_checkpoint_of_other_data_is_refused_with_a_message(tmp_path: Path) -> None:
     config = make_config(tmp_path)
 
-    def services_over(names: list[str]) -> ActorServices:
-        return make_services(config, [], [], buffer=make_buffer(config), data=data_of(names))
+    def links_over(names: list[str]) -> Links:
+        links, _ = make_links(config, [], [], buffer=make_buffer(config), data=data_of(names))
+        return links
 
-    saved = services_over(["a", "b"])
-    saved.restore_buffer(None, 0)
-    state = saved.buffer_state(0)
-    other = services_over(["a", "b", "c"])
+    saved = links_over(["a", "b"])
+    saved.orchestrator.restore(None, 0)
+    state = saved.buffer.state(0)
+    other = links_over(["a", "b", "c"])
     with pytest.raises(RunDirectoryError, match="must be that of the saved buffer"):
-        other.restore_buffer(state, 0)
-    other.restore_buffer(None, 0)
+        other.orchestrator.restore(state, 0)
+    other.orchestrator.restore(None, 0)
 
 
 # ---- the buffer dies -----------------------------------------------------------------------------
@@ -536,56 +588,49 @@ def test_a_buffer_that_died_answers_learners_with_an_error_and_goes_on_when_it_i
 ) -> None:
     config = make_config(tmp_path)
     buffer = make_buffer(config)
-    metrics = remote(MetricsActor, tmp_path / "log", settings={"tensorboard": False})
-    services = make_services(
-        config,
-        [remote(FakeScorer)],
-        make_stores(1),
-        buffer=buffer,
-        data=data_of(NAMES),
-        metrics=metrics,
+    log = remote(LogActor, tmp_path / "log", settings=LOG)
+    scorers, stores = [remote(FakeScorer)], make_stores(1)
+    links, orchestrator = make_links(
+        config, scorers, stores, buffer=buffer, data=data_of(NAMES), log=log
     )
-    loop = services._wires.loop
-    running = loop.run.remote()
-    services.restore_buffer(None, 0)
-    services.report_validation(Validation(step=0, loss=1.0, tokens=1))
-    draw(services, 0)
-    services.advance(1)
-    state = services.buffer_state(1)
-    second = draw(services, 1)
+    running = orchestrator.run.remote()
+    links.orchestrator.restore(None, 0)
+    links.buffer.report(Validation(step=0, loss=1.0, tokens=1))
+    draw(links, 0)
+    links.buffer.advance(1)
+    state = links.buffer.state(1)
+    second = draw(links, 1)
 
-    waiting = buffer.draw.remote(3, 0, 100.0)  # nobody has advanced that far
+    waiting = buffer.draw.remote(3, 0, 100.0)  # no learner has advanced that far
     kill_and_await_restart(buffer)
     with pytest.raises(BufferLost, match="have to go back to the last checkpoint"):
         get(waiting)
     calls: list[Callable[[], object]] = [
-        lambda: services.draw(1, 0, 10.0),
-        lambda: services.waiting_for(1),
-        lambda: services.advance(2),
-        lambda: services.buffer_state(2),
-        lambda: services.report_validation(Validation(step=2, loss=1.0, tokens=1)),
-        lambda: get(loop.report_step.remote(TrainStep(step=2, loss=1.0), second)),
+        lambda: links.buffer.draw(1, 0, 10.0),
+        lambda: links.buffer.waiting_for(1),
+        lambda: links.buffer.advance(2),
+        lambda: links.buffer.state(2),
+        lambda: links.buffer.report(Validation(step=2, loss=1.0, tokens=1)),
+        lambda: get(orchestrator.report_step.remote(TrainStep(step=2, loss=1.0), second)),
     ]
     for call in calls:
         with pytest.raises(BufferLost):
             call()
-    assert "the replay buffer died" in get(buffer.waiting.remote())
-    assert not services.should_stop()
-    assert not ray.wait([running], timeout=0.5)[0], "the rollout loop waits for the restore"
+    assert not ray.wait([running], timeout=0.5)[0], "the orchestrator waits for the restore"
 
-    services.restore_buffer(state, 1)
-    assert draw(services, 1) == second, "the buffer is open again, at the same place"
-    services.restore_buffer(state, 1)  # a learner died: the buffer did not
-    log, _ = get(metrics.since.remote(0))
-    events = [record.name for record in log if isinstance(record, EventRecord)]
+    links.orchestrator.restore(state, 1)
+    assert draw(links, 1) == second, "the buffer is open again, at the same place"
+    links.orchestrator.restore(state, 1)  # a learner died: the buffer did not
+    records, _ = get(log.since.remote(0))
+    events = [record.name for record in records if isinstance(record, EventRecord)]
     assert events == ["rewound", "replay buffer died", "rewound"]
-    get(buffer.finish.remote())
+    get(orchestrator.finish.remote())
     get(running)
 
 
-def draw(services: ActorServices, step: int) -> DrawFacts:
-    plan = services.draw(step, 0, 60.0)
-    assert plan is not None, services.waiting_for(step)
+def draw(links: Links, step: int) -> DrawFacts:
+    plan = links.buffer.draw(step, 0, 60.0)
+    assert plan is not None, links.buffer.waiting_for(step)
     return plan.facts
 
 
@@ -600,7 +645,7 @@ def test_what_was_done_for_a_buffer_that_died_is_nothing_to_the_restored_one(
     buffer = make_buffer(config)
 
     def restore(incarnation: int) -> bool:
-        call = buffer.restore.remote(incarnation, None, 0, *data_of(NAMES))
+        call = buffer.restore.remote(incarnation, None, *data_of(NAMES))
         return get(call)
 
     assert not restore(1)
@@ -625,6 +670,14 @@ def test_what_was_done_for_a_buffer_that_died_is_nothing_to_the_restored_one(
     assert get(buffer.counters.remote(2)).finished == 1
 
 
+def group(config: Config, fit: Callable[[], None]) -> LearnerGroup:
+    """Learners whose Ray Train is a plain function."""
+    learners = LearnerGroup(cast(Any, None), cast(Any, SimpleNamespace(config=config)), print)
+    trainer = SimpleNamespace(fit=fit)
+    cast(Any, learners)._trainer = lambda: trainer
+    return learners
+
+
 @pytest.mark.parametrize(
     ("failure", "said"),
     [
@@ -646,7 +699,7 @@ def test_what_restarts_could_not_mend_ends_the_run_with_a_message(
         raise failure
 
     config = make_config(tmp_path, run={"directory": str(tmp_path)})
-    learners = Learners(fit, config)
+    learners = group(config, fit)
     learners.start()
     learners.join(60)
     with pytest.raises(RunFailed, match=said):
@@ -658,22 +711,8 @@ def test_what_a_rank_says_to_the_user_arrives_as_itself(tmp_path: Path) -> None:
     def fit() -> None:
         raise WorkerGroupError("all", {0: RuntimeError("peer gone"), 1: ModelError("student: no")})
 
-    learners = Learners(fit, make_config(tmp_path))
+    learners = group(make_config(tmp_path), fit)
     learners.start()
     learners.join(60)
     with pytest.raises(ModelError, match=r"^student: no$"):
         learners.raise_failure()
-
-
-def test_a_buffer_that_does_not_come_back_ends_the_run_with_a_message(tmp_path: Path) -> None:
-    config = make_config(tmp_path, run={"startup_timeout_s": 1})
-    unused: Any = None
-    job = _Job(config, unused, unused, "")
-    buffer = make_buffer(config)
-    hanging = buffer.work.remote()
-    late = r"no answer within 1 s: the replay buffer \(run\.startup_timeout_s\)"
-    with pytest.raises(ClusterError, match=late):
-        job._ask_buffer(hanging)
-    ray.kill(buffer)
-    with pytest.raises(ClusterError, match=r"died and does not come back; .* to resume"):
-        job._ask_buffer(buffer.failure.remote())

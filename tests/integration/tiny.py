@@ -111,7 +111,14 @@ def make_config(directory: Path, *, steps: int, batch_size: int) -> Path:
             "learning_rate": 1e-3,
         },
         "validation": {"interval": 5, "probe_prompts": 2},
-        "evaluation": {"at_end": False, "sampling": {"temperature": 0.0}},
+        "evaluation": {
+            "at_end": False,
+            "sampling": {"temperature": 0.0},
+            "student": {"engine": {"type": "transformers"}, "num_cpus": 0.25, "num_threads": 1},
+            "teacher": {"engine": {"type": "transformers"}, "num_cpus": 0.25, "num_threads": 1},
+            "held_out_loss": {"num_cpus": 0.25, "num_threads": 1},
+        },
+        "generate": {"engine": {"type": "transformers"}, "num_cpus": 0.25, "num_threads": 1},
         "checkpoint": {"interval": 2},
     }
     for section in ("teacher", "rollout", "learner"):

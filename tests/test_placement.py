@@ -1,4 +1,4 @@
-"""What a config asks for, and the refusal of what a cluster does not have."""
+"""What each phase asks for, and the refusal of what a cluster does not have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import yaml
 
-from distillm_ray.cluster.resources import Available, Node, check, render_show, request
+from distillm_ray.cluster.placement import (
+    Available,
+    Node,
+    Phase,
+    check,
+    evaluate_phases,
+    generate_phases,
+    render_show,
+    train_phases,
+)
 from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError
 
@@ -27,14 +36,18 @@ def make_config(**sections: dict[str, Any]) -> Config:
     return Config.model_validate(tree)
 
 
+def training(config: Config, device: Any) -> Phase:
+    return train_phases(config, device)[0]
+
+
 def refusal(config: Config, device: Any, available: Available) -> str:
     with pytest.raises(ClusterError) as caught:
-        check(request(config, device), available)
+        check(train_phases(config, device), available)
     return str(caught.value)
 
 
 def test_the_defaults_ask_for_one_cpu_a_role_and_no_gpu_on_a_cpu() -> None:
-    asked = request(make_config(), "cpu")
+    asked = training(make_config(), "cpu")
     roles = {role.role: (role.count, role.cpus, role.gpus) for role in asked.roles}
     assert roles == {"learner": (1, 1, 0), "generator": (1, 1, 0), "scorer": (1, 1, 0)}
     assert (asked.cpus, asked.gpus) == (3.0, 0.0)
@@ -47,7 +60,7 @@ def test_on_gpus_a_pool_asks_for_its_tensor_parallel_ranks() -> None:
         teacher={"tensor_parallel": 4},
         learner={"workers": 8},
     )
-    asked = request(config, "cuda")
+    asked = training(config, "cuda")
     roles = {role.role: (role.count, role.cpus, role.gpus) for role in asked.roles}
     assert roles == {"learner": (8, 1, 1), "generator": (3, 0.5, 2), "scorer": (1, 1, 4)}
     assert (asked.cpus, asked.gpus) == (10.5, 18.0)
@@ -57,9 +70,9 @@ def test_fractions_of_a_gpu_are_taken_from_the_config() -> None:
     config = make_config(
         rollout={"num_gpus": 0.25}, teacher={"num_gpus": 0.25}, learner={"num_gpus": 0.5}
     )
-    asked = request(config, "cuda")
+    asked = training(config, "cuda")
     assert asked.gpus == 1.0
-    check(asked, Available(nodes=(Node(cpus=4, gpus=1),)))
+    check((asked,), Available(nodes=(Node(cpus=4, gpus=1),)))
 
 
 def test_a_run_without_teacher_or_generation_asks_for_neither() -> None:
@@ -69,18 +82,18 @@ def test_a_run_without_teacher_or_generation_asks_for_neither() -> None:
         validation={"probe_prompts": 0},
         evaluation={"at_end": False},
     )
-    asked = request(config, "cuda")
+    asked = training(config, "cuda")
     assert [role.role for role in asked.roles] == ["learner"]
     assert asked.object_store_bytes == 0
 
 
 def test_the_evaluation_at_the_end_needs_a_generator_even_without_rollouts() -> None:
     config = make_config(schedule={"type": "fixed", "phi": 0.0}, validation={"probe_prompts": 0})
-    assert "generator" in {role.role for role in request(config, "cpu").roles}
+    assert "generator" in {role.role for role in training(config, "cpu").roles}
 
 
 def test_what_fits_exactly_is_accepted() -> None:
-    check(request(make_config(), "cpu"), Available(nodes=(Node(cpus=2), Node(cpus=1))))
+    check(train_phases(make_config(), "cpu"), Available(nodes=(Node(cpus=2), Node(cpus=1))))
 
 
 def test_too_few_cpus_names_what_is_asked_what_is_there_and_the_keys() -> None:
@@ -108,15 +121,17 @@ def test_more_tensor_parallel_ranks_than_devices_on_a_node_are_refused() -> None
     config = make_config(rollout={"tensor_parallel": 4})
     nodes = (Node(cpus=8, gpus=2),) * 4
     message = refusal(config, "cuda", Available(nodes=nodes))
-    assert "only 0 of 1 generator actors fit: each needs 1 CPUs and 4 GPUs on one node" in message
+    assert (
+        "only 0 of 1 generator processes fit: each needs 1 CPUs and 4 GPUs on one node" in message
+    )
     assert "rollout.tensor_parallel" in message
 
 
 def test_an_actor_is_not_split_over_nodes() -> None:
     config = make_config(learner={"num_cpus": 2}, rollout={"num_cpus": 2}, teacher={"num_cpus": 2})
-    check(request(config, "cpu"), Available(nodes=(Node(cpus=2), Node(cpus=4))))
+    check(train_phases(config, "cpu"), Available(nodes=(Node(cpus=2), Node(cpus=4))))
     message = refusal(config, "cpu", Available(nodes=(Node(cpus=3), Node(cpus=3))))
-    assert "only 0 of 1 scorer actors fit" in message
+    assert "only 0 of 1 scorer processes fit" in message
     assert "lower teacher.actors or teacher.num_cpus" in message
 
 
@@ -126,7 +141,7 @@ def test_targets_beyond_the_object_store_are_refused() -> None:
     message = refusal(config, "cpu", available)
     assert "targets.max_bytes is 4,294,967,296" in message
     assert "1,073,741,824 bytes; lower targets.max_bytes" in message
-    check(request(config, "cpu"), Available(nodes=(Node(cpus=8),)))
+    check(train_phases(config, "cpu"), Available(nodes=(Node(cpus=8),)))
 
 
 def test_show_prints_a_tree_that_loads_again_and_the_sums() -> None:
@@ -135,7 +150,59 @@ def test_show_prints_a_tree_that_loads_again_and_the_sums() -> None:
     tree, _, table = shown.partition("\n\n")
     assert Config.model_validate(yaml.safe_load(tree)) == config
     rows = [[cell.strip() for cell in line.split("│")] for line in table.splitlines()]
-    sums = {row[1]: row[2:7] for row in rows if len(row) > 7}
+    sums = {row[2]: row[3:8] for row in rows if len(row) > 8}
     assert sums["generator"] == ["3", "1", "0", "3", "0"]
     assert sums["together"] == ["", "", "", "5", "0"]
+    assert sums["teacher generator"] == ["1", "1", "0", "1", "0"]
     assert "\x1b" not in shown
+
+
+def test_every_phase_has_numbers_of_its_own() -> None:
+    config = make_config(
+        rollout={"tensor_parallel": 2},
+        teacher={"tensor_parallel": 1, "num_gpus": 3},
+        learner={"workers": 5},
+        evaluation={
+            "student": {"actors": 4},
+            "teacher": {"tensor_parallel": 8, "num_cpus": 6},
+            "held_out_loss": {"num_gpus": 7},
+        },
+        generate={"actors": 9, "num_gpus": 0.5},
+    )
+    asked = {
+        phase.name: {role.role: (role.count, role.gpus) for role in phase.roles}
+        for phase in train_phases(config, "cuda")
+    }
+    assert asked == {
+        "training": {"learner": (5, 1), "generator": (1, 2), "scorer": (1, 3)},
+        "evaluation of the student": {"student generator": (4, 1)},
+        "held-out loss of the student": {"held-out loss": (1, 7)},
+        "evaluation of the teacher": {"teacher generator": (1, 8)},
+        "held-out loss of the teacher": {"held-out loss": (1, 7)},
+    }
+    assert [phase.gpus for phase in evaluate_phases(config, "cuda")] == [4, 7]
+    assert [phase.gpus for phase in generate_phases(config, "cuda")] == [4.5]
+
+
+def test_a_later_phase_that_does_not_fit_is_refused_before_the_first() -> None:
+    config = make_config(evaluation={"teacher": {"tensor_parallel": 8}})
+    message = refusal(config, "cuda", Available(nodes=(Node(cpus=16, gpus=4),)))
+    assert "evaluation of the teacher: 8 GPUs asked for (1 teacher generator x 8)" in message
+    assert message.endswith("lower evaluation.teacher.tensor_parallel")
+    assert "training:" not in message
+
+
+def test_a_run_without_teacher_evaluates_none() -> None:
+    tree = make_config().model_dump() | {
+        "teacher": None,
+        "loss": {"terms": [{"type": "cross_entropy"}]},
+        "schedule": {"type": "fixed", "phi": 0.0},
+    }
+    names = [phase.name for phase in train_phases(Config.model_validate(tree), "cpu")]
+    assert names == ["training", "evaluation of the student", "held-out loss of the student"]
+
+
+def test_threads_follow_the_cpus_unless_they_are_named() -> None:
+    config = make_config(rollout={"num_cpus": 3.5}, learner={"num_cpus": 0, "num_threads": 2})
+    threads = {role.role: role.num_threads for role in training(config, "cpu").roles}
+    assert threads == {"learner": 2, "generator": 3, "scorer": 1}

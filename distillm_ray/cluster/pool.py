@@ -1,11 +1,18 @@
-"""A pool of actors, and the policy for what fails in them.
+"""A pool of actors, and what happens when one of them fails.
 
-A call goes to the member with the fewest calls in flight. What raises, hangs past its limit or dies
-is killed; Ray restarts it, on another node if need be, and it comes back with the newest weights.
-Ray never retries a call by itself: a retried generation would sample other tokens under the old
-metadata. Instead the caller hears `ActorLost` and decides. `MAX_FAILURES` failures of a member
-without a success in between end the run, because something is wrong that a restart cannot mend;
-so do as many crashes while it starts, and whatever its `start` raises.
+A call goes to the member with the fewest calls in flight. A member whose call raises, hangs past
+its limit or dies is killed. Ray restarts its process, on another node if need be, and the pool
+prepares it again. Ray itself never repeats a call: a repeated generation would sample other tokens
+under the old metadata. The caller gets `ActorLost` and decides.
+
+    wait                        ends when                           limit
+    ------------------------    --------------------------------    ---------------------------
+    for a free member           a call ends or a member is ready    none: its callers are bounded
+    for a call                  the member replies                  `call_timeout_s`
+    for a member to start       it is up, started and prepared      `startup_timeout_s`
+
+`MAX_FAILURES` failures of a member without a success in between end the run, because a restart does
+not fix their cause. So do as many crashes during its start, and any error that its `start` raises.
 """
 
 from __future__ import annotations
@@ -13,55 +20,69 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Generic, TypeVar
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)
+from ray.actor import ActorProxy
+from ray.exceptions import ActorDiedError, RayActorError, RayError
 
+from distillm_ray.cluster.actors import cause_of, kill, one_line
+from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.log.records import EventRecord
-from distillm_ray.rollout.loop import ActorLost, Log
 
 MAX_FAILURES = 3
 _RESTART_POLL_S = 0.2
 
-Actor: TypeAlias = Any
-"""A handle of a Ray actor: the methods that it has are known at run time only."""
 
+class ActorLost(Exception):
+    """An actor died or hung during a call; its pool is already replacing it."""
+
+
+class PooledActor:
+    """An actor of a pool. Its process may be replaced under the same handle."""
+
+    @ray.method
+    async def process(self) -> str:
+        """Identifies the process: a restarted actor returns another value."""
+        return ray.get_runtime_context().get_worker_id()
+
+    @ray.method
+    async def start(self) -> None:
+        """Load the model. Called once in each process."""
+        raise NotImplementedError
+
+
+A = TypeVar("A", bound=PooledActor)
 Result = TypeVar("Result")
 
 
 @dataclass(slots=True, eq=False)
-class Member:
-    """One actor of a pool, as the pool sees it."""
+class Member(Generic[A]):
+    """One actor of a pool."""
 
     name: str
-    handle: Actor
+    handle: ActorProxy[A]
     in_flight: int = 0
     failures: int = 0  # without a success in between
     life: int = 0  # how often it was replaced
-    process: str = ""  # the one that was started last
-    killed: str = ""  # the one that was killed last, which may still answer for a while
+    process: str = ""  # the process that started last
+    killed: str = ""  # the process that was killed last, which may still reply for a while
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class ActorPool:
-    """Spreads calls over `PooledActor`s with a `start` method; see the module for what fails."""
+class ActorPool(Generic[A]):
+    """Spreads calls over actors and replaces those that fail."""
 
     def __init__(
         self,
-        handles: Sequence[Actor],
+        handles: Sequence[ActorProxy[A]],
         *,
         role: str,
         max_in_flight: int,
         call_timeout_s: float,
         startup_timeout_s: float,
-        log: Log,
+        log: AsyncLog,
     ) -> None:
         self._role = role
         self._members = [
@@ -76,16 +97,21 @@ class ActorPool:
         self._fatal: UserError | None = None
 
     async def start(self) -> None:
-        """Start every member. Raises ClusterError if one cannot start."""
+        """Start every member.
+
+        Raises:
+            ClusterError: one does not start.
+            UserError: what its `start` raised.
+        """
         await asyncio.gather(*(self._start(member) for member in self._members))
 
-    async def call(self, invoke: Callable[[Actor], Awaitable[Result]]) -> Result:
+    async def call(self, invoke: Callable[[ActorProxy[A]], Awaitable[Result]]) -> Result:
         """Run `invoke` on the least busy member.
 
         Raises:
-            ActorLost: it failed; the member is being replaced.
+            ActorLost: the member failed and is being replaced.
             ClusterError: it failed too often.
-            UserError: the call itself was wrong, whoever answers it.
+            UserError: the call itself was wrong, whichever member runs it.
         """
         member = await self._acquire()
         life = member.life
@@ -99,8 +125,16 @@ class ActorPool:
         member.failures = 0
         return result
 
+    async def call_until_done(self, invoke: Callable[[ActorProxy[A]], Awaitable[Result]]) -> Result:
+        """`call`, repeated while members are lost; the pool limits how often one may fail."""
+        while True:
+            try:
+                return await self.call(invoke)
+            except ActorLost:
+                continue
+
     async def restart(self) -> None:
-        """Replace every member by a new process, as it was at the start."""
+        """Replace every member by a new process, in the state after `start`."""
         recoveries = list(self._recoveries)
         for recovery in recoveries:
             recovery.cancel()
@@ -109,8 +143,8 @@ class ActorPool:
             self._kill(member)
         await self.start()
 
-    async def _start(self, member: Member) -> None:
-        """Returns when the member is ready for calls."""
+    async def _start(self, member: Member[A]) -> None:
+        """Return when the member is ready for calls."""
         latest = "its process did not come up; is there room for it in the cluster?"
         crashes = 0
         try:
@@ -129,7 +163,7 @@ class ActorPool:
                         await self._prepare(member)
                         break
                     except RayActorError as error:
-                        # While Ray restarts it, every call fails at once.
+                        # While Ray restarts the process, every call fails at once.
                         crashes += up or isinstance(error, ActorDiedError)
                         latest = one_line(error)
                         if crashes == MAX_FAILURES:
@@ -149,10 +183,10 @@ class ActorPool:
         async with self._freed:
             self._freed.notify_all()
 
-    async def _prepare(self, member: Member) -> None:
-        """What a started member needs besides before it may answer."""
+    async def _prepare(self, member: Member[A]) -> None:
+        """Bring a started member to the state of the others. Overridden by pools that have one."""
 
-    async def _acquire(self) -> Member:
+    async def _acquire(self) -> Member[A]:
         async with self._freed:
             while True:
                 if self._fatal is not None:
@@ -168,25 +202,25 @@ class ActorPool:
                     return member
                 await self._freed.wait()
 
-    async def _release(self, member: Member) -> None:
+    async def _release(self, member: Member[A]) -> None:
         async with self._freed:
             member.in_flight -= 1
             self._freed.notify_all()
 
-    async def _replace(self, member: Member, life: int, error: BaseException) -> None:
+    async def _replace(self, member: Member[A], life: int, error: BaseException) -> None:
         """Kill a member that failed in this life, and bring it back in the background."""
         cause = cause_of(error)
         if isinstance(cause, UserError):
             raise cause from error
         if member.life != life:
-            return  # another of its calls has seen to it
+            return  # another of its calls has already replaced it
         member.failures += 1
         self._kill(member)
         await self._log.add(EventRecord(name=f"{member.name} failed", detail=one_line(error)))
         if member.failures >= MAX_FAILURES:
             fatal = ClusterError(
                 f"{member.name} failed {member.failures} times in a row, the last time with:"
-                f" {one_line(error)}; see the log of its node for the whole story"
+                f" {one_line(error)}; see the log of its node for the details"
             )
             await self._give_up(fatal)
             raise fatal from error
@@ -194,13 +228,13 @@ class ActorPool:
         self._recoveries.add(task)
         task.add_done_callback(self._recoveries.discard)
 
-    def _kill(self, member: Member) -> None:
+    def _kill(self, member: Member[A]) -> None:
         member.ready.clear()
         member.life += 1
         member.killed = member.process
-        ray.kill(member.handle, no_restart=False)
+        kill(member.handle, no_restart=False)
 
-    async def _recover(self, member: Member) -> None:
+    async def _recover(self, member: Member[A]) -> None:
         try:
             await self._start(member)
         except UserError as error:
@@ -209,18 +243,7 @@ class ActorPool:
         await self._log.add(EventRecord(name=f"{member.name} is back"))
 
     async def _give_up(self, fatal: UserError) -> None:
-        """From here on every call raises this, those that wait for a member included."""
+        """Make every later call raise `fatal`, and those that wait for a member too."""
         self._fatal = fatal
         async with self._freed:
             self._freed.notify_all()
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """What went wrong in the actor, where Ray hands on what was raised there."""
-    return error.cause if isinstance(error, RayTaskError) else error
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    cause = cause_of(error)
-    text = " ".join(f"{type(cause).__name__}: {cause}".split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"

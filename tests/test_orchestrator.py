@@ -1,18 +1,20 @@
-"""The rollout loop against a buffer, generators and targets that are plain objects."""
+"""The orchestrator against a buffer, generators and scorers that are plain objects."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from distillm_ray.cluster.orchestrator import BusyClock, Orchestrator
+from distillm_ray.cluster.pool import ActorLost
 from distillm_ray.config import FilterConfig, SamplingConfig
 from distillm_ray.log.records import EventRecord, Record
-from distillm_ray.rollout.loop import MAX_REJECTED, ActorLost, BusyClock, RolloutLoop
+from distillm_ray.rollout.responses import MAX_REJECTED
 from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Source, Weights, Work
 
 SOON = 5.0  # seconds; nothing here takes more than a few milliseconds
@@ -62,14 +64,15 @@ class FakeBuffer:
 
     def __init__(self, events: list[str]) -> None:
         self.events = events
-        self.todo: asyncio.Queue[Work | None] = asyncio.Queue()
+        self.todo: asyncio.Queue[Work] = asyncio.Queue()
         self.added: list[Rollout] = []
         self.lost: list[int] = []
         self.incarnation = 0
         self.on_restore: Callable[[], None] = lambda: None
         self.expected = 0
+        self.finish: Callable[[], None] = lambda: None
 
-    async def work(self) -> Work | None:
+    async def work(self) -> Work:
         return await self.todo.get()
 
     def give(self, *demands: Demand, dataset: Sequence[Rollout] = ()) -> None:
@@ -80,7 +83,7 @@ class FakeBuffer:
         self.events.append(f"add {rollout.rollout_id}")
         self.added.append(rollout)
         if len(self.added) == self.expected:
-            self.todo.put_nowait(None)
+            self.finish()
 
     async def lose(self, ordinal: int) -> None:
         self.lost.append(ordinal)
@@ -120,9 +123,9 @@ class FakeGenerators:
             return step
         return rollout(name, (demand.attempt + 3, 9), ordinal=demand.ordinal)
 
-    async def answer(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
-        self.events.append(f"answer {prompt.prompt_id}")
-        return rollout(f"answer-{prompt.prompt_id}", (seed, 4, 9))
+    async def respond(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
+        self.events.append(f"respond {prompt.prompt_id}")
+        return rollout(f"response-{prompt.prompt_id}", (seed, 4, 9))
 
     async def update(self, weights: Weights) -> float:
         await self.update_gate.wait()
@@ -145,9 +148,6 @@ class FakeTargets:
     async def ensure(self, rollout: Rollout) -> int:
         if rollout.rollout_id in self.stored:
             return 0
-        return await self.replace(rollout)
-
-    async def replace(self, rollout: Rollout) -> int:
         await asyncio.sleep(0)
         self.events.append(f"score {rollout.rollout_id}")
         self.stored.add(rollout.rollout_id)
@@ -161,6 +161,9 @@ class FakeLog:
     async def add(self, record: Record) -> None:
         self.records.append(record)
 
+    async def rewind(self, step: int) -> None:
+        pass
+
 
 class House:
     """A loop with everything around it."""
@@ -171,13 +174,18 @@ class House:
         self.generators = FakeGenerators(self.events)
         self.targets = FakeTargets(self.events)
         self.log = FakeLog()
-        self.loop = RolloutLoop(
-            buffer=self.buffer,
-            generators=self.generators,
-            targets=self.targets if teacher else None,
-            log=self.log,
+        self.loop = Orchestrator(
+            buffer=cast(Any, self.buffer),
+            generators=cast(Any, self.generators),
+            scorers=cast(Any, self.targets) if teacher else None,
+            log=cast(Any, self.log),
             response_filter=FilterConfig(**response_filter),
         )
+        self.buffer.finish = self.finish
+
+    def finish(self) -> None:
+        """The run is over."""
+        self.finishing = asyncio.ensure_future(self.loop.finish())
 
     async def run_until(self, num_added: int) -> None:
         """Run until so many rollouts are shelved and the loop has ended."""
@@ -202,7 +210,7 @@ async def test_a_rollout_is_shelved_only_after_its_targets_are_stored() -> None:
         assert house.events.index(f"score {name}") < house.events.index(f"add {name}")
 
 
-async def test_a_slow_answer_does_not_hold_up_the_others() -> None:
+async def test_a_slow_response_does_not_hold_up_the_others() -> None:
     house = House()
     gate = house.generators.script[0, 0] = asyncio.Event()
     house.buffer.give(demand(0), demand(1), demand(2))
@@ -241,7 +249,7 @@ async def test_data_set_sequences_are_scored_once() -> None:
     house.buffer.give(demand(0), dataset=[rollout("dataset-0"), rollout("dataset-1")])
     run = asyncio.create_task(house.loop.run())
     await until(lambda: house.loop.counters().scored_sequences == 2)
-    house.buffer.todo.put_nowait(None)
+    house.finish()
     await asyncio.wait_for(run, SOON)
     assert sorted(event for event in house.events if event.startswith("score")) == [
         "score dataset-1",
@@ -342,17 +350,17 @@ async def test_publishing_returns_before_the_weights_have_arrived() -> None:
     assert house.loop.counters().sync_seconds == 1.0
 
 
-async def test_answers_come_from_the_weights_published_last() -> None:
+async def test_responses_come_from_the_weights_published_last() -> None:
     house = House()
     house.generators.update_gate.clear()
     await house.loop.publish(weights(1))
-    answers = asyncio.create_task(house.loop.answer([prompt(3), prompt(1)], SamplingConfig(), 6))
+    responses = asyncio.create_task(house.loop.respond([prompt(3), prompt(1)], SamplingConfig(), 6))
     await asyncio.sleep(0.01)
     assert house.events == []
     house.generators.update_gate.set()
-    got = await asyncio.wait_for(answers, SOON)
-    assert house.events == ["weights 1", "answer p3", "answer p1"]
-    assert [one.rollout_id for one in got] == ["answer-p3", "answer-p1"]
+    got = await asyncio.wait_for(responses, SOON)
+    assert house.events == ["weights 1", "respond p3", "respond p1"]
+    assert [one.rollout_id for one in got] == ["response-p3", "response-p1"]
     assert house.loop.counters().generated_tokens == 6
 
 
@@ -362,7 +370,7 @@ async def test_the_run_ends_after_the_last_weights_have_arrived() -> None:
     house.generators.update_gate.clear()
     run = asyncio.create_task(house.loop.run())
     await house.loop.publish(weights(9))
-    house.buffer.todo.put_nowait(None)
+    house.finish()
     await asyncio.sleep(0.01)
     assert not run.done()
     house.generators.update_gate.set()
@@ -463,5 +471,5 @@ async def test_waiting_for_nothing_is_not_counted_as_work() -> None:
     await asyncio.sleep(0.05)
     counters = house.loop.counters()
     assert (counters.generate_seconds, counters.score_seconds) == (0.0, 0.0)
-    house.buffer.todo.put_nowait(None)
+    house.finish()
     await asyncio.wait_for(run, SOON)

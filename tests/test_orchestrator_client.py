@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from distillm_ray.cluster import services
-from distillm_ray.cluster.pools import GENERATOR_CALL_TIMEOUTS
-from distillm_ray.cluster.services import ActorServices, Wires
+from distillm_ray.cluster import orchestrator
+from distillm_ray.cluster.orchestrator import OrchestratorClient
+from distillm_ray.cluster.rollout import TIMEOUTS_PER_CALL
 from distillm_ray.config import Config
 
 
@@ -28,17 +28,15 @@ def test_a_publish_and_a_probe_wait_longer_than_the_pool_needs_to_replace_a_gene
     )
     waited: list[float] = []
 
-    def ask(call: object, what: str, timeout_s: float = services.CALL_TIMEOUT_S) -> list[Any]:
+    def ask(call: object, what: str, *, timeout_s: float) -> list[Any]:
         waited.append(timeout_s)
         return []
 
-    monkeypatch.setattr(services, "_ask", ask)
+    monkeypatch.setattr(orchestrator, "ask", ask)
     remote = SimpleNamespace(remote=lambda *_: None)
-    loop = SimpleNamespace(publish=remote, answer=remote)
-    wires = Wires(buffer=cast(Any, None), loop=cast(Any, loop), stores=(), metrics=cast(Any, None))
-    learner = ActorServices(wires, config, tokenizer=cast(Any, None))
-    learner.publish(cast(Any, None))
-    learner.start_probe()
-    learner.finish_probe()
+    client = OrchestratorClient(cast(Any, SimpleNamespace(publish=remote)), config)
+    client.publish(cast(Any, None))
+    client._probe = cast(Any, object())
+    client.finish_probe()
     assert len(waited) == 2
-    assert min(waited) > GENERATOR_CALL_TIMEOUTS * 70.0 + 30.0
+    assert min(waited) > TIMEOUTS_PER_CALL * 70.0 + 30.0

@@ -1,0 +1,79 @@
+"""Run control: the small actor that every phase asks whether to go on.
+
+It keeps the phase, a request to stop, a failure that ends the job, and what the run waits for. The
+driver writes the phase and the stop request and reads the rest; learners read the phase and the
+stop request and write failures and what they wait for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ray
+from ray.actor import ActorProxy
+
+from distillm_ray.cluster.actors import ask, beside_driver
+from distillm_ray.types import RunStatus
+
+_WHAT = "run control"
+
+
+class ControlActor:
+    """Holds a `RunStatus`.
+
+    After a crash it starts empty. The driver repeats phase and stop request with every `update`.
+    """
+
+    def __init__(self) -> None:
+        self._status = RunStatus()
+
+    @ray.method
+    def update(self, phase: str, stop: bool) -> RunStatus:
+        """Set what the driver decides."""
+        self._status = dataclasses.replace(self._status, phase=phase, stop=stop)
+        return self._status
+
+    @ray.method
+    def status(self) -> RunStatus:
+        """The status as it is now."""
+        return self._status
+
+    @ray.method
+    def wait_for(self, what: str) -> RunStatus:
+        """Say what the learners wait for; empty if for nothing."""
+        self._status = dataclasses.replace(self._status, waiting=what)
+        return self._status
+
+    @ray.method
+    def fail(self, message: str) -> None:
+        """Report an error that a restart does not fix. The first report is kept."""
+        if self._status.failure is None:
+            self._status = dataclasses.replace(self._status, failure=message)
+
+
+def start_control() -> ActorProxy[ControlActor]:
+    """Start the actor on the driver's node."""
+    return beside_driver(ControlActor, survives=True, concurrent=False).remote()
+
+
+class ControlClient:
+    """The actor as a learner or the driver calls it."""
+
+    def __init__(self, actor: ActorProxy[ControlActor]) -> None:
+        self._actor = actor
+
+    def update(self, phase: str, *, stop: bool) -> RunStatus:
+        """Set phase and stop request; returns the status. Called by the driver."""
+        return ask(self._actor.update.remote(phase, stop), _WHAT)
+
+    def status(self) -> RunStatus:
+        """The status as it is now."""
+        return ask(self._actor.status.remote(), _WHAT)
+
+    def wait_for(self, what: str) -> RunStatus:
+        """Say what the learners wait for; returns the status."""
+        return ask(self._actor.wait_for.remote(what), _WHAT)
+
+    def fail(self, message: str) -> None:
+        """Report an error that a restart does not fix."""
+        ask(self._actor.fail.remote(message), _WHAT)

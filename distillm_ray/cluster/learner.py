@@ -1,0 +1,196 @@
+"""The learners' Ray Train group: what its workers are told, and how the group ends."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorProxy
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from distillm_ray.cluster.actors import BufferLost, thread_settings
+from distillm_ray.cluster.buffer import BufferActor, ReplayConsumer
+from distillm_ray.cluster.control import ControlActor, ControlClient
+from distillm_ray.cluster.log import LogActor, LogClient
+from distillm_ray.cluster.orchestrator import OrchestratorActor, OrchestratorClient
+from distillm_ray.cluster.placement import RoleSpec
+from distillm_ray.cluster.targets import TargetReader, TargetStoreActor
+from distillm_ray.config import Config
+from distillm_ray.errors import RunFailed, UserError
+from distillm_ray.teacher.target_key import TargetIdentity
+from distillm_ray.types import Device, Prompt, Rollout
+
+FAILURE_FILE = "failure.txt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Wires:
+    """Handles of every actor that a learner calls."""
+
+    buffer: ActorProxy[BufferActor]
+    orchestrator: ActorProxy[OrchestratorActor]
+    log: ActorProxy[LogActor]
+    control: ActorProxy[ControlActor]
+    stores: Sequence[ActorProxy[TargetStoreActor]] = ()
+    identity: TargetIdentity | None = None  # of the targets; None without a teacher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Links:
+    """The clients of a rank: the rest of the system as the train loop sees it."""
+
+    buffer: ReplayConsumer
+    orchestrator: OrchestratorClient
+    log: LogClient
+    control: ControlClient
+    targets: TargetReader | None = None  # None without a teacher
+
+    @classmethod
+    def over(cls, wires: Wires, config: Config) -> Links:
+        """Clients for all wires."""
+        orchestrator = OrchestratorClient(wires.orchestrator, config)
+        targets = None
+        if wires.identity is not None:
+            targets = TargetReader(
+                wires.stores,
+                wires.identity,
+                orchestrator.ensure_targets,
+                max_bytes=config.targets.max_bytes,
+            )
+        return cls(
+            buffer=ReplayConsumer(wires.buffer),
+            orchestrator=orchestrator,
+            log=LogClient(wires.log),
+            control=ControlClient(wires.control),
+            targets=targets,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LearnerJob:
+    """Everything that a worker is told."""
+
+    config: Config
+    device: Device
+    wires: Wires
+    vocabulary_size: int
+    validation: ray.ObjectRef[Sequence[Rollout]]  # held-out demonstrations
+    probe_prompts: tuple[Prompt, ...]
+
+
+class LearnerGroup(threading.Thread):
+    """Runs Ray Train's `fit`, which blocks, in a thread: the driver watches the run meanwhile.
+
+    Ray Train restarts ranks that fail; this class replaces its controller when that dies.
+    """
+
+    def __init__(
+        self, spec: RoleSpec, job: LearnerJob, worker: Callable[[LearnerJob], None]
+    ) -> None:
+        """Every rank runs `worker(job)`."""
+        super().__init__(daemon=True, name="learners")
+        self._spec = spec
+        self._job = job
+        self._worker = worker
+        self._max_restarts = job.config.learner.max_restarts
+        self._directory = job.config.run.directory
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Return when all ranks have ended; a failure is kept for `raise_failure`."""
+        try:
+            trainer = self._trainer()
+            for restarts in itertools.count(1):
+                try:
+                    trainer.fit()
+                    return
+                except RayActorError:
+                    if restarts > self._max_restarts:
+                        raise
+        except BaseException as error:
+            self._failure = error  # raised again in the driver's thread
+
+    def raise_failure(self) -> None:
+        """Raise what the group ended with, if it failed. Call it after the thread's end only.
+
+        Raises:
+            UserError: raised by a rank.
+            RunFailed: restarts did not fix it; the run's failure.txt has the details.
+        """
+        assert not self.is_alive()
+        match self._failure:
+            case None:
+                return
+            case WorkerGroupError() as failure:
+                causes = {
+                    rank: error.__cause__ or error
+                    for rank, error in failure.worker_failures.items()
+                }
+                for cause in causes.values():
+                    if isinstance(cause, UserError):
+                        raise cause from failure
+                rank, cause = next(iter(causes.items()))
+                what = f"rank {rank} of the learners failed: {_first_line(cause)}"
+                if isinstance(cause, BufferLost):
+                    what = "the replay buffer died, possibly out of memory"
+            case TrainingFailedError() | RayActorError() as failure:
+                what = f"the controller of the learners failed: {_first_line(failure)}"
+            case other:
+                raise other
+        path = self._directory / FAILURE_FILE
+        path.write_text(str(failure), encoding="utf-8")
+        raise RunFailed(
+            f"{what}. The learners went back to their checkpoint learner.max_restarts ="
+            f" {self._max_restarts} times, which is the limit. {path} and the logs of the nodes"
+            " have the details; the same command resumes from the last checkpoint"
+        ) from failure
+
+    def _trainer(self) -> TorchTrainer:
+        spec, job = self._spec, self._job
+        # Ray Train wants a resource for every worker.
+        resources = {"CPU": spec.cpus, "GPU": spec.gpus}
+        resources = {name: each for name, each in resources.items() if each} or {"CPU": 0.01}
+        return TorchTrainer(
+            _run_worker,
+            train_loop_config={"worker": self._worker, "job": job},
+            scaling_config=ScalingConfig(
+                num_workers=spec.count, use_gpu=spec.gpus > 0, resources_per_worker=resources
+            ),
+            torch_config=TorchConfig(backend="nccl" if job.device == "cuda" else "gloo"),
+            run_config=RunConfig(
+                name="learners",
+                storage_path=str((self._directory / "ray_train").resolve()),
+                failure_config=FailureConfig(max_failures=self._max_restarts),
+                worker_runtime_env={
+                    "env_vars": {
+                        "DS_ACCELERATOR": job.device,
+                        **thread_settings(spec.num_threads, job.device),
+                    }
+                },
+            ),
+        )
+
+
+def _run_worker(arguments: dict[str, Any]) -> None:
+    """Run one rank; Ray Train passes its arguments as a dictionary.
+
+    A user's error also goes to run control: Ray Train would restart the group for it.
+    """
+    job: LearnerJob = arguments["job"]
+    try:
+        arguments["worker"](job)
+    except UserError as error:
+        ControlClient(job.wires.control).fail(str(error))
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0]}"

@@ -1,0 +1,85 @@
+"""The run's log as an actor, and how the other roles write to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ray
+from ray.actor import ActorProxy
+
+from distillm_ray.cluster.actors import ask, beside_driver
+from distillm_ray.log.metrics import MetricsLog
+from distillm_ray.log.records import Record
+
+_WHAT = "the log"
+
+
+class LogActor:
+    """A `MetricsLog` on the driver's node, where the run directory is known to be reachable."""
+
+    def __init__(self, directory: Path, resume_step: int | None, commit: str, command: str) -> None:
+        self._log = MetricsLog(directory, resume_step=resume_step, commit=commit, command=command)
+
+    @ray.method
+    def add(self, record: Record) -> None:
+        """Append a record."""
+        self._log.add(record)
+
+    @ray.method
+    def rewind(self, step: int) -> None:
+        """Mark what came after `step` as superseded."""
+        self._log.rewind(step)
+
+    @ray.method
+    def since(self, position: int) -> tuple[list[Record], int]:
+        """Records added after `position`, and the position to ask for next."""
+        return self._log.since(position)
+
+    @ray.method
+    def close(self) -> None:
+        """Flush everything to disk."""
+        self._log.close()
+
+
+def start_log(
+    directory: Path, *, resume_step: int | None, commit: str, command: str
+) -> ActorProxy[LogActor]:
+    """Start the actor; it opens or continues the log of the run directory."""
+    actor = beside_driver(LogActor, concurrent=False)
+    return actor.remote(directory, resume_step, commit, command)
+
+
+class LogClient:
+    """The actor as learners and the driver call it."""
+
+    def __init__(self, actor: ActorProxy[LogActor]) -> None:
+        self._actor = actor
+
+    def add(self, record: Record) -> None:
+        """Append a record; it is in the file when this returns."""
+        ask(self._actor.add.remote(record), _WHAT)
+
+    def since(self, position: int) -> tuple[list[Record], int]:
+        """Records added after `position`, and the position to ask for next."""
+        return ask(self._actor.since.remote(position), _WHAT)
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        ask(self._actor.close.remote(), _WHAT)
+
+
+class AsyncLog:
+    """The actor as asynchronous roles call it; without an actor, records are dropped."""
+
+    def __init__(self, actor: ActorProxy[LogActor] | None) -> None:
+        self._actor = actor
+
+    async def add(self, record: Record) -> None:
+        """Append a record; it is in the file when this returns."""
+        if self._actor is not None:
+            await self._actor.add.remote(record)
+
+    async def rewind(self, step: int) -> None:
+        """Mark what came after `step` as superseded."""
+        if self._actor is not None:
+            await self._actor.rewind.remote(step)

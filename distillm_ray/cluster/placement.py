@@ -1,0 +1,343 @@
+"""What each phase of a job asks of the cluster: the one list of its roles.
+
+`distillm-ray show`, the check before the start and the start itself read this list. It is pure:
+nothing is started here.
+
+    train        training: learners, generators, scorers
+                 evaluation of the student, where the run's generators were lost
+                 evaluation of the teacher
+    evaluate     evaluation of the student
+    generate     generation
+
+Phases run one after the other, so each must fit alone. Ray keeps an actor pending, without an
+error, for as long as its resources are missing; that is why the sums are checked first. Actors that
+only coordinate (replay buffer, target stores, orchestrator, log, run control) ask for no CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from distillm_ray.config import Config, PoolConfig, ProcessConfig
+from distillm_ray.config_files import dump_config
+from distillm_ray.errors import ClusterError
+from distillm_ray.types import Device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleSpec:
+    """The processes of one role. Each must fit on a single node."""
+
+    role: str
+    section: str  # of the config; its keys set the numbers
+    count: int
+    count_key: str  # of the config; empty where the count is not configurable
+    cpus: float  # per process
+    gpus: float  # per process
+    gpus_key: str
+    num_threads: int  # CPU threads per process
+
+    @property
+    def cpus_key(self) -> str:
+        """The config key of `cpus`."""
+        return f"{self.section}.num_cpus"
+
+    def keys(self, device: Device) -> list[str]:
+        """The config keys that set what this role asks for."""
+        keys = [self.count_key, self.cpus_key, self.gpus_key if device == "cuda" else ""]
+        return [key for key in keys if key]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Roles that run at the same time."""
+
+    name: str
+    roles: tuple[RoleSpec, ...]
+    object_store_bytes: int = 0  # for teacher targets
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of all processes."""
+        return sum(role.count * role.cpus for role in self.roles)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all processes."""
+        return sum(role.count * role.gpus for role in self.roles)
+
+
+# ---- the roles -----------------------------------------------------------------------------------
+
+
+def learners(config: Config, device: Device) -> RoleSpec:
+    """The Ray Train workers."""
+    section = config.learner
+    return _spec("learner", "learner", section, section.workers, "learner.workers", device)
+
+
+def generators(config: Config, device: Device) -> RoleSpec:
+    """The student's generators during training."""
+    return _pool("generator", "rollout", config.rollout, device)
+
+
+def scorers(config: Config, device: Device) -> RoleSpec:
+    """The teacher's scorers."""
+    assert config.teacher is not None
+    return _pool("scorer", "teacher", config.teacher, device)
+
+
+def student_evaluation(config: Config, device: Device) -> RoleSpec:
+    """Generators that evaluate a student from its directory."""
+    return _pool("student generator", "evaluation.student", config.evaluation.student, device)
+
+
+def teacher_evaluation(config: Config, device: Device) -> RoleSpec:
+    """Generators that evaluate the teacher."""
+    return _pool("teacher generator", "evaluation.teacher", config.evaluation.teacher, device)
+
+
+def generation(config: Config, device: Device) -> RoleSpec:
+    """Generators of `distillm-ray generate`."""
+    return _pool("generator", "generate", config.generate, device)
+
+
+def held_out_loss(config: Config, device: Device) -> RoleSpec:
+    """The task that computes the held-out loss of a model directory."""
+    section = config.evaluation.held_out_loss
+    return _spec("held-out loss", "evaluation.held_out_loss", section, 1, "", device)
+
+
+# ---- the phases ----------------------------------------------------------------------------------
+
+
+def train_phases(config: Config, device: Device) -> tuple[Phase, ...]:
+    """The phases of `distillm-ray train`."""
+    roles = [learners(config, device)]
+    if config.wants_generators:
+        roles.append(generators(config, device))
+    if config.loss.needs_teacher:
+        roles.append(scorers(config, device))
+    store = config.targets.max_bytes if config.loss.needs_teacher else 0
+    phases = [Phase(name="training", roles=tuple(roles), object_store_bytes=store)]
+    if config.evaluation.at_end:
+        phases += evaluate_phases(config, device)
+        if config.teacher is not None:
+            phases += _evaluation("teacher", teacher_evaluation(config, device), config, device)
+    return tuple(phases)
+
+
+def evaluate_phases(config: Config, device: Device) -> tuple[Phase, ...]:
+    """The phases of `distillm-ray evaluate`."""
+    return _evaluation("student", student_evaluation(config, device), config, device)
+
+
+def generate_phases(config: Config, device: Device) -> tuple[Phase, ...]:
+    """The phases of `distillm-ray generate`."""
+    return (Phase(name="generation", roles=(generation(config, device),)),)
+
+
+def _evaluation(model: str, pool: RoleSpec, config: Config, device: Device) -> tuple[Phase, Phase]:
+    """The task waits for room where it does not fit beside the pool: two phases."""
+    return (
+        Phase(name=f"evaluation of the {model}", roles=(pool,)),
+        Phase(
+            name=f"held-out loss of the {model}",
+            roles=(held_out_loss(config, device),),
+        ),
+    )
+
+
+def _pool(role: str, section: str, pool: PoolConfig, device: Device) -> RoleSpec:
+    return _spec(
+        role,
+        section,
+        pool,
+        pool.actors,
+        f"{section}.actors",
+        device,
+        default_gpus=pool.tensor_parallel,
+        default_gpus_key=f"{section}.tensor_parallel",
+    )
+
+
+def _spec(
+    role: str,
+    section: str,
+    process: ProcessConfig,
+    count: int,
+    count_key: str,
+    device: Device,
+    *,
+    default_gpus: float = 1,
+    default_gpus_key: str = "",
+) -> RoleSpec:
+    """On a CPU no process asks for a GPU; on GPUs `num_gpus` overrides the role's default."""
+    explicit = process.num_gpus is not None
+    gpus_key = default_gpus_key if default_gpus_key and not explicit else f"{section}.num_gpus"
+    gpus = process.num_gpus if process.num_gpus is not None else default_gpus
+    return RoleSpec(
+        role=role,
+        section=section,
+        count=count,
+        count_key=count_key,
+        cpus=process.num_cpus,
+        gpus=gpus if device == "cuda" else 0.0,
+        gpus_key=gpus_key,
+        num_threads=process.num_threads,
+    )
+
+
+# ---- does it fit? --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """What one node of the cluster offers."""
+
+    cpus: float
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Available:
+    """What the cluster offers."""
+
+    nodes: tuple[Node, ...]
+    object_store_bytes: int | None = None  # of all nodes; None: not known
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of all nodes."""
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all nodes."""
+        return sum(node.gpus for node in self.nodes)
+
+
+def check(phases: Sequence[Phase], available: Available) -> None:
+    """Refuse phases that the cluster can never hold.
+
+    Raises:
+        ClusterError: with what was asked, what is there, and which key to lower.
+    """
+    problems = [problem for phase in phases for problem in _problems(phase, available)]
+    if problems:
+        raise ClusterError("the cluster is too small for this config:\n  " + "\n  ".join(problems))
+
+
+def _problems(phase: Phase, available: Available) -> list[str]:
+    problems: list[str] = []
+    for name, asked, there in (
+        ("CPU", phase.cpus, available.cpus),
+        ("GPU", phase.gpus, available.gpus),
+    ):
+        if asked > there:
+            problems.append(
+                f"{phase.name}: {_amount(asked)} {name}s asked for ({_breakdown(phase, name)}),"
+                f" {_amount(there)} in the cluster; {_remedy(phase, name)}"
+            )
+    if not problems:
+        problems = _unplaceable(phase, available.nodes)
+    store = available.object_store_bytes
+    if store is not None and phase.object_store_bytes > store:
+        problems.append(
+            f"{phase.name}: targets.max_bytes is {phase.object_store_bytes:,}, the object stores of"
+            f" the cluster hold {store:,} bytes; lower targets.max_bytes, or start Ray with a"
+            " larger --object-store-memory"
+        )
+    return problems
+
+
+def _unplaceable(phase: Phase, nodes: Sequence[Node]) -> list[str]:
+    """Enough in total, but a process cannot be split over nodes: first-fit decreasing."""
+    free = [[node.cpus, node.gpus] for node in nodes]
+    largest_first = sorted(phase.roles, key=lambda role: (role.gpus, role.cpus), reverse=True)
+    for role in largest_first:
+        for placed in range(role.count):
+            home = next(
+                (place for place in free if place[0] >= role.cpus and place[1] >= role.gpus),
+                None,
+            )
+            if home is None:
+                keys = role.keys("cuda" if role.gpus > 0 else "cpu")
+                offers = ", ".join(
+                    f"{_amount(node.cpus)} CPUs and {_amount(node.gpus)} GPUs" for node in nodes
+                )
+                return [
+                    f"{phase.name}: only {placed} of {role.count} {role.role} processes fit: each"
+                    f" needs {_amount(role.cpus)} CPUs and {_amount(role.gpus)} GPUs on one node,"
+                    f" the nodes have {offers}; lower {' or '.join(keys)}"
+                ]
+            home[0] -= role.cpus
+            home[1] -= role.gpus
+    return []
+
+
+def _breakdown(phase: Phase, name: str) -> str:
+    parts = []
+    for role in phase.roles:
+        each = role.cpus if name == "CPU" else role.gpus
+        if each > 0:
+            parts.append(f"{role.count} {role.role} x {_amount(each)}")
+    return ", ".join(parts)
+
+
+def _remedy(phase: Phase, name: str) -> str:
+    keys = []
+    for role in phase.roles:
+        each = role.cpus if name == "CPU" else role.gpus
+        if each <= 0:
+            continue
+        if role.count > 1:
+            keys.append(role.count_key)
+        keys.append(role.cpus_key if name == "CPU" else role.gpus_key)
+    return f"lower {', '.join(keys[:-1])} or {keys[-1]}" if len(keys) > 1 else f"lower {keys[0]}"
+
+
+def _amount(value: float) -> str:
+    return f"{value:g}"
+
+
+# ---- show ----------------------------------------------------------------------------------------
+
+
+def render_show(config: Config, device: Device) -> str:
+    """The resolved config as YAML, then a table of the phases of `distillm-ray train`."""
+    table = Table(title=f"asked of the cluster (device: {device})", title_justify="left")
+    for name in ("phase", "role", "count", "CPUs each", "GPUs each", "CPUs", "GPUs", "set by"):
+        left = name in ("phase", "role", "set by")
+        table.add_column(name, justify="left" if left else "right")
+    phases = train_phases(config, device)
+    for phase in phases:
+        for index, role in enumerate(phase.roles):
+            table.add_row(
+                phase.name if index == 0 else "",
+                role.role,
+                str(role.count),
+                _amount(role.cpus),
+                _amount(role.gpus),
+                _amount(role.count * role.cpus),
+                _amount(role.count * role.gpus),
+                ", ".join(role.keys(device)),
+            )
+        if len(phase.roles) > 1:
+            sums = (_amount(phase.cpus), _amount(phase.gpus))
+            table.add_row("", "together", "", "", "", *sums, "")
+        table.add_section()
+    console = Console(width=130, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+        store = max(phase.object_store_bytes for phase in phases)
+        if store:
+            console.print(
+                f"object store: {store / 2**30:.2f} GiB for teacher targets (targets.max_bytes),"
+                " and one copy of the published weights"
+            )
+    return f"{dump_config(config)}\n{capture.get()}"

@@ -1,0 +1,162 @@
+"""Generators as actors, and the pool that keeps them at the newest weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import ray
+from ray.actor import ActorProxy
+from ray.exceptions import ObjectLostError, RayError
+
+from distillm_ray.cluster.actors import cause_of, pooled
+from distillm_ray.cluster.log import AsyncLog
+from distillm_ray.cluster.placement import RoleSpec
+from distillm_ray.cluster.pool import ActorPool, Member, PooledActor
+from distillm_ray.config import GeneratorPoolConfig, SamplingConfig
+from distillm_ray.rollout.generator import Generator, GeneratorJob
+from distillm_ray.types import Bucket, Demand, Prompt, Rollout, Weights
+
+PublishedWeights: TypeAlias = "Weights[ray.ObjectRef[Bucket]]"
+
+TIMEOUTS_PER_CALL = 2
+"""A call to a generator may wait for its weights before its response, each up to `timeout_s`."""
+
+
+class GeneratorActor(PooledActor):
+    """A generator in a process of its own; it resolves the references of published weights."""
+
+    def __init__(self, config: GeneratorPoolConfig, job: GeneratorJob) -> None:
+        self._source = job.source
+        self._generator = _make_generator(config, job)
+
+    @ray.method
+    async def start(self) -> None:
+        """Load the model."""
+        await self._generator.start()
+
+    @ray.method
+    async def generate(self, demand: Demand) -> Rollout:
+        """Respond to a demand, with weights of its minimum version or newer."""
+        return await self._generator.generate(demand)
+
+    @ray.method
+    async def respond(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
+        """Respond to a prompt outside of the demand."""
+        return await self._generator.complete(prompt, sampling, seed=seed, source=self._source)
+
+    @ray.method
+    async def update_weights(self, weights: PublishedWeights, keep_in_flight: bool) -> float:
+        """Take these weights; returns the seconds until they were in place."""
+        buckets = await asyncio.gather(*weights.buckets)
+        resolved = Weights(version=weights.version, buckets=tuple(buckets), nbytes=weights.nbytes)
+        return await self._generator.update_weights(resolved, keep_in_flight=keep_in_flight)
+
+    @ray.method
+    async def stop(self) -> None:
+        """Free the engine and its processes."""
+        await self._generator.stop()
+
+
+def start_generators(
+    spec: RoleSpec, config: GeneratorPoolConfig, job: GeneratorJob
+) -> list[ActorProxy[GeneratorActor]]:
+    """Start the processes of a pool; they load nothing yet."""
+    actor = pooled(GeneratorActor, spec, job.device)
+    return [actor.remote(config, job) for _ in range(spec.count)]
+
+
+class GeneratorPool(ActorPool[GeneratorActor]):
+    """Generators of one model that all follow the newest published weights."""
+
+    def __init__(
+        self,
+        handles: Sequence[ActorProxy[GeneratorActor]],
+        config: GeneratorPoolConfig,
+        *,
+        keep_in_flight: bool,
+        startup_timeout_s: float,
+        log: AsyncLog,
+    ) -> None:
+        """`keep_in_flight`: requests continue while weights change; else they finish first."""
+        super().__init__(
+            handles,
+            role="generator",
+            max_in_flight=config.max_in_flight,
+            call_timeout_s=TIMEOUTS_PER_CALL * config.timeout_s,
+            startup_timeout_s=startup_timeout_s,
+            log=log,
+        )
+        self._keep_in_flight = keep_in_flight
+        self._newest: PublishedWeights | None = None
+
+    async def generate(self, demand: Demand) -> Rollout:
+        """Respond to a demand with weights of its minimum version or newer.
+
+        Raises:
+            ActorLost: the generator died or hung.
+        """
+        return await self.call(lambda handle: handle.generate.remote(demand))
+
+    async def respond(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
+        """Respond to a prompt outside of the demand, with the newest weights."""
+        return await self.call_until_done(
+            lambda handle: handle.respond.remote(prompt, sampling, seed)
+        )
+
+    async def update(self, weights: PublishedWeights) -> float:
+        """Bring every ready member to these weights; returns the seconds of the slowest.
+
+        A member that fails at it is replaced. Members that are starting take the weights when they
+        have started.
+        """
+        self._newest = weights
+        members = [member for member in self._members if member.ready.is_set()]
+        return max(await asyncio.gather(*(self._update(member) for member in members)), default=0.0)
+
+    async def rewind(self) -> None:
+        """Bring every member back to the weights of the model directory."""
+        self._newest = None
+        await self.restart()
+
+    async def _update(self, member: Member[GeneratorActor]) -> float:
+        life = member.life
+        try:
+            return await self._bring(member)
+        except (RayError, TimeoutError) as error:
+            await self._replace(member, life, error)
+            return 0.0
+
+    async def _prepare(self, member: Member[GeneratorActor]) -> None:
+        taken = None
+        while self._newest is not taken:  # newer ones may have been published meanwhile
+            taken = self._newest
+            await self._bring(member)
+
+    async def _bring(self, member: Member[GeneratorActor]) -> float:
+        assert self._newest is not None
+        call = member.handle.update_weights.remote(self._newest, self._keep_in_flight)
+        try:
+            return await asyncio.wait_for(call, self._call_timeout_s)
+        except RayError as error:
+            if not isinstance(cause_of(error), ObjectLostError):
+                raise
+            # The weights were lost with the learner that published them. Its successor publishes
+            # again, and until then no demand asks for a newer version than the one here.
+            return 0.0
+
+
+def _make_generator(config: GeneratorPoolConfig, job: GeneratorJob) -> Generator:
+    # Imported here: the driver and the other roles load no engine.
+    match config.engine.type:
+        case "vllm":
+            from distillm_ray.rollout.vllm_engine import VllmGenerator  # noqa: PLC0415
+
+            return VllmGenerator(config, job)
+        case "transformers":
+            from distillm_ray.rollout.transformers_engine import (  # noqa: PLC0415
+                TransformersGenerator,
+            )
+
+            return TransformersGenerator(config, job)

@@ -1,0 +1,268 @@
+"""Teacher targets on the cluster: scorers compute them, stores own them, learners read them.
+
+    orchestrator ─ ensure(rollout) ─► ScorerPool ─► ScorerActor ── payload by reference ──┐
+                                                                                           ▼
+                        learner ◄── TargetReader ◄──────── get(keys) ──────────── TargetStoreActor
+
+A target is found by its key, a digest of teacher and sequence (`teacher/target_key.py`), so that
+whoever has the same sequence shares it. The store owns the payload: it survives the deaths of the
+scorer, the orchestrator and their nodes. A target that is lost is scored again under the same key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
+
+import ray
+from ray.actor import ActorProxy
+from ray.exceptions import RayError
+
+from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, one_line, pooled, spread
+from distillm_ray.cluster.log import AsyncLog
+from distillm_ray.cluster.placement import RoleSpec
+from distillm_ray.cluster.pool import ActorPool, PooledActor
+from distillm_ray.config import TargetsConfig, TeacherConfig
+from distillm_ray.errors import ClusterError
+from distillm_ray.teacher.target_key import TargetIdentity, target_key
+from distillm_ray.teacher.target_store import StoreCounters, TargetStore
+from distillm_ray.types import Device, Rollout, ScoreReport, TeacherTargets
+
+TargetRef: TypeAlias = "ray.ObjectRef[TeacherTargets]"
+
+MAX_SCORING_ROUNDS = 3
+_STORE_TIMEOUT_S = 60.0
+_STORE_RETRIES = 5  # a store's calls may be repeated: each of them is idempotent
+_REQUESTS_PER_SCORER = 64  # queued at a scorer, so that its batches can fill
+
+
+# ---- actors --------------------------------------------------------------------------------------
+
+
+class ScorerActor(PooledActor):
+    """A scorer in a process of its own."""
+
+    def __init__(
+        self, teacher: TeacherConfig, targets: TargetsConfig, vocabulary_size: int, device: Device
+    ) -> None:
+        from distillm_ray.teacher.scorer import Scorer  # noqa: PLC0415  the driver loads no model
+
+        self._scorer = Scorer(teacher, targets, vocabulary_size=vocabulary_size, device=device)
+
+    @ray.method
+    async def start(self) -> None:
+        """Load the teacher."""
+        await self._scorer.start()
+
+    @ray.method(num_returns=2)
+    async def score(self, rollout: Rollout) -> tuple[ScoreReport, TeacherTargets]:
+        """Score one sequence. Ray returns report and targets as two objects."""
+        return await self._scorer.score(rollout)
+
+
+class TargetStoreActor:
+    """A `TargetStore` of references that this process made by `ray.put`, and so owns."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._store: TargetStore[TargetRef] = TargetStore(max_bytes)
+
+    @ray.method
+    def put(self, key: str, payload: TeacherTargets, nbytes: int) -> bool:
+        """Keep a payload; False if it is larger than the whole store."""
+        return self._store.put(key, ray.put(payload), nbytes)
+
+    @ray.method
+    def get(self, keys: Sequence[str]) -> dict[str, TargetRef]:
+        """References to the payloads that are here."""
+        return self._store.get(keys)
+
+    @ray.method
+    def has(self, key: str) -> bool:
+        """Whether a payload is here, without counting as a use."""
+        return key in self._store
+
+    @ray.method
+    def drop(self, keys: Sequence[str]) -> None:
+        """Forget payloads that turned out to be lost."""
+        self._store.drop(keys)
+
+    @ray.method
+    def counters(self) -> StoreCounters:
+        """What the store holds."""
+        return self._store.counters
+
+
+def start_scorers(
+    spec: RoleSpec,
+    teacher: TeacherConfig,
+    targets: TargetsConfig,
+    *,
+    vocabulary_size: int,
+    device: Device,
+) -> list[ActorProxy[ScorerActor]]:
+    """Start the processes of the teacher's pool; they load nothing yet."""
+    actor = pooled(ScorerActor, spec, device)
+    return [actor.remote(teacher, targets, vocabulary_size, device) for _ in range(spec.count)]
+
+
+def start_stores(config: TargetsConfig) -> list[ActorProxy[TargetStoreActor]]:
+    """Start the target stores, spread over the nodes."""
+    actor = spread(TargetStoreActor, retries=_STORE_RETRIES)
+    return [actor.remote(config.max_bytes // config.stores) for _ in range(config.stores)]
+
+
+def store_index(key: str, num_stores: int) -> int:
+    """Which store owns a target: the same in every process and in every run."""
+    return zlib.crc32(key.encode()) % num_stores
+
+
+# ---- the orchestrator's side ---------------------------------------------------------------------
+
+
+class ScorerPool(ActorPool[ScorerActor]):
+    """Scorers in front of the target stores. Payloads go from scorer to store by reference."""
+
+    def __init__(
+        self,
+        handles: Sequence[ActorProxy[ScorerActor]],
+        stores: Sequence[ActorProxy[TargetStoreActor]],
+        identity: TargetIdentity,
+        *,
+        call_timeout_s: float,
+        startup_timeout_s: float,
+        log: AsyncLog,
+    ) -> None:
+        super().__init__(
+            handles,
+            role="scorer",
+            max_in_flight=_REQUESTS_PER_SCORER,
+            call_timeout_s=call_timeout_s,
+            startup_timeout_s=startup_timeout_s,
+            log=log,
+        )
+        self._stores = stores
+        self._identity = identity
+        self._under_way: dict[str, asyncio.Future[None]] = {}
+
+    async def ensure(self, rollout: Rollout) -> int:
+        """Have the targets of a sequence stored; returns the tokens that the teacher computed.
+
+        0 means that they were there. Equal sequences are never scored twice at once.
+
+        Raises:
+            ClusterError: a store does not reply, or scorers fail too often.
+        """
+        key = target_key(self._identity, rollout)
+        while key in self._under_way:
+            await asyncio.wait((self._under_way[key],))
+        done = self._under_way[key] = asyncio.get_running_loop().create_future()
+        try:
+            index = store_index(key, len(self._stores))
+            store = self._stores[index]
+            try:
+                if await asyncio.wait_for(store.has.remote(key), _STORE_TIMEOUT_S):
+                    return 0
+            except (RayError, TimeoutError) as error:
+                raise ClusterError(
+                    f"target store {index} did not reply within {_STORE_TIMEOUT_S:g} s:"
+                    f" {one_line(error)}"
+                ) from error
+            report = await self.call_until_done(
+                lambda handle: _score_and_store(handle, rollout, store, key)
+            )
+            return report.num_tokens
+        finally:
+            del self._under_way[key]
+            done.set_result(None)
+
+    async def counters(self) -> list[StoreCounters]:
+        """What each store holds."""
+        return list(await asyncio.gather(*(store.counters.remote() for store in self._stores)))
+
+
+async def _score_and_store(
+    scorer: ActorProxy[ScorerActor],
+    rollout: Rollout,
+    store: ActorProxy[TargetStoreActor],
+    key: str,
+) -> ScoreReport:
+    """Only the report is awaited here; the payload does not pass through this process."""
+    # With num_returns=2 Ray returns a list of references, which its annotations do not know.
+    report_ref, payload_ref = cast(Any, scorer.score.remote(rollout))
+    report: ScoreReport = await report_ref
+    await store.put.remote(key, payload_ref, report.nbytes)
+    return report
+
+
+# ---- the learners' side --------------------------------------------------------------------------
+
+
+class TargetReader:
+    """Fetches the targets of a step. Called from a rank's prefetching thread."""
+
+    def __init__(
+        self,
+        stores: Sequence[ActorProxy[TargetStoreActor]],
+        identity: TargetIdentity,
+        score: Callable[[Sequence[Rollout]], None],
+        *,
+        max_bytes: int,
+    ) -> None:
+        """`score` has the targets of sequences stored again; `max_bytes` is for a message."""
+        self._stores = stores
+        self._identity = identity
+        self._score = score
+        self._max_bytes = max_bytes
+
+    def fetch(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherTargets]:
+        """The targets of every rollout, by rollout id. What no store has is scored again.
+
+        Raises:
+            ClusterError: the stores lose targets as fast as they are scored.
+        """
+        keys = {rollout.rollout_id: target_key(self._identity, rollout) for rollout in rollouts}
+        targets: dict[str, TeacherTargets] = {}
+        missing = list(rollouts)
+        for _ in range(MAX_SCORING_ROUNDS):
+            by_key = self._from_stores(sorted({keys[one.rollout_id] for one in missing}))
+            for one in missing:
+                if (found := by_key.get(keys[one.rollout_id])) is not None:
+                    targets[one.rollout_id] = found
+            missing = [one for one in missing if one.rollout_id not in targets]
+            if not missing:
+                return targets
+            self._score(missing)
+        raise ClusterError(
+            f"{len(missing)} teacher targets were gone again after being scored"
+            f" {MAX_SCORING_ROUNDS} times, {missing[0].rollout_id} among them: targets.max_bytes ="
+            f" {self._max_bytes} does not hold the targets of a step; raise it"
+        )
+
+    def _from_stores(self, keys: Sequence[str]) -> dict[str, TeacherTargets]:
+        """What the stores have, each asked once. A payload that cannot be read is dropped there."""
+        by_store: dict[int, list[str]] = {}
+        for key in keys:
+            by_store.setdefault(store_index(key, len(self._stores)), []).append(key)
+        calls = {index: self._stores[index].get.remote(part) for index, part in by_store.items()}
+        found: dict[str, tuple[int, TargetRef]] = {}
+        for index, call in calls.items():
+            for key, reference in ask(call, f"target store {index}").items():
+                found[key] = index, reference
+        try:
+            payloads = ray.get(
+                [reference for _, reference in found.values()], timeout=CALL_TIMEOUT_S
+            )
+            return dict(zip(found, payloads, strict=True))
+        except RayError:  # a bulk get raises at the first lost payload: read them one by one
+            return self._one_by_one(found)
+
+    def _one_by_one(self, found: dict[str, tuple[int, TargetRef]]) -> dict[str, TeacherTargets]:
+        targets: dict[str, TeacherTargets] = {}
+        for key, (index, reference) in found.items():
+            try:
+                targets[key] = ray.get(reference, timeout=CALL_TIMEOUT_S)
+            except RayError:
+                ask(self._stores[index].drop.remote([key]), f"target store {index}")
+        return targets

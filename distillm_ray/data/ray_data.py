@@ -1,0 +1,103 @@
+"""Reads and tokenizes files with Ray Data: `tokenizing.tokenize_files`, spread over a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data.datasource import FileBasedDatasource
+from ray.exceptions import RayTaskError
+
+from distillm_ray.config import DataConfig
+from distillm_ray.data.files import DataFile
+from distillm_ray.data.templates import Renderer
+from distillm_ray.data.tokenizing import TOKENIZED, raw_batches, tokenize_rows
+from distillm_ray.errors import DataError
+
+_BYTES_PER_TASK = 8 * 2**20  # smaller tasks do not pay for importing transformers in a worker
+_BYTES_WITH_PROGRESS_BAR = 64 * 2**20  # less is read in seconds
+
+
+class RowsDatasource(FileBasedDatasource):
+    """Reads rows as (file, row number, JSON).
+
+    Our own reader because the JSON readers of Ray Data, pyarrow and `datasets` know no line
+    numbers and fail a whole file for one bad line, so neither messages with `FILE:LINE` nor
+    `data.bad_rows: skip` would work. The first two also refuse a column that holds a text in one
+    row and a list of texts in another. Loading only `save_to_disk` directories with `datasets`
+    would save ten lines in files.py.
+    """
+
+    def __init__(self, files: Sequence[DataFile]) -> None:
+        """`file` in the rows is the index into `files`."""
+        super().__init__([str(file.path) for file in files])
+        self._files = {str(file.path): (index, file) for index, file in enumerate(files)}
+
+    def _read_stream(self, f: Any, path: str) -> Iterator[pa.Table]:
+        index, file = self._files[path]
+        # An Arrow input file does not iterate over lines.
+        yield from raw_batches(io.BufferedReader(f) if file.format == "jsonl" else f, file, index)
+
+    def _open_input_source(self, filesystem: Any, path: str, **open_args: Any) -> Any:
+        # Parquet needs a seekable file; the default is an input stream.
+        return filesystem.open_input_file(path)
+
+
+def tokenize_files(
+    files: Sequence[DataFile], renderer: Renderer, config: DataConfig, require_responses: bool
+) -> pa.Table:
+    """The table of `tokenizing.tokenize_files`. Needs a connection to Ray and free CPUs.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    num_bytes = sum(file.path.stat().st_size for file in files)
+    with _quiet_ray_data(progress_bars=num_bytes >= _BYTES_WITH_PROGRESS_BAR):
+        dataset = ray.data.read_datasource(
+            RowsDatasource(files), override_num_blocks=max(1, -(-num_bytes // _BYTES_PER_TASK))
+        ).map_batches(
+            partial(
+                tokenize_rows,
+                renderer=renderer,
+                config=config,
+                require_responses=require_responses,
+            ),
+            batch_format="pyarrow",
+            batch_size=None,
+        )
+        try:
+            references: list[Any] = dataset.to_arrow_refs()
+            tables: list[pa.Table] = ray.get(references)
+        except RayTaskError as error:
+            if isinstance(error.cause, DataError):
+                # The first line only: Ray adds the task's stack trace and notes on retries.
+                raise DataError(str(error.cause).splitlines()[0]) from error
+            raise
+    table = pa.concat_tables([TOKENIZED.empty_table(), *(t for t in tables if t.num_rows)])
+    return table.sort_by([("file", "ascending"), ("row", "ascending")])
+
+
+@contextlib.contextmanager
+def _quiet_ray_data(*, progress_bars: bool) -> Iterator[None]:
+    """Silence the plan and the progress bar that Ray Data shows for every execution."""
+    context = ray.data.DataContext.get_current()
+    # The second logger warns that the bars are off.
+    loggers = [logging.getLogger(name) for name in ("ray.data", "ray.data._internal.progress")]
+    levels = [logger.level for logger in loggers]
+    before = context.enable_progress_bars
+    context.enable_progress_bars = progress_bars
+    if not progress_bars:
+        loggers[0].setLevel(logging.WARNING)
+        loggers[1].setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = before
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,435 @@
+"""The algorithm on one page: the config of a distributed run, carried out by one process.
+
+    distillm-ray train CONFIG run.mode=local
+
+    ┌──────────────────────────── phi ◄──── adapt ◄──── validate ◄────┐
+    ▼                                                                 │
+    demand ──► generate (student) ──► draw ──► score (teacher) ──► learn (student)
+
+No Ray, vLLM, DeepSpeed or actors: `distil` does one thing after the other, from top to bottom. It
+is the place to start reading, to set a breakpoint, and to see what a distributed run must compute.
+The parts that decide something (buffer, schedule, batching, loss) are those of the distributed run.
+The comments say where the distributed run does the same work, at the same time as the other parts.
+
+What is exact: for equal phi, slots, prompts and replayed sequences are those of the distributed
+run. With greedy sampling, strictly on-policy (`rollout.max_staleness` 0) and without dropout,
+responses, losses, phi and parameters are as well, up to the rounding of float32
+(tests/integration/test_local.py). Otherwise responses may differ: sampling depends on the engine
+and its batches, and with `rollout.lookahead` above 1 a distributed run may generate with newer
+weights. Here the weights are always the oldest that `lookahead` and `sync_interval` allow.
+
+What is left out: checkpoints, so that an interrupted run starts again; sample responses at
+validations; the evaluation before and after training. Keys that divide work among processes have no
+effect: `learner.zero_stage`, `num_cpus`, `num_gpus`, and `num_threads` of all roles but the
+learner. `check` refuses what would change the result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from distillm_ray.batching import draw_facts, pack, plan_step, plan_validation
+from distillm_ray.config import Config, FilterConfig
+from distillm_ray.config_files import dump_config
+from distillm_ray.data.splits import Splits, load_splits
+from distillm_ray.errors import ConfigError, UserError
+from distillm_ray.files import write_atomically
+from distillm_ray.learner.held_out_loss import cross_entropy_sum
+from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at
+from distillm_ray.learner.step_statistics import StepStatistics
+from distillm_ray.learner.student_model import build_student, run_row, training_request
+from distillm_ray.learner.teacher_head import teacher_head
+from distillm_ray.log.commit import package_commit
+from distillm_ray.log.metrics import MetricsLog
+from distillm_ray.log.records import (
+    BufferSizes,
+    Counters,
+    DoneRecord,
+    Record,
+    StepRecord,
+    ValidationRecord,
+)
+from distillm_ray.models.dtypes import resolve_dtype
+from distillm_ray.preflight import Preflight, check_run_directory
+from distillm_ray.replay.buffer import ReplayBuffer
+from distillm_ray.replay.build import build_buffer
+from distillm_ray.report.console import ConsoleView
+from distillm_ray.rollout.generator import generator_job
+from distillm_ray.rollout.responses import MAX_REJECTED, response_counts, response_facts, verdict
+from distillm_ray.rollout.transformers_engine import TransformersGenerator
+from distillm_ray.run_directory import CONFIG_FILE, MODEL_FOLDER, held
+from distillm_ray.teacher.scorer import Scorer
+from distillm_ray.teacher.target_key import TargetIdentity, target_key
+from distillm_ray.teacher.target_store import TargetStore
+from distillm_ray.types import (
+    TRAINING,
+    Device,
+    Rollout,
+    Source,
+    TeacherTargets,
+    Validation,
+    Weights,
+)
+from distillm_ray.weights.export import export_model
+from distillm_ray.weights.gather import gather
+
+
+def train(
+    config: Config,
+    preflight: Preflight,
+    view: ConsoleView,
+    *,
+    command: str = "",
+    store: TargetStore[TeacherTargets] | None = None,
+) -> None:
+    """Run the job; it leaves the log and `model/` in `run.directory`.
+
+    Args:
+        preflight: what `preflight.check` found for this config.
+        store: teacher targets of earlier runs in this process, to be used and added to. None: an
+            empty store of `targets.max_bytes`.
+
+    Raises:
+        UserError: the data or the run directory cannot be used, or the training diverged.
+    """
+    started = time.monotonic()
+    directory = config.run.directory
+    view.start("reading data")
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.student.model, trust_remote_code=config.student.trust_remote_code
+    )
+    splits = load_splits(config.data, tokenizer, config.run.seed)
+    for line in splits.describe():
+        view.note(line)
+    directory.mkdir(parents=True, exist_ok=True)
+    with held(directory):
+        # Checked again: until here another job may have been at work in it.
+        check_run_directory(config)
+        write_atomically(directory / CONFIG_FILE, dump_config(config).encode())
+        with (
+            closing(MetricsLog(directory, commit=package_commit(), command=command)) as log,
+            asyncio.Runner() as runner,
+        ):
+
+            def record(entry: Record) -> None:
+                log.add(entry)
+                view.update(entry)
+
+            view.start(TRAINING)
+            if store is None:
+                store = TargetStore(config.targets.max_bytes)
+            distil(config, preflight, splits, store, record, runner)
+            seconds = time.monotonic() - started
+            record(DoneRecord(step=config.learner.steps, status="complete", seconds=seconds))
+
+
+def distil(
+    config: Config,
+    preflight: Preflight,
+    splits: Splits,
+    store: TargetStore[TeacherTargets],
+    record: Callable[[Record], None],
+    runner: asyncio.Runner,
+) -> None:
+    """The algorithm, from the data to the trained model in `run.directory`.
+
+    `runner` waits for generator and scorer, whose methods are coroutines because in a distributed
+    run they serve many callers at the same time.
+    """
+    device_name = resolve_device(config)
+    device = torch.device(device_name)
+    vocabulary_size = preflight.vocabulary_size
+    max_tokens = config.learner.max_micro_batch_tokens
+
+    # ---- The parts ------------------------------------------------------------------------------
+
+    # The student as the learner trains it. Its output head returns losses instead of logits, so
+    # that no [tokens, vocabulary] matrix is ever made. Distributed: learner/learner.py.
+    torch.manual_seed(config.run.seed)
+    student = build_student(
+        config.student, config.loss, vocabulary_size=vocabulary_size, device=device, zero_stage=0
+    )
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(config.learner, parameters)
+
+    # The student as it generates: a copy with the weights of the last publication.
+    # Distributed: rollout/, in each of `rollout.actors` processes.
+    generator = None
+    if config.wants_rollouts:
+        job = generator_job(
+            config,
+            preflight.student,
+            Source.STUDENT,
+            config.rollout.sampling,
+            end_token_id=splits.train.end_token_id,
+            max_response_tokens=config.longest_response,
+            trust_remote_code=config.student.trust_remote_code,
+            device=device_name,
+        )
+        generator = TransformersGenerator(config.rollout, job)
+        runner.run(generator.start())
+
+    # The frozen teacher. By default its targets are the last hidden states at the positions that
+    # predict response tokens, and the learner applies a copy of its output head to them.
+    # Distributed: teacher/, in each of `teacher.actors` processes.
+    scorer = None
+    identity = preflight.target_identity(config, device_name)
+    if identity is not None:
+        assert config.teacher is not None
+        scorer = Scorer(
+            config.teacher, config.targets, vocabulary_size=vocabulary_size, device=device
+        )
+        runner.run(scorer.start())
+    frozen_head = teacher_head(config, vocabulary_size=vocabulary_size, device=device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.learner.num_threads)
+
+    # The replay buffer decides what every step trains on. Distributed: cluster/buffer.py.
+    buffer = build_buffer(config, splits.train.prompts, splits.train.demonstrations)
+
+    (held_out_plans,) = plan_validation(
+        splits.validation.demonstrations[: config.validation.max_prompts],
+        num_ranks=1,
+        max_micro_batch_tokens=max_tokens,
+    )
+    held_out = [pack(plan, None) for plan in held_out_plans]
+
+    def validate_and_adapt(completed: int) -> None:
+        """phi, the share of student text, rises where the held-out loss does not improve."""
+        started = time.monotonic()
+        loss_sum, num_tokens = cross_entropy_sum(student, held_out, device).tolist()
+        loss = loss_sum / num_tokens if num_tokens else math.nan
+        validation = Validation(step=completed, loss=loss, tokens=int(num_tokens))
+        phi = buffer.report(validation).phi  # the rule is in replay/schedule.py
+        seconds = time.monotonic() - started
+        record(ValidationRecord(**dataclasses.asdict(validation), phi=phi, seconds=seconds))
+
+    # ---- The loop -------------------------------------------------------------------------------
+
+    skipped_in_a_row = 0
+    for step in range(config.learner.steps):
+        if step % config.validation.interval == 0:
+            validate_and_adapt(step)
+        started = time.monotonic()
+        evictions = store.counters.evictions
+        work: Counter[str] = Counter()
+
+        # Publish. The generator takes the student's weights every `sync_interval` steps, unless
+        # nothing will be generated with them. Distributed: learner/train_loop.py.
+        interval = config.rollout.sync_interval
+        due = step // interval * interval
+        if generator is not None and buffer.wants_weights and generator.version < due:
+            dtype = resolve_dtype(config.rollout.dtype, device)
+            buckets = tuple(gather(student.model, dtype, keep=True))
+            weights = Weights(version=step, buckets=buckets, nbytes=0)  # none are sent anywhere
+            runner.run(generator.update_weights(weights, keep_in_flight=False))
+        published = time.monotonic()
+
+        # Generate what the buffer demands: the fresh responses of the coming `lookahead` steps.
+        # Distributed: cluster/orchestrator.py, while the learner is busy with earlier steps.
+        if generator is not None:
+            work += runner.run(meet_demand(buffer, generator, config.rollout.filter))
+        generated = time.monotonic()
+
+        # Draw. A slot of the batch takes a response of the student with probability phi: a fresh
+        # one with probability psi (phi times the replay ratio), otherwise a replayed one. The other
+        # slots take the next sequences of the data set. The randomness depends on seed, step and
+        # slot alone. Every token then gets its weight in every term of the loss, and the sequences
+        # are packed into rows. Distributed: the same, for all ranks at once.
+        draw = buffer.draw(step)
+        plan = plan_step(draw, num_ranks=1, max_micro_batch_tokens=max_tokens, loss=config.loss)
+        (micro_batches,) = plan.ranks
+
+        # Score what the store does not hold. The teacher never changes, so a replayed response, a
+        # later epoch of the data set and an equal text cost it nothing.
+        # Distributed: cluster/targets.py, ahead of the draw.
+        targets = None
+        if scorer is not None and identity is not None:
+            rollouts = [drawn.rollout for drawn in draw.sequences]
+            targets, counts = runner.run(targets_of(rollouts, scorer, identity, store))
+            work += counts
+        scored = time.monotonic()
+
+        # Learn. The tokens' weights refer to the whole batch, so the loss is the sum over its rows.
+        # Distributed: learner/learner.py, with DeepSpeed summing the ranks' gradients.
+        learning_rate = learning_rate_at(step, config.learner)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        student.train()
+        statistics = StepStatistics(config.loss.terms, device)
+        for micro_batch in micro_batches:
+            batch = pack(micro_batch, targets)
+            request = training_request(batch, config.loss, frozen_head, device)
+            result = run_row(student, batch, request, device)
+            result.loss.backward()
+            statistics.add(batch, result)
+        totals = statistics.reduce(step + 1, wait_seconds=scored - started)
+        norm = float(nn.utils.clip_grad_norm_(parameters, config.learner.max_gradient_norm))
+        skipped = not (math.isfinite(totals.loss) and math.isfinite(norm))
+        if not skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # Advance. The step's fresh responses can be replayed, and the demand of a later step opens.
+        buffer.advance(step + 1)
+
+        # Log. Everything below is bookkeeping.
+        train_step = dataclasses.replace(
+            totals,
+            learning_rate=learning_rate,
+            gradient_norm=norm,
+            seconds=time.monotonic() - started,
+            skipped=skipped,
+        )
+        sizes = BufferSizes(
+            fresh=buffer.counters.fresh,
+            replay=buffer.counters.replay,
+            in_flight=buffer.counters.outstanding,
+            target_bytes=store.counters.nbytes,
+        )
+        counters = Counters(
+            **work,
+            target_evictions=store.counters.evictions - evictions,
+            sync_seconds=published - started,
+            generate_seconds=generated - published,
+            score_seconds=scored - generated,
+        )
+        record(StepRecord.build(train_step, draw_facts(plan), buffer=sizes, work=counters))
+        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+        if skipped_in_a_row > config.learner.max_skipped_steps:
+            raise UserError(
+                f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, more than"
+                f" learner.max_skipped_steps = {config.learner.max_skipped_steps}, the last one"
+                f" step {step + 1}: the parameters stayed as they were before; lower"
+                " learner.learning_rate"
+            )
+
+    validate_and_adapt(config.learner.steps)
+    weights = gather(student.model, torch.float32, keep=True)
+    export_model(weights, config.student.model, config.run.directory / MODEL_FOLDER, torch.float32)
+
+
+async def meet_demand(
+    buffer: ReplayBuffer, generator: TransformersGenerator, response_filter: FilterConfig
+) -> Counter[str]:
+    """Generate all demanded responses; returns what to count.
+
+    A response that the filter drops is demanded again, with another seed.
+    """
+    counts: Counter[str] = Counter()
+    while demands := buffer.take_demand():
+        # Made at the same time, the calls share batches.
+        responses = await asyncio.gather(*(generator.generate(demand) for demand in demands))
+        for demand, response in zip(demands, responses, strict=True):
+            facts = response_facts(response)
+            counts.update(response_counts(response, facts))
+            if verdict(facts, response_filter) and demand.attempt < MAX_REJECTED:
+                counts.update(dropped=1, lost=1)
+                buffer.lose(demand.ordinal)
+            else:
+                buffer.add(response)
+    return counts
+
+
+async def targets_of(
+    rollouts: Sequence[Rollout],
+    scorer: Scorer,
+    identity: TargetIdentity,
+    store: TargetStore[TeacherTargets],
+) -> tuple[dict[str, TeacherTargets], Counter[str]]:
+    """The teacher targets of sequences by rollout id, and what to count.
+
+    Targets are stored by a digest of teacher and sequence, so equal texts are scored once.
+    """
+    keys = {rollout.rollout_id: target_key(identity, rollout) for rollout in rollouts}
+    by_key = {keys[rollout.rollout_id]: rollout for rollout in rollouts}
+    found = store.get(by_key)
+    missing = [key for key in by_key if key not in found]
+    scores = await asyncio.gather(*(scorer.score(by_key[key]) for key in missing))
+    counts: Counter[str] = Counter()
+    for key, (report, payload) in zip(missing, scores, strict=True):
+        store.put(key, payload, report.nbytes)
+        found[key] = payload  # also if the store is too small to keep it
+        counts.update(scored_sequences=1, scored_tokens=report.num_tokens)
+    return {rollout_id: found[key] for rollout_id, key in keys.items()}, counts
+
+
+def resolve_device(config: Config) -> Device:
+    """`run.device`; `auto` is the GPU where there is one."""
+    if config.run.device != "auto":
+        return config.run.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(config: Config) -> None:
+    """Refuse what one process does not do, before anything is loaded.
+
+    Raises:
+        ConfigError: with every such key and the value that it must have.
+    """
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "run.device is cuda, but run.mode=local finds no GPU on this machine; set"
+            " run.device=cpu, or run.mode=cluster"
+        )
+    one_copy = "one process holds one copy of the model"
+    rules: list[tuple[str, object, object, str]] = [  # key, value, value that it must have, reason
+        ("learner.workers", config.learner.workers, 1, "one process is one rank"),
+        (
+            "evaluation.at_end",
+            config.evaluation.at_end,
+            False,
+            "evaluate model/ afterwards with `distillm-ray evaluate`",
+        ),
+    ]
+    if config.wants_rollouts:
+        rollout = config.rollout
+        rules += [
+            (
+                "rollout.engine.type",
+                rollout.engine.type,
+                "transformers",
+                "vLLM runs in processes of its own",
+            ),
+            ("rollout.actors", rollout.actors, 1, one_copy),
+            ("rollout.tensor_parallel", rollout.tensor_parallel, 1, one_copy),
+        ]
+    if config.teacher is not None and config.loss.needs_teacher:
+        rules += [
+            ("teacher.actors", config.teacher.actors, 1, one_copy),
+            ("teacher.tensor_parallel", config.teacher.tensor_parallel, 1, one_copy),
+            ("targets.stores", config.targets.stores, 1, "one process has one store"),
+        ]
+    if resolve_dtype(config.student.dtype, resolve_device(config)) != torch.float32:
+        reason = (
+            "it is bfloat16 on this machine, and only DeepSpeed keeps the float32 copy of the"
+            " weights that small updates need"
+        )
+        rules.append(("student.dtype", config.student.dtype, "float32", reason))
+    broken = [rule for rule in rules if rule[1] != rule[2]]
+    if not broken:
+        return
+    lines = [
+        f"  {key} must be {_as_yaml(needed)}, got {_as_yaml(value)}: {reason}"
+        for key, value, needed, reason in broken
+    ]
+    overrides = " ".join(f"{key}={_as_yaml(needed)}" for key, _, needed, _ in broken)
+    raise ConfigError(
+        "run.mode=local trains in one process, which cannot do all that this config asks for:\n"
+        + "\n".join(lines)
+        + f"\nAdd {overrides}, or set run.mode=cluster"
+    )
+
+
+def _as_yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,28 @@
+"""A replay buffer with the settings of a config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distillm_ray.config import Config
+from distillm_ray.replay.buffer import ReplayBuffer
+from distillm_ray.replay.schedule import Schedule
+from distillm_ray.types import Prompt, Rollout
+
+
+def build_buffer(
+    config: Config, prompts: Sequence[Prompt], demonstrations: Sequence[Rollout]
+) -> ReplayBuffer:
+    """The buffer of a run, before the first draw."""
+    return ReplayBuffer(
+        prompts=prompts,
+        demonstrations=demonstrations,
+        schedule=Schedule.from_config(config.schedule, total_steps=config.learner.steps),
+        batch_size=config.learner.batch_size,
+        capacity=config.replay.capacity,
+        min_size=config.replay_min_size,
+        lookahead=config.rollout.lookahead,
+        sync_interval=config.rollout.sync_interval,
+        validation_interval=config.validation.interval,
+        seed=config.run.seed,
+    )
