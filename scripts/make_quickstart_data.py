@@ -17,7 +17,7 @@ from pathlib import Path
 
 FOLDER = Path("data/quickstart")
 PROMPTS = FOLDER / "prompts.jsonl"
-SETTINGS = ("rollout.sampling.temperature=0", "rollout.sampling.max_tokens=96")
+SETTINGS = ("generate.sampling.temperature=0", "generate.sampling.max_tokens=96")
 
 
 def main() -> None:
