@@ -88,7 +88,9 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         with _view(tree) as view:
             ended = pipeline.train(tree, checked, view, command=command)
         if ended.status == "stopped" and ended.step == 0:
-            typer.echo("Stopped before the first checkpoint; the same command starts the run anew.")
+            typer.echo(
+                "Stopped before the first checkpoint; the same command starts the run again."
+            )
             raise typer.Exit(EXIT_STOPPED)
         _print(write_report(tree.run.directory, compare=_comparable(tree)))
         if ended.status == "stopped":

@@ -335,7 +335,7 @@ class RolloutConfig(GeneratorPoolConfig):
     sampling: SamplingConfig = SamplingConfig()
     filter: FilterConfig = FilterConfig()
     lookahead: Positive = 2  # steps whose fresh samples are in flight or finished
-    sync_interval: Positive = 1  # publish weights every so many steps
+    sync_interval: Positive = 1  # optimizer steps between two publications of weights
     max_staleness: NonNegative = 4  # in optimizer steps
     logprob_warning: MayChange[Above0] = 0.1  # mean |engine - learner|, in nats
 
@@ -467,7 +467,7 @@ class CheckpointConfig(Section):
     """When the run's state is saved, and how many checkpoints are kept."""
 
     interval: MayChange[Positive] = 500  # optimizer steps
-    keep: MayChange[Positive] = 2  # newest; the best by validation loss is kept besides
+    keep: MayChange[Positive] = 2  # the newest ones; the best by validation loss is always kept too
 
 
 class RunConfig(Section):

@@ -39,7 +39,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from distillm_ray.batching import draw_facts, pack, plan_step, plan_validation
-from distillm_ray.config import Config, FilterConfig
+from distillm_ray.config import Config, FilterConfig, LearnerConfig
 from distillm_ray.config_files import dump_config
 from distillm_ray.data.splits import Splits, load_splits
 from distillm_ray.errors import ConfigError, UserError
@@ -64,7 +64,7 @@ from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.build import build_buffer
 from distillm_ray.report.console import ConsoleView
-from distillm_ray.rollout.generator import generator_job
+from distillm_ray.rollout.generator import student_job
 from distillm_ray.rollout.responses import MAX_REJECTED, response_counts, response_facts, verdict
 from distillm_ray.rollout.transformers_engine import TransformersGenerator
 from distillm_ray.run_directory import CONFIG_FILE, MODEL_FOLDER, held
@@ -75,7 +75,6 @@ from distillm_ray.types import (
     TRAINING,
     Device,
     Rollout,
-    Source,
     TeacherTargets,
     Validation,
     Weights,
@@ -113,7 +112,7 @@ def train(
         view.note(line)
     directory.mkdir(parents=True, exist_ok=True)
     with held(directory):
-        # Checked again: until here another job may have been at work in it.
+        # Checked again: another job may have used the directory until now.
         check_run_directory(config)
         write_atomically(directory / CONFIG_FILE, dump_config(config).encode())
         with (
@@ -166,16 +165,8 @@ def distil(
     # Distributed: rollout/, in each of `rollout.actors` processes.
     generator = None
     if config.wants_rollouts:
-        job = generator_job(
-            config,
-            preflight.student,
-            Source.STUDENT,
-            config.rollout.sampling,
-            end_token_id=splits.train.end_token_id,
-            max_response_tokens=config.longest_response,
-            trust_remote_code=config.student.trust_remote_code,
-            device=device_name,
-        )
+        end_token_id = splits.train.end_token_id
+        job = student_job(config, preflight.student, end_token_id=end_token_id, device=device_name)
         generator = TransformersGenerator(config.rollout, job)
         runner.run(generator.start())
 
@@ -283,19 +274,12 @@ def distil(
         # Advance. The step's fresh responses can be replayed, and the demand of a later step opens.
         buffer.advance(step + 1)
 
-        # Log. Everything below is bookkeeping.
         train_step = dataclasses.replace(
             totals,
             learning_rate=learning_rate,
             gradient_norm=norm,
             seconds=time.monotonic() - started,
             skipped=skipped,
-        )
-        sizes = BufferSizes(
-            fresh=buffer.counters.fresh,
-            replay=buffer.counters.replay,
-            in_flight=buffer.counters.outstanding,
-            target_bytes=store.counters.nbytes,
         )
         counters = Counters(
             **work,
@@ -304,15 +288,10 @@ def distil(
             generate_seconds=generated - published,
             score_seconds=scored - generated,
         )
+        sizes = sizes_of(buffer, store)
         record(StepRecord.build(train_step, draw_facts(plan), buffer=sizes, work=counters))
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
-        if skipped_in_a_row > config.learner.max_skipped_steps:
-            raise UserError(
-                f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, more than"
-                f" learner.max_skipped_steps = {config.learner.max_skipped_steps}, the last one"
-                f" step {step + 1}: the parameters stayed as they were before; lower"
-                " learner.learning_rate"
-            )
+        check_skips(skipped_in_a_row, step + 1, config.learner)
 
     validate_and_adapt(config.learner.steps)
     weights = gather(student.model, torch.float32, keep=True)
@@ -362,6 +341,31 @@ async def targets_of(
         found[key] = payload  # also if the store is too small to keep it
         counts.update(scored_sequences=1, scored_tokens=report.num_tokens)
     return {rollout_id: found[key] for rollout_id, key in keys.items()}, counts
+
+
+def sizes_of(buffer: ReplayBuffer, store: TargetStore[TeacherTargets]) -> BufferSizes:
+    """What buffer and store hold now, for the log."""
+    return BufferSizes(
+        fresh=buffer.counters.fresh,
+        replay=buffer.counters.replay,
+        in_flight=buffer.counters.outstanding,
+        target_bytes=store.counters.nbytes,
+    )
+
+
+def check_skips(in_a_row: int, completed: int, learner: LearnerConfig) -> None:
+    """End a run whose updates are skipped again and again.
+
+    Raises:
+        UserError: more than `learner.max_skipped_steps` steps were skipped without one between.
+    """
+    if in_a_row > learner.max_skipped_steps:
+        raise UserError(
+            f"loss or gradient was not finite in {in_a_row} steps in a row, more than"
+            f" learner.max_skipped_steps = {learner.max_skipped_steps}, the last one step"
+            f" {completed}: the parameters stayed as they were before; lower"
+            " learner.learning_rate"
+        )
 
 
 def resolve_device(config: Config) -> Device:

@@ -20,39 +20,28 @@ Every wait also ends with a stop request (SIGTERM, SIGINT) or a failure, noticed
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias
 
 import ray
-from ray.actor import ActorProxy
 from ray.exceptions import RayActorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distillm_ray.cluster import placement
-from distillm_ray.cluster.actors import ask, release
+from distillm_ray.cluster.actors import ask, one_line, release
 from distillm_ray.cluster.buffer import start_buffer
 from distillm_ray.cluster.connection import available, connect, resolve_device
 from distillm_ray.cluster.control import ControlClient, start_control
 from distillm_ray.cluster.learner import LearnerGroup, LearnerJob, Wires
 from distillm_ray.cluster.log import LogClient, start_log
-from distillm_ray.cluster.orchestrator import (
-    OrchestratorActor,
-    TrainingPeers,
-    start_orchestrator,
-)
+from distillm_ray.cluster.orchestrator import TrainingPeers, start_orchestrator
 from distillm_ray.cluster.rollout import start_generators
 from distillm_ray.cluster.targets import start_scorers, start_stores
 from distillm_ray.config import Config
 from distillm_ray.config_files import dump_config
 from distillm_ray.data import ray_data
 from distillm_ray.data.splits import Splits, load_splits
-from distillm_ray.errors import UserError
+from distillm_ray.errors import RunFailed
 from distillm_ray.evaluation.responder import Responder
 from distillm_ray.evaluation.results import Evaluation, read_evaluation
 from distillm_ray.evaluation.run_evaluator import RunEvaluator
@@ -63,14 +52,12 @@ from distillm_ray.log.commit import package_commit
 from distillm_ray.log.records import DoneRecord
 from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.report.console import ConsoleView
-from distillm_ray.rollout.generator import generator_job
+from distillm_ray.rollout.generator import student_job
 from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
-from distillm_ray.types import TRAINING, Device, Source
+from distillm_ray.types import TRAINING, Device
+from distillm_ray.watch import Stopped, Watch
 
-Result = TypeVar("Result")
 Status: TypeAlias = Literal["complete", "stopped"]
-
-_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +66,6 @@ class Ended:
 
     status: Status
     step: int  # of the newest checkpoint; 0 if there is none
-
-
-class Stopped(Exception):
-    """The job was asked to stop while the learners did not train."""
 
 
 def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: str) -> Ended:
@@ -114,7 +97,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
             return Ended(status="stopped", step=_checkpointed(config))
         config.run.directory.mkdir(parents=True, exist_ok=True)
         with held(config.run.directory):
-            # Checked again: until here another job may have been at work in it.
+            # Checked again: another job may have used the directory until now.
             resume_from = check_run_directory(config)
             write_atomically(config.run.directory / CONFIG_FILE, dump_config(config).encode())
             run = Run(config, preflight, splits, resume_from, device, command=command)
@@ -149,7 +132,7 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
                 evaluation = evaluator.before(responder)
                 evaluation.write(directory)
         with watch.phase(TRAINING):
-            watch.follow(group, run)
+            watch.follow(group, run.orchestrator, run.log)
         if _checkpointed(config) == config.learner.steps:
             watch.group = None  # it has ended as it should
             if evaluation is not None:
@@ -157,6 +140,11 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
             status = "complete"
     except Stopped:
         pass
+    except RayActorError as error:
+        raise RunFailed(
+            f"the process of a coordinating role died ({one_line(error)}). The logs of the driver's"
+            " node have the details; the same command resumes from the last checkpoint"
+        ) from error
     ended = Ended(status=status, step=_checkpointed(config))
     record = DoneRecord(
         step=ended.step,
@@ -221,16 +209,8 @@ class Run:
         self._buffer = start_buffer(config)
         self.generators = []
         if config.wants_generators:
-            job = generator_job(
-                config,
-                preflight.student,
-                Source.STUDENT,
-                config.rollout.sampling,
-                end_token_id=splits.train.end_token_id,
-                max_response_tokens=config.longest_response,
-                trust_remote_code=config.student.trust_remote_code,
-                device=device,
-            )
+            end_token_id = splits.train.end_token_id
+            job = student_job(config, preflight.student, end_token_id=end_token_id, device=device)
             spec = placement.generators(config, device)
             self.generators = start_generators(spec, config.rollout, job)
         self.scorers, self._stores = [], []
@@ -254,9 +234,7 @@ class Run:
             stores=self._stores,
             identity=self._identity,
         )
-        self.orchestrator: ActorProxy[OrchestratorActor] = start_orchestrator(
-            config, config.rollout, self.generators, peers
-        )
+        self.orchestrator = start_orchestrator(config, config.rollout, self.generators, peers)
 
     def start_learners(self) -> LearnerGroup:
         """They load, validate and wait for the first draw, which waits for the orchestrator."""
@@ -280,123 +258,3 @@ class Run:
         group = LearnerGroup(placement.learners(config, self.device), job, worker.run)
         group.start()
         return group
-
-
-class Watch:
-    """What the driver watches: phases, signals, run control, the learners and the log."""
-
-    def __init__(self, view: ConsoleView) -> None:
-        self.view = view
-        self.phase_seconds: dict[str, float] = {}
-        self.control: ControlClient | None = None
-        self.group: LearnerGroup | None = None
-        self._phase = ""
-        self._stop = threading.Event()
-        self._started = time.monotonic()
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._started
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Show a phase, tell run control, and take its time. A stop request ends it."""
-        self._phase = name
-        self.view.start(name)
-        self.interrupt()
-        started = time.monotonic()
-        yield
-        self.phase_seconds[name] = time.monotonic() - started
-
-    def interrupt(self) -> None:
-        """Raise what has to end the wait of a phase in which the learners do not train.
-
-        Raises:
-            Stopped: the job was asked to stop.
-            UserError: a role reported a failure, or the learners ended with one.
-        """
-        self.view.tick()
-        if self.control is not None:
-            status = self.control.update(self._phase, stop=self._stop.is_set())
-            if status.failure is not None:
-                raise UserError(status.failure)
-        if self.group is not None and not self.group.is_alive():
-            self.group.raise_failure()
-        if self._stop.is_set() and self._phase != TRAINING:
-            raise Stopped
-
-    def wait_for(self, work: Callable[[], Result]) -> Result:
-        """The result of `work`, which runs in a thread so that a stop request is noticed."""
-        results: list[Result] = []
-        failures: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                results.append(work())
-            except BaseException as error:
-                failures.append(error)  # raised again below
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_S)
-            self.interrupt()
-        if failures:
-            raise failures[0]
-        return results[0]
-
-    def follow(self, group: LearnerGroup, run: Run) -> None:
-        """Run learners and orchestrator side by side until the learners have ended."""
-        assert self.control is not None
-        log = LogClient(run.log)
-        rollouts = run.orchestrator.run.remote()  # opens the buffer
-        position = 0
-        told = False
-        while group.is_alive():
-            group.join(_POLL_S)
-            position = self._show(log, position)
-            if self._stop.is_set() and not told:
-                told = True
-                self.view.note("stopping: the learners write a checkpoint first")
-            status = self.control.update(self._phase, stop=self._stop.is_set())
-            self.view.waiting(status.waiting)
-            if status.failure is not None:
-                raise UserError(status.failure)
-            if ray.wait([rollouts], timeout=0)[0] and group.is_alive():
-                ask(rollouts, "the orchestrator")  # it returns before `finish` only by raising
-        self._show(log, position)
-        group.raise_failure()
-        ask(run.orchestrator.finish.remote(), "the orchestrator")
-        ask(rollouts, "the orchestrator")
-
-    def _show(self, log: LogClient, position: int) -> int:
-        """Show the records after `position`; returns how far the log was read."""
-        try:
-            records, position = log.since(position)
-        except RayActorError:
-            return position  # the learners, which write to the log, fail by its death
-        for record in records:
-            self.view.update(record)
-        self.view.tick()
-        return position
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """The first SIGTERM or SIGINT asks to stop; a second SIGINT ends the driver at once."""
-        previous: dict[int, Any] = {}  # what signal.signal returns has no narrower type
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self._stop.is_set() and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop.set()
-
-        if threading.current_thread() is threading.main_thread():
-            previous = {
-                number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)
-            }
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)

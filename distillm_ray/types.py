@@ -322,7 +322,7 @@ class RunStatus:
     phase: str = ""  # of the driver
     stop: bool = False  # the job was asked to end: write a checkpoint and return
     failure: str | None = None  # an error that a restart does not repair; it ends the job
-    waiting: str = ""  # what the learners wait for; empty if for nothing
+    waiting: str = ""  # what the learners wait for; empty if they do not wait
 
     @property
     def ends(self) -> bool:

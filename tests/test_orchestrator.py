@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from distillm_ray.cluster.orchestrator import BusyClock, Orchestrator
+from distillm_ray.cluster.orchestrator_loop import BusyClock, Orchestrator
 from distillm_ray.cluster.pool import ActorLost
 from distillm_ray.config import FilterConfig, SamplingConfig
 from distillm_ray.log.records import EventRecord, Record

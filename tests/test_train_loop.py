@@ -215,6 +215,7 @@ class FakeLearner:
         self.trained_on: list[str] = []
         self.skip_from: int | None = None
         self.full_at: int | None = None
+        self.waits: list[float] = []  # seconds, of each step
 
     def train_step(
         self, batches: Sequence[LearnerBatch], step: int, *, wait_seconds: float
@@ -222,6 +223,7 @@ class FakeLearner:
         assert step == self.steps_taken
         self.steps_taken += 1
         self.trained_on += [name for batch in batches for name in batch.rollout_ids]
+        self.waits.append(wait_seconds)
         skipped = self.skip_from is not None and step >= self.skip_from
         return TrainStep(step=step + 1, loss=1.0, skipped=skipped, wait_seconds=wait_seconds)
 
@@ -416,8 +418,31 @@ def test_waiting_counts_in_the_training_phase_only(tmp_path: Path) -> None:
 
     timer = threading.Timer(1.0, begin)
     timer.start()
-    assert run(roles, FakeLearner(), config) == 6
+    learner = FakeLearner()
+    assert run(roles, learner, config) == 6
     assert "ordinal 0" in roles.waits
+    assert learner.waits[0] < 0.2, "a longer wait would have ended the run"
+
+
+def test_the_wait_for_late_samples_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_loop, "_POLL_S", 0.05)
+
+    class Late(Roles):
+        """The samples of step 1 come after rank 0 asked twice what is missing."""
+
+        def waiting_for(self, step: int) -> str:
+            if self.waits:
+                self.missing_step = None
+            return super().waiting_for(step)
+
+    roles = Late(make_config(tmp_path))
+    roles.missing_step = 1
+    learner = FakeLearner()
+    assert run(roles, learner, make_config(tmp_path)) == 6
+    assert roles.waits[:2] == ["ordinal 1", "ordinal 1"]
+    assert learner.waits[1] >= 2 * 0.05
 
 
 def test_a_stop_is_noticed_while_samples_are_missing(tmp_path: Path) -> None:
@@ -498,17 +523,6 @@ def test_the_prefetcher_draws_depth_steps_ahead_and_no_more(tmp_path: Path) -> N
         assert roles.drawn == [0, 1, 2]
         [get(ahead, step) for step in range(1, 6)]
     assert roles.drawn == [0, 1, 2, 3, 4, 5]
-
-
-def test_the_wait_for_a_late_step_is_measured(tmp_path: Path) -> None:
-    roles = Roles(make_config(tmp_path))
-    roles.completed, roles.validated, roles.missing_step = 100, 100, 0
-    timer = threading.Timer(0.3, lambda: setattr(roles, "missing_step", None))
-    with prefetcher(roles, depth=1) as ahead:
-        timer.start()
-        assert 0.2 < get(ahead, 0).wait_seconds < 3.0
-        time.sleep(0.1)
-        assert get(ahead, 1).wait_seconds < 0.1
 
 
 def test_leaving_the_prefetcher_ends_its_thread_though_a_draw_is_pending(tmp_path: Path) -> None:

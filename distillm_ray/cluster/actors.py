@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 MAX_CONCURRENCY = 1000  # calls that an asynchronous actor may have open
 CALL_TIMEOUT_S = 120.0  # of calls that only read or change a little state
-_POLL_S = 0.5  # between two looks at what may interrupt a wait
+_POLL_S = 0.5  # interval at which `interrupt` is called during a wait
 
 
 class BufferLost(Exception):
@@ -99,8 +99,8 @@ def thread_settings(num_threads: int, device: Device) -> dict[str, str]:
     """Environment variables for roles that share the cores and the memory of a node.
 
     Idle OpenMP threads sleep instead of spinning, and glibc keeps few heaps. On the CPU glibc (2.35
-    and newer) also asks for huge pages: torch maps its tensors anew at every use, and page faults
-    were a sixth of a learner's step.
+    and newer) also asks for huge pages: torch maps fresh memory for every tensor, and page faults
+    took a sixth of a learner's step.
     """
     settings = {
         "MALLOC_ARENA_MAX": "2",

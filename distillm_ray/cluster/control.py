@@ -40,7 +40,7 @@ class ControlActor:
 
     @ray.method
     def wait_for(self, what: str) -> RunStatus:
-        """Say what the learners wait for; empty if for nothing."""
+        """Set what the learners wait for; empty if they do not wait."""
         self._status = dataclasses.replace(self._status, waiting=what)
         return self._status
 
@@ -71,7 +71,7 @@ class ControlClient:
         return ask(self._actor.status.remote(), _WHAT)
 
     def wait_for(self, what: str) -> RunStatus:
-        """Say what the learners wait for; returns the status."""
+        """Set what the learners wait for; returns the status."""
         return ask(self._actor.wait_for.remote(what), _WHAT)
 
     def fail(self, message: str) -> None:

@@ -1,36 +1,9 @@
-"""The orchestrator: the loop that turns demand into scored sequences, as an actor.
-
-    buffer ── work ──► generate ──► filter ──► score ──► store ──► buffer.add
-         │                ▲ newest weights
-         └── data-set sequences of the coming steps ──► score ──► store
-
-Every ordinal and every data-set sequence is a task of its own, so none waits for a slower one. The
-orchestrator decides nothing about training and holds no payload: targets pass by reference.
-
-    wait                         ends when                             limit
-    -------------------------    ----------------------------------    -----------------------------
-    `run`, for work              the buffer has work, a task failed,   none: an idle run waits
-                                 or `finish` was called
-    a task, for a generator      the pool returns or loses the call    the pool's `call_timeout_s`
-    a task, for a scorer         the targets are stored                the pool's `call_timeout_s`
-    `publish`                    the update before it is complete      the pool's `call_timeout_s`
-    `respond`                    all responses are there               the pool's, for each response
-
-Retries: an ordinal whose generator failed returns to the buffer, which gives it out again, without
-a limit here (the pool limits how often an actor may fail in a row). A response that the filter
-rejects is generated again up to `MAX_REJECTED` times and then trained on as it is, because the
-schedule has promised its slot.
-"""
+"""The orchestrator as an actor, and as the learners call it; orchestrator_loop.py has its loop."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.actor import ActorProxy
@@ -38,7 +11,7 @@ from ray.actor import ActorProxy
 from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, beside_driver
 from distillm_ray.cluster.buffer import BufferActor, ReplayProducer
 from distillm_ray.cluster.log import AsyncLog, LogActor
-from distillm_ray.cluster.pool import ActorLost
+from distillm_ray.cluster.orchestrator_loop import Orchestrator
 from distillm_ray.cluster.rollout import (
     TIMEOUTS_PER_CALL,
     GeneratorActor,
@@ -46,261 +19,10 @@ from distillm_ray.cluster.rollout import (
     PublishedWeights,
 )
 from distillm_ray.cluster.targets import ScorerActor, ScorerPool, TargetStoreActor
-from distillm_ray.config import Config, FilterConfig, GeneratorPoolConfig, SamplingConfig
-from distillm_ray.log.records import BufferSizes, Counters, EventRecord, StepRecord
-from distillm_ray.rollout.responses import (
-    MAX_REJECTED,
-    response_counts,
-    response_facts,
-    verdict,
-)
+from distillm_ray.config import Config, GeneratorPoolConfig, SamplingConfig
+from distillm_ray.log.records import Counters
 from distillm_ray.teacher.target_key import TargetIdentity
-from distillm_ray.types import Bucket, Demand, DrawFacts, Prompt, Rollout, TrainStep
-
-
-class Orchestrator:
-    """The loop and the calls that the learners make to it. Plain: a test needs no cluster.
-
-    Args:
-        buffer: source of the demand; None where only `respond` is called (evaluation).
-        generators: None where nothing generates.
-        scorers: None where no term of the loss compares with a teacher.
-    """
-
-    def __init__(
-        self,
-        *,
-        buffer: ReplayProducer | None,
-        generators: GeneratorPool | None,
-        scorers: ScorerPool | None,
-        log: AsyncLog,
-        response_filter: FilterConfig,
-    ) -> None:
-        self._optional_buffer = buffer
-        self._optional_generators = generators
-        self._scorers = scorers
-        self._log = log
-        self._filter = response_filter
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._failure: BaseException | None = None
-        self._wake = asyncio.Event()  # a task failed, or `finish` was called
-        self._finished = False
-        self._rejected: Counter[int] = Counter()  # by ordinal
-        self._counts: Counter[str] = Counter()
-        self._generating = BusyClock()
-        self._scoring = BusyClock()
-        self._sync_seconds = 0.0
-        self._update: asyncio.Task[None] | None = None
-        self._published = 0
-        self._incarnation = 0
-        self._restored_once = False
-        self._restoring = asyncio.Lock()
-
-    async def start(self) -> None:
-        """Start generators and scorers; returns when all are ready."""
-        pools = [pool for pool in (self._optional_generators, self._scorers) if pool is not None]
-        await asyncio.gather(*(pool.start() for pool in pools))
-
-    async def run(self) -> None:
-        """Work until `finish` is called and the last weights have arrived.
-
-        Raises whatever one of its tasks raised: a failure there ends the run.
-        """
-        woken = asyncio.create_task(self._wake.wait())
-        try:
-            while True:
-                work = asyncio.create_task(self._buffer.work())
-                await asyncio.wait({work, woken}, return_when=asyncio.FIRST_COMPLETED)
-                if woken.done():
-                    work.cancel()
-                    if self._failure is not None:
-                        raise self._failure
-                    if self._update is not None:
-                        await self._update
-                    return
-                todo = work.result()
-                # Work may arrive before the reply of the restore that made it.
-                async with self._restoring:
-                    if todo.incarnation != self._incarnation:
-                        continue  # requested before a restore
-                    for demand in todo.demand:
-                        self._spawn(self._fulfil(demand))
-                    for rollout in todo.dataset:
-                        self._spawn(self.ensure_targets((rollout,)))
-        finally:
-            woken.cancel()
-            await self._cancel_all()
-
-    async def finish(self) -> None:
-        """The run is over: `run` returns."""
-        self._finished = True
-        self._wake.set()
-
-    async def restore(self, state: bytes | None, completed: int) -> None:
-        """Put the buffer and the log to the learners' checkpoint and drop all work under way.
-
-        Generators whose weights are newer than the checkpoint start again.
-        """
-        async with self._restoring:
-            if self._restored_once:
-                await self._log.rewind(completed)
-            self._restored_once = True
-            await self._cancel_all()
-            if self._published > completed and self._optional_generators is not None:
-                await self._optional_generators.rewind()
-            self._published = 0
-            self._incarnation = await self._buffer.restore(state, completed)
-
-    async def publish(self, weights: PublishedWeights) -> None:
-        """Start to bring the generators to these weights; returns before they are there."""
-        self._published = weights.version
-        if self._update is not None:
-            await self._update
-        self._update = self._spawn(self._bring_to(weights))
-
-    async def ensure_targets(self, rollouts: Sequence[Rollout]) -> None:
-        """Have the targets of all these sequences stored, scoring those that are missing."""
-        scorers = self._scorers
-        if scorers is None:
-            return
-        with self._scoring.running():
-            tokens = await asyncio.gather(*(scorers.ensure(rollout) for rollout in rollouts))
-        self._counts["scored_sequences"] += sum(count > 0 for count in tokens)
-        self._counts["scored_tokens"] += sum(tokens)
-
-    async def respond(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int
-    ) -> list[Rollout]:
-        """Responses outside of the demand (probes, evaluation), in the order of the prompts."""
-        if self._update is not None:
-            await self._update
-        with self._generating.running():
-            responses = await asyncio.gather(
-                *(self._generators.respond(prompt, sampling, seed) for prompt in prompts)
-            )
-        self._counts["generated_tokens"] += sum(len(item.response_ids) for item in responses)
-        self._counts["generated_sequences"] += len(responses)
-        return responses
-
-    def counters(self) -> Counters:
-        """Work done so far; seconds are of wall-clock with at least one call under way."""
-        return Counters(
-            **self._counts,
-            generate_seconds=self._generating.seconds,
-            score_seconds=self._scoring.seconds,
-            sync_seconds=self._sync_seconds,
-        )
-
-    async def step_record(
-        self, train: TrainStep, facts: DrawFacts, *, since: Counters
-    ) -> tuple[StepRecord, Counters]:
-        """The log's record of a step, with the work done `since`; returns the counts till now."""
-        buffer = await self._buffer.counters()
-        stores = await self._scorers.counters() if self._scorers is not None else []
-        elsewhere = Counters(
-            target_evictions=sum(store.evictions for store in stores),
-            duplicates=buffer.duplicates,
-            late=buffer.late,
-        )
-        work = self.counters().plus(elsewhere)
-        sizes = BufferSizes(
-            fresh=buffer.fresh,
-            replay=buffer.replay,
-            in_flight=buffer.outstanding,
-            target_bytes=sum(store.nbytes for store in stores),
-        )
-        return StepRecord.build(train, facts, buffer=sizes, work=work.since(since)), work
-
-    # ---- inside ----------------------------------------------------------------------------------
-
-    @property
-    def _buffer(self) -> ReplayProducer:
-        assert self._optional_buffer is not None, "this orchestrator has no replay buffer"
-        return self._optional_buffer
-
-    @property
-    def _generators(self) -> GeneratorPool:
-        assert self._optional_generators is not None, "this orchestrator has no generators"
-        return self._optional_generators
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    async def _cancel_all(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._rejected.clear()
-        self._update = None
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None and self._failure is None:
-            self._failure = task.exception()
-            self._wake.set()
-
-    async def _fulfil(self, demand: Demand) -> None:
-        """Generate, filter, score and shelve one ordinal, or return it to the buffer."""
-        try:
-            with self._generating.running():
-                rollout = await self._generators.generate(demand)
-        except ActorLost as loss:
-            await self._log.add(EventRecord(name="ordinal lost", detail=str(loss)))
-            await self._lose(demand)
-            return
-        facts = response_facts(rollout)
-        self._counts.update(response_counts(rollout, facts))
-        rejected = verdict(facts, self._filter) is not None
-        if rejected and self._rejected[demand.ordinal] < MAX_REJECTED:
-            self._rejected[demand.ordinal] += 1
-            self._counts["dropped"] += 1
-            await self._lose(demand)
-            return
-        self._rejected.pop(demand.ordinal, None)
-        await self.ensure_targets((rollout,))
-        await self._buffer.add(rollout)
-
-    async def _lose(self, demand: Demand) -> None:
-        self._counts["lost"] += 1
-        await self._buffer.lose(demand.ordinal)
-
-    async def _bring_to(self, weights: PublishedWeights) -> None:
-        self._sync_seconds += await self._generators.update(weights)
-
-
-class BusyClock:
-    """Seconds during which at least one piece of work was under way."""
-
-    def __init__(self) -> None:
-        self._running = 0
-        self._since = 0.0
-        self._total = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """So far, including work that is still under way."""
-        now = time.monotonic() - self._since if self._running else 0.0
-        return self._total + now
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Work is under way inside the block."""
-        if self._running == 0:
-            self._since = time.monotonic()
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
-            if self._running == 0:
-                self._total += time.monotonic() - self._since
-
-
-# ---- the actor -----------------------------------------------------------------------------------
+from distillm_ray.types import Bucket, DrawFacts, Prompt, Rollout, TrainStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -371,12 +93,12 @@ class OrchestratorActor:
 
     @ray.method
     async def finish(self) -> None:
-        """The run is over: `run` returns."""
+        """Make `run` return: the learners have ended."""
         await self._loop.finish()
 
     @ray.method
     async def restore(self, state: bytes | None, completed: int) -> None:
-        """Put buffer, generators and log to the learners' checkpoint."""
+        """Reset buffer, generators and log to the learners' checkpoint."""
         await self._loop.restore(state, completed)
 
     @ray.method
@@ -426,10 +148,10 @@ class OrchestratorClient:
         self._last_report: ray.ObjectRef[None] | None = None
 
     def restore(self, state: bytes | None, completed: int) -> None:
-        """Put buffer, generators and log to the state as of draw `completed`."""
+        """Reset buffer, generators and log to the state as of draw `completed`."""
         ask(
             self._actor.restore.remote(state, completed),
-            "going back to the checkpoint (run.startup_timeout_s)",
+            "resetting buffer and generators to the checkpoint (run.startup_timeout_s)",
             timeout_s=self._config.run.startup_timeout_s,
         )
 
@@ -470,7 +192,8 @@ class OrchestratorClient:
     def report_step(self, train: TrainStep, facts: DrawFacts) -> None:
         """Log a step; the orchestrator adds what the other roles did.
 
-        The result is looked at one step later: a broken log is noticed without being waited for.
+        The call's result is read at the next step, so that the log delays no step. A failed call
+        raises there.
         """
         if self._last_report is not None:
             ask(self._last_report, "the log of the last step")

@@ -225,7 +225,7 @@ def check(phases: Sequence[Phase], available: Available) -> None:
     """Refuse phases that the cluster can never hold.
 
     Raises:
-        ClusterError: with what was asked, what is there, and which key to lower.
+        ClusterError: with what the config asks for, what the cluster has, and the key to lower.
     """
     problems = [problem for phase in phases for problem in _problems(phase, available)]
     if problems:

@@ -79,8 +79,8 @@ class RunEvaluator:
     def after(self, responder: Responder, evaluation: Evaluation) -> Evaluation | None:
         """The trained student, by the generators of the run.
 
-        None if one of them does not hold the last weights: it was restarted after the learners, and
-        with them the weights that they had published, were gone.
+        None if one of them does not hold the last weights. A generator that restarts after the
+        learners have ended cannot get them: the learners own the published weights.
         """
         scores, responses = score_responses(responder, self.prompts, self._config)
         steps = self._config.learner.steps

@@ -8,10 +8,9 @@ nothing: a checkpoint holds the buffer as of the step that the learner completed
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -29,7 +28,7 @@ class PreparedStep:
 
     facts: DrawFacts
     batches: tuple[LearnerBatch, ...]
-    wait_seconds: float  # how long the training thread waited for it
+    wait_seconds: float = 0.0  # how long the training loop waited for it
 
 
 class Prefetcher:
@@ -57,7 +56,6 @@ class Prefetcher:
         self._depth = depth
         self._stopped = threading.Event()
         self._pending: dict[int, Future[PreparedStep]] = {}
-        self._waiting_since: float | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
 
     def __enter__(self) -> Self:
@@ -80,14 +78,11 @@ class Prefetcher:
         while self._next_step < min(step + 1 + self._depth, self._total_steps):
             self._pending[self._next_step] = self._worker.submit(self._prepare, self._next_step)
             self._next_step += 1
-        now = time.monotonic()
-        started = self._waiting_since = self._waiting_since or now
         future = self._pending[step]
         if not wait([future], timeout=timeout_s).done:
             return None
         del self._pending[step]
-        self._waiting_since = None
-        return replace(future.result(), wait_seconds=time.monotonic() - started)
+        return future.result()
 
     def _prepare(self, step: int) -> PreparedStep:
         plan = None
@@ -97,7 +92,7 @@ class Prefetcher:
             plan = self._buffer.draw(step, self._rank, _DRAW_TIMEOUT_S)
         targets = None if self._targets is None else self._targets.fetch(_rollouts(plan))
         batches = tuple(pack(micro_batch, targets) for micro_batch in plan.micro_batches)
-        return PreparedStep(facts=plan.facts, batches=batches, wait_seconds=0.0)
+        return PreparedStep(facts=plan.facts, batches=batches)
 
 
 def _rollouts(plan: RankPlan) -> Sequence[Rollout]:

@@ -69,7 +69,7 @@ from distillm_ray.types import (
 if TYPE_CHECKING:
     from distillm_ray.learner.learner import Learner
 
-_POLL_S = 2.0  # between two looks at run control while batches are missing
+_POLL_S = 2.0  # interval at which run control is asked while batches are missing
 
 
 class TrainLoop:
@@ -165,33 +165,35 @@ class TrainLoop:
     def _await_batches(self, prefetcher: Prefetcher, step: int) -> PreparedStep | None:
         """The batches of `step` as soon as every rank has its own; None if the run must end.
 
-        Every rank looks at its batches and rank 0 at run control; one collective tells all of them
-        both. So no rank starts a step that another one does not, and a stop is noticed while the
-        samples are missing. Time counts against `learner.data_timeout_s` in the training phase
-        only: what comes before it may take longer than any step.
+        Every rank checks for its batches and rank 0 asks run control; one collective shares both
+        results with all ranks. So all ranks start a step or none does, and a stop request is
+        noticed while samples are missing. Time counts as waiting, and against
+        `learner.data_timeout_s`, in the training phase only: what comes before it may take longer
+        than any step.
         """
         control = self._links.control
         prepared: PreparedStep | None = None
-        waited_s, looked = 0.0, time.monotonic()
+        waited_s, since = 0.0, time.monotonic()
         reason = ""
+        early = False
         while True:
             prepared = prepared or prefetcher.poll(step, _POLL_S)
-            ends = False
+            was_early, ends, early = early, False, False
             if self._speaks:
                 if prepared is None:
                     reason = self._links.buffer.waiting_for(step) or "the teacher targets"
                     status = control.wait_for(reason)
                 else:
                     status = control.wait_for("") if reason else control.status()
-                ends = status.ends
-                now = time.monotonic()
-                waited_s += now - looked if status.phase == TRAINING else 0.0
-                looked = now
-            missing, ends = self._learner.any_of(prepared is None, ends)
+                ends, early = status.ends, status.phase != TRAINING
+            missing, ends, early = self._learner.any_of(prepared is None, ends, early)
+            now = time.monotonic()
+            waited_s += 0.0 if early or was_early else now - since
+            since = now
             if ends:
                 return None
-            if not missing:
-                return prepared
+            if prepared is not None and not missing:
+                return dataclasses.replace(prepared, wait_seconds=waited_s)
             if waited_s > self._config.learner.data_timeout_s:
                 raise ClusterError(
                     f"the samples of step {step} did not come within learner.data_timeout_s ="
@@ -210,10 +212,10 @@ class TrainLoop:
         self._watch_skips(prepared, train)
 
     def _publish_if_due(self, completed: int) -> None:
-        """Publish every `sync_interval` steps and after the last, or later if nobody wanted them.
+        """Publish every `sync_interval` steps and after the last step, if there is demand.
 
-        A demand asks for the newest multiple of `sync_interval` or a later version. Where phi
-        leaves 0, the weights of that version were never published.
+        A demand asks for the newest multiple of `sync_interval` or a later version. Without demand
+        that version was not published, so where phi leaves 0 the next step publishes.
         """
         interval = self._config.rollout.sync_interval
         newest = completed // interval * interval

@@ -251,8 +251,8 @@ class _Gradients:
         self._weight_VD = None
         if wants[1]:
             self._weight_VD = torch.empty_like(weight_VD, dtype=dtype)
-            # The first chunk overwrites the vocabulary's rows (beta 0), so only the padding beyond
-            # them is cleared. Without tokens there is no chunk and everything is.
+            # The first chunk overwrites the rows of the vocabulary (beta 0), so only the padding
+            # rows are cleared. Without tokens there is no chunk, and all rows are cleared.
             self._weight_VD[vocabulary_size if len(hidden_ND) else 0 :].zero_()
         self._bias_V = (
             torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and wants[2] else None

@@ -90,7 +90,7 @@ def assign_shelves(
 
 
 class EpochOrder:
-    """Endless order over `size` items, shuffled anew each epoch.
+    """Endless order over `size` items, shuffled again for each epoch.
 
     Example:
         >>> order = EpochOrder(seed=0, stream=Stream.PROMPTS, size=3)

@@ -85,7 +85,11 @@ def generator_job(
     trust_remote_code: bool,
     device: Device,
 ) -> GeneratorJob:
-    """What generators of `facts` are told; `end_token_id` ends the responses of the data."""
+    """The job of generators that run the model of `facts`.
+
+    Args:
+        end_token_id: ends the responses of the data, so it ends generated ones too.
+    """
     return GeneratorJob(
         model=facts.path,
         source=source,
@@ -97,6 +101,22 @@ def generator_job(
         seed=config.run.seed,
         device=device,
         trust_remote_code=trust_remote_code,
+    )
+
+
+def student_job(
+    config: Config, facts: ModelFacts, *, end_token_id: int, device: Device
+) -> GeneratorJob:
+    """The job of the student's generators in a training run."""
+    return generator_job(
+        config,
+        facts,
+        Source.STUDENT,
+        config.rollout.sampling,
+        end_token_id=end_token_id,
+        max_response_tokens=config.longest_response,
+        trust_remote_code=config.student.trust_remote_code,
+        device=device,
     )
 
 

@@ -57,7 +57,7 @@ class WeightGate:
 
         Raises:
             TimeoutError: draining and loading took too long.
-            RuntimeError: an earlier update failed, for whatever reason.
+            RuntimeError: an earlier update failed.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self._broken or not self._updating)

@@ -67,7 +67,7 @@ class TargetStore(Generic[Value]):
         return found
 
     def drop(self, keys: Iterable[str]) -> None:
-        """Forget values that turned out to be lost; a missing key is no error."""
+        """Forget values that turned out to be lost; missing keys are ignored."""
         for key in keys:
             if (entry := self._values.pop(key, None)) is not None:
                 self._nbytes -= entry[1]
