@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from distillm_ray.models.packed_attention import attend_sequence_by_sequence, packed_arguments
+from distillm_ray.models.packed_attention import BY_SEQUENCE
+from distillm_ray.models.row_path import RowPath, attention_of, backbone_of, run_row
 
 SEQUENCE = 85
 CPU = torch.device("cpu")
@@ -29,12 +30,10 @@ CPU = torch.device("cpu")
 
 def load(directory: Path, *, packed: bool) -> PreTrainedModel:
     """The model with the one attention or the other."""
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.bfloat16, attn_implementation="sdpa"
+    attention = BY_SEQUENCE if packed else "sdpa"
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.bfloat16, attn_implementation=attention
     )
-    if packed:
-        attend_sequence_by_sequence(model)
-    return model
 
 
 def run(model: PreTrainedModel, num_sequences: int, *, backward: bool) -> None:
@@ -42,14 +41,10 @@ def run(model: PreTrainedModel, num_sequences: int, *, backward: bool) -> None:
     position_ids_L = torch.arange(SEQUENCE).repeat(num_sequences)
     token_ids_L = torch.arange(len(position_ids_L)) + 100
     with torch.set_grad_enabled(backward):
-        hidden_1LD = model.base_model(
-            input_ids=token_ids_L[None],
-            position_ids=position_ids_L[None],
-            use_cache=False,
-            **packed_arguments(model, position_ids_L),
-        ).last_hidden_state
+        path = RowPath(attention=attention_of(model))
+        hidden_LD = run_row(backbone_of(model), token_ids_L, position_ids_L, path)
     if backward:
-        hidden_1LD.float().square().mean().backward()
+        hidden_LD.float().square().mean().backward()
         model.zero_grad(set_to_none=False)
 
 

@@ -36,7 +36,6 @@ from contextlib import closing
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from distillm_ray.batching import draw_facts, pack, plan_step, plan_validation
 from distillm_ray.config import Config, FilterConfig, LearnerConfig
@@ -55,11 +54,13 @@ from distillm_ray.log.records import (
     BufferSizes,
     Counters,
     DoneRecord,
+    EventRecord,
     Record,
     StepRecord,
     ValidationRecord,
 )
 from distillm_ray.models.dtypes import resolve_dtype
+from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.build import build_buffer
@@ -104,7 +105,7 @@ def train(
     started = time.monotonic()
     directory = config.run.directory
     view.start("reading data")
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
     splits = load_splits(config.data, tokenizer, config.run.seed)
@@ -158,6 +159,8 @@ def distil(
     student = build_student(
         config.student, config.loss, vocabulary_size=vocabulary_size, device=device, zero_stage=0
     )
+    if student.remark:
+        record(EventRecord(name="student", detail=student.remark))
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(config.learner, parameters)
 
@@ -295,7 +298,13 @@ def distil(
 
     validate_and_adapt(config.learner.steps)
     weights = gather(student.model, torch.float32, keep=True)
-    export_model(weights, config.student.model, config.run.directory / MODEL_FOLDER, torch.float32)
+    export_model(
+        weights,
+        config.student.model,
+        config.run.directory / MODEL_FOLDER,
+        torch.float32,
+        end_token_ids=preflight.student.ends(splits.train.end_token_id),
+    )
 
 
 async def meet_demand(

@@ -25,7 +25,7 @@ from typing import Literal, TypeAlias
 
 import ray
 from ray.exceptions import RayActorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from distillm_ray.cluster import placement
 from distillm_ray.cluster.actors import ask, one_line, release
@@ -50,6 +50,7 @@ from distillm_ray.learner import worker
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.log.commit import package_commit
 from distillm_ray.log.records import DoneRecord
+from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.report.console import ConsoleView
 from distillm_ray.rollout.generator import student_job
@@ -80,7 +81,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
         connect(config)
         device = resolve_device(config)
         placement.check(placement.train_phases(config, device), available())
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
     with watch.signals():
@@ -252,6 +253,7 @@ class Run:
                 identity=self._identity,
             ),
             vocabulary_size=self.preflight.vocabulary_size,
+            end_token_ids=self.preflight.student.ends(self.splits.train.end_token_id),
             validation=ray.put(held_out.demonstrations[: config.validation.max_prompts]),
             probe_prompts=held_out.prompts[: config.validation.probe_prompts],
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distillm_ray.config import Config, GeneratorPoolConfig, VllmEngine
@@ -38,7 +38,7 @@ class Preflight:
 
     teacher: ModelFacts | None  # None: the config names none
     student: ModelFacts
-    vocabulary_size: int  # of the tokenizer; rows of the heads from here on are padding
+    vocabulary_size: int  # ids with rows in both models; rows of the heads beyond are padding
 
     def target_identity(self, config: Config, device: Device) -> TargetIdentity | None:
         """What all teacher targets of a run have in common; None if it needs none."""
@@ -71,9 +71,10 @@ def check(config: Config) -> Preflight:
     student = check_model_directory(
         config.student.model, "student", trust_remote_code=config.student.trust_remote_code
     )
-    vocabulary_size = student.vocabulary_size
     if teacher is not None:
-        vocabulary_size = check_pair(teacher, student)
+        # The student never samples an id that the teacher has no row for.
+        student = replace(student, vocabulary_size=check_pair(teacher, student))
+    vocabulary_size = student.vocabulary_size
     check_lengths(config, teacher, student)
     check_targets(config.targets, vocabulary_size)
     check_files(config.data)

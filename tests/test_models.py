@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from distillm_ray.config import Config, TargetsConfig
 from distillm_ray.errors import ConfigError, ModelError
 from distillm_ray.models.directory import (
+    Role,
     check_lengths,
     check_model_directory,
     check_pair,
@@ -83,10 +84,13 @@ def test_the_facts_of_a_directory_are_those_of_the_model_that_was_saved(model: P
     assert facts.head_rule == LogitRule()
 
 
-def test_checking_a_model_imports_neither_torch_nor_ray_nor_transformers(model: Path) -> None:
+def test_a_bad_model_is_refused_before_anything_heavy_is_imported(model: Path) -> None:
+    for weights in model.glob("*.safetensors"):
+        weights.unlink()
     code = (
-        "import sys; from pathlib import Path; from distillm_ray.models.directory import *;"
-        f"check_model_directory(Path({str(model)!r}), 'teacher');"
+        "import sys; from pathlib import Path; from distillm_ray.models.directory import *\n"
+        f"try: check_model_directory(Path({str(model)!r}), 'teacher')\n"
+        "except ModelError as error: assert 'has no weights' in str(error)\n"
         "print(*[m for m in ('torch', 'ray', 'transformers', 'vllm') if m in sys.modules])"
     )
     done = subprocess.run(
@@ -172,10 +176,60 @@ def test_a_model_that_is_not_a_decoder_is_refused(model: Path) -> None:
         check_model_directory(model, "teacher")
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(model: Path) -> None:
-    write_tokenizer(model, [*WORDS, "a", "b", "c"])
-    with pytest.raises(ModelError, match=r"ids up to 8 \('c'\), but the model has only 8 rows"):
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_accepted(model: Path) -> None:
+    """The image placeholder of a text-only model, for one."""
+    write_tokenizer(model, [*WORDS, "a", "b", "<image>"])
+    facts = check_model_directory(model, "student")
+    assert (facts.num_rows, facts.vocabulary_size) == (8, 8)
+    assert facts.tokens[8] == "<image>"
+
+
+def test_a_token_that_only_the_tokenizers_settings_name_counts(model: Path) -> None:
+    add_token_in_settings(model, 6, "<|im_end|>")
+    facts = check_model_directory(model, "student")
+    assert facts.vocabulary_size == 7
+    assert facts.end_token_ids == (2, 6)
+
+
+def test_end_tokens_without_a_row_are_refused(model: Path) -> None:
+    for index, word in enumerate(("a", "b", "<|im_end|>"), start=6):
+        add_token_in_settings(model, index, word)
+    edit_config(model, eos_token_id=8)
+    (model / "generation_config.json").unlink()
+    with pytest.raises(ModelError, match=r"\[8\] of .* must be below the model's 8 rows"):
         check_model_directory(model, "student")
+
+
+def add_token_in_settings(directory: Path, index: int, token: str) -> None:
+    """Make `token` the end token, by tokenizer_config.json alone."""
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    entry = {"content": token, "special": True, "lstrip": False, "rstrip": False}
+    entry |= {"normalized": False, "single_word": False}
+    settings.setdefault("added_tokens_decoder", {})[str(index)] = entry
+    path.write_text(json.dumps(settings | {"eos_token": token}))
+
+
+@pytest.mark.parametrize(
+    ("role", "settings", "said"),
+    [
+        ("teacher", {"quant_method": "gptq", "bits": 4}, "needs optimum and gptqmodel, not"),
+        ("teacher", {"load_in_4bit": True}, "quantized by bitsandbytes; loading it needs"),
+        ("teacher", {"quant_method": "int1"}, "by 'int1', which transformers cannot load"),
+        ("student", {"quant_method": "fp8"}, r"are quantized \(fp8\), which cannot be trained"),
+    ],
+)
+def test_a_quantized_model_that_cannot_be_used_is_refused_with_what_it_needs(
+    model: Path, role: Role, settings: dict[str, Any], said: str
+) -> None:
+    edit_config(model, quantization_config=settings)
+    with pytest.raises(ModelError, match=rf"{role}\.model: .*{said}"):
+        check_model_directory(model, role)
+
+
+def test_a_quantized_teacher_whose_packages_are_there_is_accepted(model: Path) -> None:
+    edit_config(model, quantization_config={"quant_method": "fp8"})
+    check_model_directory(model, "teacher")
 
 
 def test_a_model_without_an_end_token_is_refused(model: Path) -> None:
@@ -209,6 +263,24 @@ def test_a_token_that_only_one_side_has_is_refused(model: Path, tmp_path: Path) 
     pair = check_model_directory(model, "teacher"), check_model_directory(student, "student")
     with pytest.raises(ModelError, match=r"id 6 is no token for the teacher .* and 'mauve' for"):
         check_pair(*pair)
+
+
+def test_ids_beyond_the_rows_of_one_model_are_not_shared(model: Path, tmp_path: Path) -> None:
+    """The tokenizers agree; the student has rows for two tokens more than the teacher."""
+    write_tokenizer(model, [*WORDS, "a", "b", "<image>", "<video>"])
+    student = Path(shutil.copytree(model, tmp_path / "student"))
+    edit_config(student, vocab_size=64)
+    pair = check_model_directory(model, "teacher"), check_model_directory(student, "student")
+    assert [facts.vocabulary_size for facts in pair] == [8, 10]
+    assert check_pair(*pair) == 8
+
+
+def test_a_placeholder_beyond_both_models_rows_may_differ(model: Path, tmp_path: Path) -> None:
+    student = Path(shutil.copytree(model, tmp_path / "student"))
+    write_tokenizer(student, [*WORDS, "a", "b", "<image>"])
+    write_tokenizer(model, [*WORDS, "a", "b", "<video>"])
+    pair = check_model_directory(model, "teacher"), check_model_directory(student, "student")
+    assert check_pair(*pair) == 8
 
 
 def tiny_config(**data: int) -> Config:

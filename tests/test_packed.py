@@ -15,12 +15,15 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2Model,
     Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    Phi3Config,
     PretrainedConfig,
 )
 
@@ -30,7 +33,8 @@ from distillm_ray.learner.held_out_loss import held_out_loss
 from distillm_ray.loss.distillation_head import install_distillation_head
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead, load_frozen_head
-from distillm_ray.models.packed import check_packed_model, load_packed_model, packed_forward
+from distillm_ray.models.packed import PackedModel, check_head, load_packed_model
+from distillm_ray.models.row_path import backbone_of, refuse_by_config
 from distillm_ray.teacher.scorer import Scorer
 from distillm_ray.types import FinishReason, Rollout, Source
 
@@ -67,16 +71,18 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def start(directory: Path, role: str, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
-    """Load and check a model as the scorer or the learner does."""
-    if role == "student":
-        model = load_packed_model(
-            directory, role="student", dtype=resolve_dtype(dtype, CPU), device=CPU
-        )
-        install_distillation_head(model, vocabulary_size=VOCABULARY_SIZE)
-        return
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> PackedModel:
+    return load_packed_model(directory, role="student", dtype=dtype, device=CPU)
 
-    async def start_and_stop() -> None:
+
+def start(directory: Path, role: str, dtype: Literal["float32", "bfloat16"] = "float32") -> str:
+    """Load and check a model as the scorer or the learner does; what it says about packing."""
+    if role == "student":
+        packed = load(directory, resolve_dtype(dtype, CPU))
+        install_distillation_head(packed.model, vocabulary_size=VOCABULARY_SIZE)
+        return packed.remark
+
+    async def start_and_stop() -> str:
         scorer = Scorer(
             TeacherConfig(model=directory, dtype=dtype, num_threads=1),
             TargetsConfig(),
@@ -84,25 +90,27 @@ def start(directory: Path, role: str, dtype: Literal["float32", "bfloat16"] = "f
             device=CPU,
         )
         await scorer.start()
+        remark = scorer.remark
         await scorer.stop()
+        return remark
 
-    asyncio.run(start_and_stop())
+    return asyncio.run(start_and_stop())
 
 
 # ---- exact ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "lfm2"])
 def test_the_logits_of_a_packed_row_are_those_of_each_sequence_alone(
     directories: dict[str, Path], name: str
 ) -> None:
-    model = load_packed_model(directories[name], role="student", dtype=torch.float32, device=CPU)
+    packed = load(directories[name])
     head = load_frozen_head(directories[name], vocabulary_size=64)
     plain = AutoModelForCausalLM.from_pretrained(directories[name], attn_implementation="eager")
     token_ids_L = torch.randint(64, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
     position_ids_L = torch.cat([torch.arange(length) for length in LENGTHS])
     with torch.no_grad():
-        hidden_LD = packed_forward(model.base_model, token_ids_L, position_ids_L)
+        hidden_LD = packed.forward(token_ids_L, position_ids_L)
         expected_LV = torch.cat([plain(ids[None]).logits[0] for ids in token_ids_L.split(LENGTHS)])
     assert hidden_LD.shape == (sum(LENGTHS), 16)
     torch.testing.assert_close(head.logits(hidden_LD), expected_LV, rtol=1e-5, atol=1e-5)
@@ -114,7 +122,7 @@ def test_the_logits_of_a_packed_row_are_those_of_each_sequence_alone(
 def test_a_model_that_keeps_packed_sequences_apart_is_accepted(
     directories: dict[str, Path], name: str, role: str, dtype: Literal["float32", "bfloat16"]
 ) -> None:
-    start(directories[name], role, dtype)
+    assert start(directories[name], role, dtype) == ""
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -122,7 +130,7 @@ def test_the_check_turns_dropout_off_and_leaves_the_mode_as_it_was(training: boo
     config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5)
     model = AutoModelForCausalLM.from_config(config).train(training)
     head = FrozenHead(weight_VD=model.get_output_embeddings().weight)
-    check_packed_model(model, head, role="student")
+    check_head(model, head, role="student")
     assert model.training is training
     assert model.transformer.h[0].mlp.dropout.training is training
 
@@ -167,23 +175,21 @@ def test_the_held_out_loss_is_the_mean_cross_entropy_of_each_sequence_alone(
     assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-# ---- refused -------------------------------------------------------------------------------------
+# ---- one sequence a pass -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_model_with_convolutions_over_tokens_is_refused_because_packing_leaks(
+def test_a_model_with_convolutions_over_tokens_runs_one_sequence_a_pass_and_says_so(
     directories: dict[str, Path], role: str
 ) -> None:
-    message = (
-        rf"{role}\.model: Lfm2ForCausalLM must keep the sequences of a packed row apart.*leaks"
-    )
-    with pytest.raises(ModelError, match=message):
-        start(directories["lfm2"], role)
+    remark = start(directories["lfm2"], role)
+    assert remark.startswith("Lfm2ForCausalLM: one sequence a pass, attention: sdpa")
+    assert "its layers keep state along a row (conv)" in remark
 
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_leak_after_the_last_layer_is_refused(
+def test_a_leak_after_the_last_layer_is_found(
     directories: dict[str, Path],
     role: str,
     dtype: Literal["float32", "bfloat16"],
@@ -199,12 +205,13 @@ def test_a_leak_after_the_last_layer_is_refused(
         return output
 
     monkeypatch.setattr(LlamaModel, "forward", smeared)
-    with pytest.raises(ModelError, match=rf"{role}\.model: LlamaForCausalLM must keep the seq"):
-        start(directories["llama"], role, dtype)
+    remark = start(directories["llama"], role, dtype)
+    assert remark.startswith("LlamaForCausalLM: one sequence a pass")
+    assert "state leaks from one sequence of a row into the next" in remark
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_model_that_ignores_position_ids_is_refused(
+def test_a_model_that_ignores_position_ids_runs_one_sequence_a_pass(
     directories: dict[str, Path], role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = GPT2Model.forward
@@ -213,8 +220,56 @@ def test_a_model_that_ignores_position_ids_is_refused(
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(GPT2Model, "forward", counted)
-    with pytest.raises(ModelError, match=rf"{role}\.model: GPT2LMHeadModel must keep the seq"):
-        start(directories["gpt2"], role)
+    remark = start(directories["gpt2"], role)
+    assert remark.startswith("GPT2LMHeadModel: one sequence a pass")
+    assert "index out of range" in remark, "the row is longer than the context"
+
+
+@pytest.mark.parametrize(("lengths", "passes"), [((4, 7, 3), 1), ((4, 9, 3), 3)])
+def test_a_rope_that_depends_on_the_rows_longest_sequence_packs_up_to_its_limit(
+    lengths: tuple[int, ...], passes: int, tmp_path: Path
+) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    config = Phi3Config(
+        **SMALL,
+        rope_parameters={**rope, "original_max_position_embeddings": 8},
+        original_max_position_embeddings=8,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    packed = load(tmp_path)
+    assert packed.path.packs_up_to == 8
+    calls = []
+    handle = backbone_of(packed.model).register_forward_hook(lambda *_: calls.append(1))
+    ids_L = torch.randint(64, (sum(lengths),), generator=torch.Generator().manual_seed(1))
+    positions_L = torch.cat([torch.arange(length) for length in lengths])
+    with torch.no_grad():
+        row_LD = packed.forward(ids_L, positions_L)
+        assert len(calls) == passes
+        handle.remove()
+        pieces = zip(ids_L.split(lengths), positions_L.split(lengths), strict=True)
+        alone_LD = torch.cat([packed.forward(*piece) for piece in pieces])
+    torch.testing.assert_close(row_LD, alone_LD, rtol=0, atol=1e-5)
+
+
+# ---- refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (FalconConfig(alibi=True), "alibi must be false in the config of a falcon model"),
+        (Gemma3TextConfig(attn_logit_softcapping=50.0), "attn_logit_softcapping must be null"),
+    ],
+)
+def test_an_attention_that_transformers_computes_wrongly_is_refused_by_key(
+    config: PretrainedConfig, said: str
+) -> None:
+    with pytest.raises(ModelError, match=rf"student\.model: {said}"):
+        refuse_by_config(config, "student.model")
 
 
 @pytest.mark.parametrize("role", ROLES)

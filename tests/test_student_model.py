@@ -38,7 +38,7 @@ def test_lora_trains_only_its_adapters_on_every_linear_layer_of_the_backbone(
     directory: Path,
 ) -> None:
     student = StudentConfig(model=directory, dtype="float32", lora=LoraConfig(rank=2))
-    model = load_student(student, device=CPU, zero_stage=1)
+    model = load_student(student, device=CPU, zero_stage=1).model
     trained = [name for name, one in model.named_parameters() if one.requires_grad]
     assert len(trained) == 2 * 2 * 7  # A and B, layers, projections of a layer
     assert all("lora_" in name for name in trained)

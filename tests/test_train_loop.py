@@ -216,6 +216,7 @@ class FakeLearner:
         self.skip_from: int | None = None
         self.full_at: int | None = None
         self.waits: list[float] = []  # seconds, of each step
+        self.remark = ""
 
     def train_step(
         self, batches: Sequence[LearnerBatch], step: int, *, wait_seconds: float
@@ -245,7 +246,8 @@ class FakeLearner:
     def load(self, directory: Path) -> None:
         self.steps_taken = int((directory / "steps").read_text())
 
-    def export(self, directory: Path) -> None:
+    def export(self, directory: Path, end_token_ids: Sequence[int]) -> None:
+        assert end_token_ids == (2, 1)
         directory.mkdir()
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
@@ -273,6 +275,7 @@ def run(roles: Roles, learner: FakeLearner, config: Config, *, resume: bool = Fa
         checkpoints,
         validation_batches=(),
         publish_dtype=torch.float32,
+        end_token_ids=(2, 1),
         probe_prompts=(PROBE,),
         decode=lambda rollout: "as",
     )

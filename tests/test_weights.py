@@ -1,5 +1,6 @@
 """Student weights in buckets and files, without ZeRO-3 (see integration/test_learner.py)."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_an_exported_model_loads_in_plain_transformers(
     directory.mkdir()
     (directory / "earlier.safetensors").touch()
     buckets = gather(model, torch.bfloat16, keep=True, bucket_elements=bucket_elements)
-    export_model(buckets, student, directory, torch.bfloat16)
+    export_model(buckets, student, directory, torch.bfloat16, end_token_ids=[2])
     assert dict(read_tensors(directory)).keys() == gathered(model, torch.bfloat16).keys()
     assert not (directory / "README.md").exists()
     loaded = AutoModelForCausalLM.from_pretrained(directory)
@@ -124,11 +125,39 @@ def test_an_exported_model_loads_in_plain_transformers(
     assert torch.equal(loaded(input_ids=token_ids).logits, expected)
 
 
+@pytest.mark.parametrize(("ends", "written"), [((7, 2), [7, 2]), ((2,), 2)])
+def test_an_exported_model_names_the_end_tokens_that_it_was_trained_on(
+    ends: tuple[int, ...], written: int | list[int], tmp_path: Path
+) -> None:
+    """Engines stop at what generation_config.json names, or config.json where it is missing."""
+    model = tiny_model()
+    student, directory = tmp_path / "student", tmp_path / "model"
+    model.config.save_pretrained(student)
+    buckets = gather(model, torch.float32, keep=True)
+    export_model(buckets, student, directory, torch.float32, end_token_ids=ends)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((directory / name).read_text())["eos_token_id"] == written
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    assert loaded.generation_config.eos_token_id == written
+
+
+def test_an_export_keeps_the_students_other_generation_settings(tmp_path: Path) -> None:
+    model = tiny_model()
+    student, directory = tmp_path / "student", tmp_path / "model"
+    model.config.save_pretrained(student)
+    settings = {"eos_token_id": 2, "temperature": 0.6, "do_sample": True}
+    (student / "generation_config.json").write_text(json.dumps(settings))
+    buckets = gather(model, torch.float32, keep=True)
+    export_model(buckets, student, directory, torch.float32, end_token_ids=(7, 2))
+    found = json.loads((directory / "generation_config.json").read_text())
+    assert found == settings | {"eos_token_id": [7, 2]}
+
+
 def test_an_export_that_fails_leaves_the_earlier_one(tmp_path: Path) -> None:
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "model.safetensors").write_bytes(b"earlier")
     with pytest.raises(FileNotFoundError):
-        export_model([], tmp_path / "no student", directory, torch.float32)
+        export_model([], tmp_path / "none", directory, torch.float32, end_token_ids=[2])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (directory / "model.safetensors").read_bytes() == b"earlier"

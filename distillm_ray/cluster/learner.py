@@ -81,6 +81,7 @@ class LearnerJob:
     device: Device
     wires: Wires
     vocabulary_size: int
+    end_token_ids: tuple[int, ...]  # of the trained model
     validation: ray.ObjectRef[Sequence[Rollout]]  # held-out demonstrations
     probe_prompts: tuple[Prompt, ...]
 

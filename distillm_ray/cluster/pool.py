@@ -18,6 +18,7 @@ not fix their cause. So do as many crashes during its start, and any error that 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -51,6 +52,11 @@ class PooledActor:
     async def start(self) -> None:
         """Load the model. Called once in each process."""
         raise NotImplementedError
+
+    @ray.method
+    async def remark(self) -> str:
+        """What a user should know about how the model runs; empty if nothing."""
+        return ""
 
 
 A = TypeVar("A", bound=PooledActor)
@@ -104,6 +110,11 @@ class ActorPool(Generic[A]):
             UserError: what its `start` raised.
         """
         await asyncio.gather(*(self._start(member) for member in self._members))
+        remark = ""
+        with contextlib.suppress(RayError):  # the next call to the member deals with its failure
+            remark = await self._members[0].handle.remark.remote()
+        if remark:
+            await self._log.add(EventRecord(name=f"{self._role}s", detail=remark))
 
     async def call(self, invoke: Callable[[ActorProxy[A]], Awaitable[Result]]) -> Result:
         """Run `invoke` on the least busy member.

@@ -56,6 +56,11 @@ class ScorerActor(PooledActor):
         """Load the teacher."""
         await self._scorer.start()
 
+    @ray.method
+    async def remark(self) -> str:
+        """How the teacher runs packed rows, where that is slower than usual."""
+        return self._scorer.remark
+
     @ray.method(num_returns=2)
     async def score(self, rollout: Rollout) -> tuple[ScoreReport, TeacherTargets]:
         """Score one sequence. Ray returns report and targets as two objects."""

@@ -52,7 +52,7 @@ def held_out_loss(
         device=place,
         trust_remote_code=trust_remote_code,
     )
-    install_distillation_head(loaded, vocabulary_size=vocabulary_size, role=role)
+    install_distillation_head(loaded.model, vocabulary_size=vocabulary_size, role=role)
     packed_model = PackedStudent(loaded)
     (plans,) = plan_validation(demonstrations, num_ranks=1, max_micro_batch_tokens=max_batch_tokens)
     batches = [pack(plan, None) for plan in plans]

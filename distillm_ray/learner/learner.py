@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from distillm_ray.config import LearnerConfig, LossConfig, StudentConfig
+from distillm_ray.errors import ConfigError
 from distillm_ray.learner.deepspeed_engine import (
     engine_config,
     join_group,
@@ -48,6 +49,7 @@ from distillm_ray.learner.student_model import (
 )
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead
+from distillm_ray.models.row_path import RowPath
 from distillm_ray.types import Bucket, LearnerBatch, TrainStep
 from distillm_ray.weights.export import export_model
 from distillm_ray.weights.gather import gather
@@ -80,7 +82,8 @@ class Learner:
 
         Raises:
             ModelError: the student cannot be loaded.
-            ConfigError: the student's dtype and the ZeRO stage do not go together.
+            ConfigError: the student's dtype, or how it runs packed rows, and the ZeRO stage do not
+                go together.
         """
         self._config = config
         self._loss = loss
@@ -100,6 +103,8 @@ class Learner:
             device=device,
             zero_stage=config.zero_stage,
         )
+        self._check_passes(packed.path)
+        self.remark = packed.remark
         self._model = packed.model
         self._dtype = resolve_dtype(student.dtype, device)
         self._gradient_norm = math.nan
@@ -112,6 +117,22 @@ class Learner:
             optimizer=self._optimizer,
             config=engine_config(config, self._dtype, persistence_threshold=persistence_threshold),
         )
+
+    def _check_passes(self, path: RowPath) -> None:
+        """ZeRO-3 gathers weights in every pass, so that all ranks need the same number of passes.
+
+        Raises:
+            ConfigError: a row may take one pass for each of its sequences.
+        """
+        limit, config = path.packs_up_to, self._config
+        if config.zero_stage < 3 or self.num_ranks == 1 or limit is None:
+            return
+        if limit < config.max_micro_batch_tokens:
+            raise ConfigError(
+                f"learner.zero_stage must be at most 2, got 3 with learner.workers ="
+                f" {self.num_ranks}: the student runs {path.describe}, and ranks whose rows have"
+                " different numbers of sequences would wait for each other forever"
+            )
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -185,12 +206,16 @@ class Learner:
         if random_path.exists():  # ranks that the saved run did not have keep their new streams
             set_random_state(torch.load(random_path, weights_only=False), self.device)
 
-    def export(self, directory: Path) -> None:
-        """Write a Hugging Face directory that transformers and vLLM load as is, LoRA merged."""
+    def export(self, directory: Path, end_token_ids: Sequence[int]) -> None:
+        """Write a Hugging Face directory that transformers and vLLM load as is, LoRA merged.
+
+        `end_token_ids` end the responses of the trained model.
+        """
         keep = self.rank == 0
         buckets = gather(self._model, self._dtype, keep=keep, bucket_elements=_EXPORT_ELEMENTS)
         if keep:
-            export_model(buckets, self._student.model, directory, self._dtype)
+            student = self._student.model
+            export_model(buckets, student, directory, self._dtype, end_token_ids=end_token_ids)
         else:
             for _ in buckets:
                 pass

@@ -24,16 +24,28 @@ from distillm_ray.loss.head_loss import HeadLoss, LossRequest, WeightedTerm
 from distillm_ray.loss.teacher_tensors import teacher_tensors
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead
-from distillm_ray.models.packed import load_packed_model, packed_forward
+from distillm_ray.models.packed import PackedModel, load_packed_model
+from distillm_ray.models.row_path import RowPath
 from distillm_ray.types import LearnerBatch
 
 
 class PackedStudent(nn.Module):
     """Backbone and distillation head under one forward, which DeepSpeed's engine calls."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, packed: PackedModel) -> None:
         super().__init__()
-        self.model = model
+        self.model = packed.model
+        self._packed = packed
+
+    @property
+    def remark(self) -> str:
+        """How the student runs packed rows, where that is slower than usual; else empty."""
+        return self._packed.remark
+
+    @property
+    def path(self) -> RowPath:
+        """How the student runs packed rows."""
+        return self._packed.path
 
     def forward(
         self,
@@ -43,7 +55,7 @@ class PackedStudent(nn.Module):
         request: LossRequest,
     ) -> HeadLoss:
         """Return the head's loss for `request` at `loss_positions_N` of one packed row."""
-        hidden_LD = packed_forward(self.model.base_model, token_ids_L, position_ids_L)
+        hidden_LD = self._packed.forward(token_ids_L, position_ids_L)
         head = self.model.get_output_embeddings()
         assert isinstance(head, DistillationHead)
         loss = head(hidden_LD.index_select(0, loss_positions_N), request)
@@ -105,19 +117,17 @@ def build_student(
     zero_stage: int,
 ) -> PackedStudent:
     """The student as `load_student` loads it, with a head that returns the losses of `loss`."""
-    model = load_student(student, device=device, zero_stage=zero_stage)
+    packed = load_student(student, device=device, zero_stage=zero_stage)
     install_distillation_head(
-        model,
+        packed.model,
         vocabulary_size=vocabulary_size,
         implementation=loss.implementation,
         memory_bytes=None if loss.chunk_megabytes is None else loss.chunk_megabytes * 2**20,
     )
-    return PackedStudent(model)
+    return PackedStudent(packed)
 
 
-def load_student(
-    config: StudentConfig, *, device: torch.device, zero_stage: int
-) -> PreTrainedModel:
+def load_student(config: StudentConfig, *, device: torch.device, zero_stage: int) -> PackedModel:
     """Load the model of `config`, with its adapters and gradient checkpointing.
 
     Raises:
@@ -131,13 +141,14 @@ def load_student(
             f" (student.dtype: {config.dtype}): DeepSpeed's optimizer for that pair makes a"
             " spurious first step; set learner.zero_stage=1, which costs nothing"
         )
-    model = load_packed_model(
+    packed = load_packed_model(
         config.model,
         role="student",
         dtype=dtype,
         device=device,
         trust_remote_code=config.trust_remote_code,
     )
+    model = packed.model
     if config.lora is not None:
         add_adapters(model, config.lora)
     if config.gradient_checkpointing:
@@ -146,7 +157,7 @@ def load_student(
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
-    return model
+    return packed
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:

@@ -78,6 +78,7 @@ class TrainLoop:
     Args:
         validation_batches: this rank's share of the held-out responses.
         publish_dtype: dtype of the weights that the generators get.
+        end_token_ids: at which the trained model ends its responses; written to the export.
         probe_prompts: held-out prompts whose responses go to the log.
         decode: the text of a response.
     """
@@ -91,6 +92,7 @@ class TrainLoop:
         *,
         validation_batches: Sequence[LearnerBatch],
         publish_dtype: torch.dtype,
+        end_token_ids: Sequence[int],
         probe_prompts: Sequence[Prompt] = (),
         decode: Callable[[Rollout], str] = lambda rollout: rollout.text,
     ) -> None:
@@ -100,6 +102,7 @@ class TrainLoop:
         self._checkpoints = checkpoints
         self._validation_batches = validation_batches
         self._publish_dtype = publish_dtype
+        self._end_token_ids = end_token_ids
         self._probe_prompts = probe_prompts
         self._decode = decode
         self._speaks = learner.rank == 0
@@ -120,6 +123,8 @@ class TrainLoop:
             RunDirectoryError: the disk is full at a checkpoint.
             UserError: too many non-finite steps in a row.
         """
+        if self._learner.remark:
+            self._log(EventRecord(name="student", detail=self._learner.remark))
         completed = saved = self._begin(start)
         total_steps = self._config.learner.steps
         with self._prefetcher(completed) as prefetcher:
@@ -141,7 +146,7 @@ class TrainLoop:
         if saved < completed:
             self._save(completed)
         if completed == total_steps:
-            self._learner.export(self._config.run.directory / MODEL_FOLDER)
+            self._learner.export(self._config.run.directory / MODEL_FOLDER, self._end_token_ids)
         return completed
 
     # ---- the parts of a step ---------------------------------------------------------------------

@@ -13,7 +13,6 @@ def run(job: LearnerJob) -> None:
     # Imported in the worker: the driver, which imports this module, loads no DeepSpeed.
     import ray  # noqa: PLC0415
     import torch  # noqa: PLC0415
-    from transformers import AutoTokenizer  # noqa: PLC0415
 
     from distillm_ray.batching import pack, plan_validation  # noqa: PLC0415
     from distillm_ray.data.templates import decode  # noqa: PLC0415
@@ -22,6 +21,7 @@ def run(job: LearnerJob) -> None:
     from distillm_ray.learner.teacher_head import teacher_head  # noqa: PLC0415
     from distillm_ray.learner.train_loop import TrainLoop  # noqa: PLC0415
     from distillm_ray.models.dtypes import resolve_dtype  # noqa: PLC0415
+    from distillm_ray.models.tokenizers import load_tokenizer  # noqa: PLC0415
     from distillm_ray.run_directory import CHECKPOINT_FOLDER  # noqa: PLC0415
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -48,7 +48,7 @@ def run(job: LearnerJob) -> None:
     )
     # One rank looks, so that all resume from the same checkpoint.
     (start, *_) = learner.collect(checkpoints.latest() if learner.rank == 0 else None)
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
     TrainLoop(
@@ -58,6 +58,7 @@ def run(job: LearnerJob) -> None:
         checkpoints,
         validation_batches=[pack(plan, None) for plan in plans[learner.rank]],
         publish_dtype=resolve_dtype(config.rollout.dtype, device),
+        end_token_ids=job.end_token_ids,
         probe_prompts=job.probe_prompts,
         decode=partial(decode, tokenizer),
     ).run(start)

@@ -20,7 +20,7 @@ from distillm_ray.loss.head_loss import HeadLoss, LossRequest, plain_loss
 from distillm_ray.models.directory import Role, key_of
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.logit_rules import LogitRule, logit_rule
-from distillm_ray.models.packed import check_packed_model
+from distillm_ray.models.packed import check_head
 
 
 class DistillationHead(nn.Linear):
@@ -89,7 +89,7 @@ def install_distillation_head(
 
     Raises:
         ModelError: the head is not a linear layer or has too few rows, its logit rule is unknown,
-            or `check_packed_model` refuses the model.
+            or `check_head` refuses the model.
     """
     head = model.get_output_embeddings()
     name = type(model).__name__
@@ -104,9 +104,7 @@ def install_distillation_head(
             f" {vocabulary_size} ids: some ids could never be learned"
         )
     rule = logit_rule(model.config.to_dict())
-    check_packed_model(
-        model, FrozenHead(weight_VD=head.weight, bias_V=head.bias, rule=rule), role=role
-    )
+    check_head(model, FrozenHead(weight_VD=head.weight, bias_V=head.bias, rule=rule), role=role)
     distillation_head = DistillationHead(
         head,
         rule=rule,

@@ -1,7 +1,8 @@
 """What a model directory holds, and whether a teacher and a student fit together.
 
-The command line runs these checks before it starts anything, so they must be fast: they read JSON,
-safetensors headers and `tokenizer.json`, and import neither torch nor transformers.
+The command line runs these checks before it starts anything. They read JSON, safetensors headers
+and the tokenizer, but no weights. transformers is imported for the tokenizer only, after everything
+else was found to be right.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from distillm_ray.config import Config, TargetsConfig, TeacherConfig
 from distillm_ray.errors import ConfigError, ModelError
 from distillm_ray.models.logit_rules import LogitRule, logit_rule
+from distillm_ray.models.quantization import check_quantization
 from distillm_ray.models.safetensors_files import TensorInfo, read_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Role: TypeAlias = Literal["teacher", "student", "model"]  # model: what --model names
 
@@ -47,15 +50,19 @@ class ModelFacts:
     layers_key: str  # the config's key for num_layers
     hidden_size: int
     num_rows: int  # of the output head: the config's vocab_size, with padding
-    vocabulary_size: int  # of the tokenizer; head rows from this index on are padding
+    vocabulary_size: int  # ids that have a token and a row; head rows from here on are padding
     context_length: int | None  # in tokens; None: the config has no limit
     tied: bool  # the output head is the input embedding
     head_rule: LogitRule  # from the head's matrix product to logits
-    end_token_ids: tuple[int, ...]  # ascending; generation stops at any of them
+    end_token_ids: tuple[int, ...]  # named by the directory, ascending
     has_chat_template: bool
     tokenizer_fingerprint: str  # equal for equal id-to-token tables
-    tokens: Mapping[int, str] = field(repr=False)  # token by id
+    tokens: Mapping[int, str] = field(repr=False)  # by id, those without a row included
     tensors: Mapping[str, TensorInfo] = field(repr=False)
+
+    def ends(self, end_token_id: int) -> tuple[int, ...]:
+        """All ids that end a response: `end_token_id`, which the data's template trains, first."""
+        return tuple(dict.fromkeys((end_token_id, *self.end_token_ids)))
 
 
 def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = False) -> ModelFacts:
@@ -78,22 +85,18 @@ def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = F
             f" on every machine of the job; set {_section(role)}.trust_remote_code=true if you"
             " trust it"
         )
+    if role != "model":
+        use = "train" if role == "student" else "run"
+        check_quantization(config, path, key=key_of(role), use=use)
     tensors = _read_weights(path, role)
     try:
         head_rule = logit_rule(config)
     except ModelError as error:
         raise ModelError(f"{key_of(role)}: {path}: {error}") from error
-    tokenizer = _read_tokenizer(path, role)
-    tokens = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=True).items()}
-    vocabulary_size = max(tokens) + 1
     _, num_rows = _number(config, ("vocab_size",), path, role)
-    if vocabulary_size > num_rows:
-        raise ModelError(
-            f"{key_of(role)}: the tokenizer of {path} has ids up to {vocabulary_size - 1}"
-            f" ({tokens[vocabulary_size - 1]!r}), but the model has only {num_rows} rows: the last"
-            " tokens would have no embedding"
-        )
     layers_key, num_layers = _number(config, _LAYER_KEYS, path, role)
+    tokenizer = _read_tokenizer(path, role, trust_remote_code=trust_remote_code)
+    tokens = {index: token for token, index in tokenizer.get_vocab().items()}
     return ModelFacts(
         path=path,
         role=role,
@@ -104,11 +107,13 @@ def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = F
         layers_key=layers_key,
         hidden_size=_number(config, _HIDDEN_KEYS, path, role)[1],
         num_rows=num_rows,
-        vocabulary_size=vocabulary_size,
+        # A tokenizer may have ids beyond the rows, such as placeholders of images. Data that
+        # contain such an id are refused when they are rendered.
+        vocabulary_size=min(max(tokens) + 1, num_rows),
         context_length=next((config[key] for key in _CONTEXT_KEYS if config.get(key)), None),
         tied=_is_tied(config, tensors),
         head_rule=head_rule,
-        end_token_ids=_end_token_ids(path, config, tokenizer, role),
+        end_token_ids=_end_token_ids(path, config, tokenizer, num_rows, role),
         has_chat_template=_has_chat_template(path, role),
         tokenizer_fingerprint=_fingerprint(tokens),
         tokens=tokens,
@@ -117,14 +122,17 @@ def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = F
 
 
 def check_pair(teacher: ModelFacts, student: ModelFacts) -> int:
-    """Return the size of the shared vocabulary; head rows from that index on are padding.
+    """Return the size of the shared vocabulary: the ids for which both models have rows.
 
     Raises:
         ModelError: an id stands for different tokens, or only one of the two has it.
     """
     if teacher.tokenizer_fingerprint == student.tokenizer_fingerprint:
-        return teacher.vocabulary_size
+        return min(teacher.vocabulary_size, student.vocabulary_size)
+    num_rows = max(teacher.num_rows, student.num_rows)
     for index in sorted(teacher.tokens.keys() | student.tokens.keys()):
+        if index >= num_rows:
+            break
         ours, theirs = student.tokens.get(index), teacher.tokens.get(index)
         if ours == theirs:
             continue
@@ -138,7 +146,7 @@ def check_pair(teacher: ModelFacts, student: ModelFacts) -> int:
             f"teacher and student must share a vocabulary: id {index} is {' and '.join(texts)};"
             " their distributions cannot be compared id by id"
         )
-    raise AssertionError("fingerprints differ but no id does")
+    return min(teacher.vocabulary_size, student.vocabulary_size)
 
 
 def check_lengths(config: Config, teacher: ModelFacts | None, student: ModelFacts) -> None:
@@ -285,7 +293,9 @@ def _read_weights(path: Path, role: Role) -> dict[str, TensorInfo]:
 # ---- tokenizer ----------------------------------------------------------------------------------
 
 
-def _read_tokenizer(path: Path, role: Role) -> Tokenizer:
+def _read_tokenizer(path: Path, role: Role, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from distillm_ray.models.tokenizers import load_tokenizer  # noqa: PLC0415 (seconds)
+
     file = path / "tokenizer.json"
     if not file.is_file():
         raise ModelError(
@@ -297,7 +307,12 @@ def _read_tokenizer(path: Path, role: Role) -> Tokenizer:
         json.loads(content)
     except json.JSONDecodeError as error:
         raise ModelError(f"{key_of(role)}: {file} is not valid JSON: {error}") from error
-    return Tokenizer.from_str(content)
+    try:
+        return load_tokenizer(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises bare Exception for bad content
+        raise ModelError(
+            f"{key_of(role)}: the tokenizer of {path} cannot be loaded: {error}"
+        ) from error
 
 
 def _fingerprint(tokens: Mapping[int, str]) -> str:
@@ -308,20 +323,26 @@ def _fingerprint(tokens: Mapping[int, str]) -> str:
 
 
 def _end_token_ids(
-    path: Path, config: Mapping[str, Any], tokenizer: Tokenizer, role: Role
+    path: Path,
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    num_rows: int,
+    role: Role,
 ) -> tuple[int, ...]:
     generation = path / "generation_config.json"
     named = _read_json(generation, role).get("eos_token_id") if generation.is_file() else None
     if named is None:
         named = config.get("eos_token_id")
     ids = set(named if isinstance(named, list) else [] if named is None else [named])
-    settings = path / "tokenizer_config.json"
-    if settings.is_file():
-        token = _read_json(settings, role).get("eos_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        index = tokenizer.token_to_id(text) if isinstance(text, str) else None
-        if index is not None:
-            ids.add(index)
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.add(tokenizer.eos_token_id)
+    beyond = sorted(index for index in ids if not 0 <= index < num_rows)
+    ids -= set(beyond)
+    if beyond and not ids:
+        raise ModelError(
+            f"{key_of(role)}: the end tokens {beyond} of {path} must be below the model's"
+            f" {num_rows} rows: the model cannot generate them, and no response would ever end"
+        )
     if not ids:
         raise ModelError(
             f"{key_of(role)}: {path} has no end token (eos_token_id in generation_config.json or"

@@ -1,38 +1,63 @@
-"""Causal LMs on packed rows: loading, the forward pass, and the check that both are exact.
+"""Causal LMs on packed rows: loading, the forward pass, and the check of the output head.
 
 A packed row holds whole sequences one after the other, without padding. It has no attention mask
-and no cache, and its position ids restart at 0 with every sequence: transformers recognizes the
-sequence boundaries by that. With the cache on, it ignores them.
+and no cache, and its position ids restart at 0 with every sequence. `row_path.py` decides how a
+model runs such a row so that no sequence sees another one.
 
 Axes: L packed tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.import_utils import is_flash_attn_2_available
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distillm_ray.errors import ModelError
 from distillm_ray.models.directory import Role, key_of
 from distillm_ray.models.heads import FrozenHead
-from distillm_ray.models.packed_attention import attend_sequence_by_sequence, packed_arguments
-
-# Tokens of the two sequences that the check packs. Convolutions over tokens leak into the first
-# few positions of a sequence and recurrent states into all of them, so a few tokens show either.
-CHECKED_LENGTHS = (5, 3)
+from distillm_ray.models.row_path import (
+    RowPath,
+    attention_arguments,
+    attention_of,
+    backbone_of,
+    choose_path,
+    run_row,
+)
 
 # The largest difference that counts as rounding, as a share of the largest logit. The head runs on
 # the hidden states that the model's own forward computes, so only its product is rounded: by 1e-6
 # in float32, and in bfloat16 by 4e-3 at every step of the head's rule.
 HEAD_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-# A packed row has another shape than a single sequence, and another kernel may round every layer
-# differently: SmolLM2-135M under sdpa and eager attention differs by 2e-6 in float32 and by 3e-2
-# in bfloat16. With attention across the boundary it differs by 0.5 to 0.9.
-PACKING_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+CHECKED_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedModel:
+    """A causal LM and the way in which it runs packed rows."""
+
+    model: PreTrainedModel
+    path: RowPath
+
+    @property
+    def remark(self) -> str:
+        """How the model runs packed rows, where that is slower than usual; else empty."""
+        if not self.path.notes:
+            return ""
+        return f"{type(self.model).__name__}: {self.path.describe}"
+
+    def forward(self, token_ids_L: Tensor, position_ids_L: Tensor) -> Tensor:
+        """The hidden states of a packed row after the final norm, `[L, D]`.
+
+        Args:
+            token_ids_L: on the model's device.
+            position_ids_L: on the model's device; 0 where a sequence starts.
+        """
+        return run_row(backbone_of(self.model), token_ids_L, position_ids_L, self.path)
 
 
 def load_packed_model(
@@ -42,108 +67,67 @@ def load_packed_model(
     dtype: torch.dtype,
     device: torch.device,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
+) -> PackedModel:
     """Load a causal LM for packed rows, in evaluation mode, from safetensors only.
 
-    Attention respects sequence boundaries at the least cost that the device offers:
-    FlashAttention on CUDA where it is installed and the dtype is bfloat16, one sequence at a time
-    on a CPU, otherwise sdpa with the block-diagonal mask of transformers.
-
     Raises:
-        ModelError: the directory cannot be loaded.
+        ModelError: the directory cannot be loaded, or no way of running it is known to be exact.
     """
-    flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
+
+    def load(attention: str | None) -> PreTrainedModel:
+        settings: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                **settings,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(f"{key_of(role)}: {directory} cannot be loaded: {error}") from error
+        model.config.use_cache = False
+        nn.Module.to(model, device)
+        return model
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            attn_implementation="flash_attention_2" if flash else "sdpa",
+        config = AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{key_of(role)}: {directory} cannot be loaded: {error}") from error
-    if device.type == "cpu":
-        attend_sequence_by_sequence(model)
-    model.config.use_cache = False
-    nn.Module.to(model, device)
-    return model
-
-
-def packed_forward(backbone: nn.Module, token_ids_L: Tensor, position_ids_L: Tensor) -> Tensor:
-    """Return the hidden states of a packed row after the final norm, `[L, D]`.
-
-    Args:
-        backbone: a causal LM's `base_model`.
-        token_ids_L: on the backbone's device.
-        position_ids_L: on the backbone's device; 0 where a sequence starts.
-    """
-    output = backbone(
-        input_ids=token_ids_L[None],
-        position_ids=position_ids_L[None],
-        use_cache=False,
-        **packed_arguments(backbone, position_ids_L),
-    )
-    return output.last_hidden_state[0]
+    model, path = choose_path(load, config, key=key_of(role))
+    return PackedModel(model=model, path=path)
 
 
 @torch.no_grad()
-def check_packed_model(model: PreTrainedModel, head: FrozenHead, *, role: Role) -> None:
-    """Check that `head` on the hidden states of a packed row gives the model's own logits.
+def check_head(model: PreTrainedModel, head: FrozenHead, *, role: Role) -> None:
+    """Check that `head` on the backbone's hidden states gives the model's own logits.
 
-    Two short sequences of different lengths run alone through the model's own forward, alone
-    through backbone and head, and packed into one row through backbone and head. `model` needs its
-    whole parameters and its own output head.
+    `model` needs its whole parameters and its own output head.
 
     Raises:
-        ModelError: the head alone does not give the model's logits, or it does, but packing
-            changes them.
+        ModelError: they differ.
     """
     vocabulary_size = head.weight_VD.shape[0]
-    token_ids_L = torch.linspace(0, vocabulary_size - 1, sum(CHECKED_LENGTHS)).long()
-    token_ids_L = token_ids_L.to(model.device)
-    position_ids_L = torch.cat([torch.arange(length) for length in CHECKED_LENGTHS])
-    sequences = token_ids_L.split(CHECKED_LENGTHS)
-
+    ids_L = torch.linspace(0, vocabulary_size - 1, CHECKED_TOKENS).long().to(model.device)
+    settings: dict[str, Any] = {"input_ids": ids_L[None], "use_cache": False}
+    settings |= attention_arguments(attention_of(model), (0, len(ids_L)))
     was_training = model.training
     model.eval()
-    expected_LV = torch.cat(
-        [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
-    )[:, :vocabulary_size].float()
-    alone_LD = torch.cat(
-        [
-            model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-            for ids in sequences
-        ]
-    )
-    packed_LD = packed_forward(model.base_model, token_ids_L, position_ids_L.to(model.device))
+    expected_LV = model(**settings).logits[0, :, :vocabulary_size].float()
+    found_LV = head.logits(backbone_of(model)(**settings).last_hidden_state[0])
     model.train(was_training)
 
-    name = type(model).__name__
-    difference = _largest_difference(head.logits(alone_LD), expected_LV)
+    largest = expected_LV.abs().max().clamp_min(1e-6)
+    difference = ((found_LV - expected_LV).abs().max() / largest).item()
     tolerance = HEAD_TOLERANCES[head.weight_VD.dtype]
     if not difference <= tolerance:  # NaN is refused as well
         raise ModelError(
-            f"{key_of(role)}: the logits of {name} must be its output head applied to its last"
-            f" hidden state (head rule: {head.rule.name}), but they differ by {difference:.2g} of"
-            f" the largest logit, rounding explains {tolerance:g}: the model changes its logits"
-            " after the head in an unknown way, and the divergence would compare other"
-            " distributions than the model's; use another model"
+            f"{key_of(role)}: the logits of {type(model).__name__} must be its output head applied"
+            f" to its last hidden state (head rule: {head.rule.name}), but they differ by"
+            f" {difference:.2g} of the largest logit, rounding explains {tolerance:g}: the model"
+            " changes its logits after the head in an unknown way, and the divergence would"
+            " compare other distributions than the model's; use another model"
         )
-    difference = _largest_difference(head.logits(packed_LD), expected_LV)
-    tolerance = PACKING_TOLERANCES[head.weight_VD.dtype]
-    if not difference <= tolerance:
-        raise ModelError(
-            f"{key_of(role)}: {name} must keep the sequences of a packed row apart, but the logits"
-            " of two packed sequences differ from those of each sequence alone by"
-            f" {difference:.2g} of the largest logit, rounding explains {tolerance:g}: state leaks"
-            " from one sequence into the next, and the loss would depend on which sequences share"
-            " a row; use a model whose layers all restart where the position ids do"
-        )
-
-
-def _largest_difference(found_LV: Tensor, expected_LV: Tensor) -> float:
-    """As a share of the largest expected logit."""
-    largest = expected_LV.abs().max().clamp_min(1e-6)
-    return ((found_LV - expected_LV).abs().max() / largest).item()

@@ -1,11 +1,11 @@
-"""Attention over a packed row, one sequence at a time.
+"""Attention of packed rows, one sequence at a time, as an attention function of transformers.
 
-Packed rows hold whole sequences one after the other, and the position ids restart with each.
-FlashAttention on GPUs computes each sequence by itself. Without it, transformers computes the whole
-row under a block-diagonal mask: the cost is the square of the row's length. Here the cost is the
-sum of the squares of the sequences' lengths.
+Under transformers' own sdpa a packed row is computed whole under a block-diagonal mask: the cost is
+the square of the row's length. Here the cost is the sum of the squares of the sequences' lengths.
+sdpa also ignores what it does not know: the soft cap of Gemma 2, the sinks of GPT-OSS. This
+function computes both, and refuses every other argument that might change the result.
 
-Axes: L packed tokens; B = 1 row, H heads.
+Axes: L packed tokens; B = 1 row, H heads, G heads of keys and values.
 """
 
 from __future__ import annotations
@@ -17,72 +17,139 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-PACKED_SDPA = "packed_sdpa"
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# A name with "sdpa" in it would make transformers ask whether the class supports sdpa.
+BY_SEQUENCE = "distillm_by_sequence"
+KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
-
-def attend_sequence_by_sequence(model: PreTrainedModel) -> None:
-    """Replace the attention of `model` by this module's, if its layers support that.
-
-    Every forward pass of a packed row must then get `packed_arguments`. Other models keep the
-    mask, which gives the same result.
-    """
-    layers = set(getattr(model.config, "layer_types", None) or _KNOWN_LAYERS)
-    if type(model)._supports_attention_backend and layers <= _KNOWN_LAYERS:
-        model.set_attn_implementation(PACKED_SDPA)
-
-
-def packed_arguments(model: nn.Module, position_ids_L: Tensor) -> dict[str, Any]:
-    """Arguments of a packed forward pass besides token and position ids."""
-    config: Any = model.config
-    if config._attn_implementation != PACKED_SDPA:
-        return {}
-    starts = torch.nonzero(position_ids_L == 0).flatten().tolist()
-    return {"boundaries": (*starts, len(position_ids_L))}
+# Arguments that models hand to every attention function and that do not change its result.
+_IRRELEVANT = {
+    "cache_position",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "logits_to_keep",
+    "max_length_k",
+    "max_length_q",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
 
 
-def packed_sdpa(
+class UnknownAttention(Exception):
+    """A model calls its attention in a way that this module does not know."""
+
+
+def supports_by_sequence(model: PreTrainedModel) -> bool:
+    """Whether the attention of `model` can be replaced; a forward pass may still refuse it."""
+    layers = set(getattr(model.config, "layer_types", None) or KNOWN_LAYERS)
+    return type(model)._supports_attention_backend and layers <= KNOWN_LAYERS
+
+
+def by_sequence(
     module: nn.Module,
     query_BHLD: Tensor,
-    key_BHLD: Tensor,
-    value_BHLD: Tensor,
+    key_BGLD: Tensor,
+    value_BGLD: Tensor,
     attention_mask: Tensor | None,
     *,
     boundaries: Sequence[int] | None = None,
     sliding_window: int | None = None,
-    **settings: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Call the sdpa of transformers for each sequence; without `boundaries` the row is one.
+    """Returns `[B, L, H, D]`, like every attention function of transformers.
 
-    Returns `[B, L, H, D]`, like every attention function of transformers.
+    Args:
+        boundaries: starts of the sequences, and L. Given to the model's forward, which must hand
+            it on.
+        softcap: scores become softcap * tanh(scores / softcap).
+        s_aux: `[H]`, a sink per head: a score that takes part in the softmax and has no value.
+
+    Raises:
+        UnknownAttention: the model makes its own mask, does not hand `boundaries` on, or passes an
+            argument that this function does not know.
     """
-    assert attention_mask is None, "packed rows have no padding"
-    length = query_BHLD.shape[2]
-    ends = boundaries or (0, length)
-    assert ends[0] == 0 and ends[-1] == length
+    name = type(module).__name__
+    unknown = [key for key, value in others.items() if value is not None and value is not False]
+    unknown = sorted(set(unknown) - _IRRELEVANT)
+    if unknown:
+        raise UnknownAttention(f"{name} passes {', '.join(unknown)} to its attention")
+    if attention_mask is not None:
+        raise UnknownAttention(f"{name} makes its own attention mask")
+    if boundaries is None:
+        raise UnknownAttention(f"{name} does not hand arguments on to its attention")
+    assert boundaries[0] == 0 and boundaries[-1] == query_BHLD.shape[2]
     parts = []
-    for start, end in itertools.pairwise(ends):
-        part, _ = sdpa_attention_forward(
-            module,
-            query_BHLD[:, :, start:end],
-            key_BHLD[:, :, start:end],
-            value_BHLD[:, :, start:end],
-            _window_mask(end - start, sliding_window, query_BHLD.device),
-            **settings,
+    for start, end in itertools.pairwise(boundaries):
+        query, key, value = (
+            tensor[:, :, start:end] for tensor in (query_BHLD, key_BGLD, value_BGLD)
         )
+        mask = _window_mask(end - start, sliding_window, query.device)
+        if softcap is None and s_aux is None:
+            part, _ = sdpa_attention_forward(
+                module,
+                query,
+                key,
+                value,
+                mask,
+                dropout=dropout,
+                scaling=scaling,
+                is_causal=is_causal,
+            )
+        else:
+            part = _explicit(module, query, key, value, mask, scaling, dropout, softcap, s_aux)
         parts.append(part)
     return torch.cat(parts, dim=1), None
 
 
+def _explicit(
+    module: nn.Module,
+    query_BHLD: Tensor,
+    key_BGLD: Tensor,
+    value_BGLD: Tensor,
+    mask_LL: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    s_aux_H: Tensor | None,
+) -> Tensor:
+    """Attention whose scores are in memory, for what sdpa cannot compute."""
+    groups = query_BHLD.shape[1] // key_BGLD.shape[1]
+    key_BHLD, value_BHLD = repeat_kv(key_BGLD, groups), repeat_kv(value_BGLD, groups)
+    scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
+    scores_BHLL = query_BHLD @ key_BHLD.transpose(2, 3) * scale
+    if softcap is not None:
+        scores_BHLL = torch.tanh(scores_BHLL / softcap) * softcap
+    if mask_LL is None:
+        length = query_BHLD.shape[2]
+        mask_LL = torch.ones(length, length, dtype=torch.bool, device=scores_BHLL.device).tril()
+    scores_BHLL = scores_BHLL.masked_fill(~mask_LL, torch.finfo(scores_BHLL.dtype).min)
+    if s_aux_H is not None:
+        sinks = s_aux_H.reshape(1, -1, 1, 1).expand(*scores_BHLL.shape[:3], 1)
+        scores_BHLL = torch.cat([scores_BHLL, sinks.to(scores_BHLL.dtype)], dim=-1)
+    weights_BHLL = scores_BHLL.softmax(-1, dtype=torch.float32).to(query_BHLD.dtype)
+    if s_aux_H is not None:
+        weights_BHLL = weights_BHLL[..., :-1]
+    weights_BHLL = nn.functional.dropout(weights_BHLL, dropout, module.training)
+    return (weights_BHLL @ value_BHLD).transpose(1, 2).contiguous()
+
+
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """`[1, 1, L, L]`, true where a query sees a key; None where the causal mask is the same."""
+    """`[L, L]`, true where a query sees a key; None where the causal mask is the same."""
     if window is None or length <= window:
         return None
     at_L = torch.arange(length, device=device)
     distance_LL = at_L[:, None] - at_L[None, :]
-    return ((distance_LL >= 0) & (distance_LL < window))[None, None]
+    return (distance_LL >= 0) & (distance_LL < window)
 
 
-AttentionInterface.register(PACKED_SDPA, packed_sdpa)
+AttentionInterface.register(BY_SEQUENCE, by_sequence)

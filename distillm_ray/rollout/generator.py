@@ -94,7 +94,7 @@ def generator_job(
         model=facts.path,
         source=source,
         sampling=sampling,
-        end_token_ids=tuple(dict.fromkeys((*facts.end_token_ids, end_token_id))),
+        end_token_ids=facts.ends(end_token_id),
         vocabulary_size=facts.vocabulary_size,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=max_response_tokens,

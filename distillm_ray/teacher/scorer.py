@@ -15,14 +15,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from distillm_ray.config import TargetsConfig, TeacherConfig
 from distillm_ray.dynamic_batching import DynamicBatcher
 from distillm_ray.models.directory import check_parallelism
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead, load_frozen_head
-from distillm_ray.models.packed import check_packed_model, load_packed_model, packed_forward
+from distillm_ray.models.packed import PackedModel, check_head, load_packed_model
 from distillm_ray.types import (
     HiddenTargets,
     LogitTargets,
@@ -59,7 +59,7 @@ class Scorer:
         self.vocabulary_size = vocabulary_size
         self.device = torch.device(device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self._backbone: nn.Module | None = None
+        self._packed: PackedModel | None = None
         self._head: FrozenHead | None = None
         self._batcher: DynamicBatcher[Rollout, Scored] = DynamicBatcher(self._score, self._fits)
 
@@ -67,18 +67,23 @@ class Scorer:
         """Load the teacher, check it on a packed row, and start to serve requests.
 
         Raises:
-            ModelError: the teacher cannot be loaded, its head rule is unknown, or
-                `check_packed_model` refuses it.
+            ModelError: the teacher cannot be loaded, its head rule is unknown, `check_head`
+                refuses it, or no way of running it on packed rows is exact.
         """
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.num_threads)
         await asyncio.to_thread(self._load)
         self._batcher.start()
 
+    @property
+    def remark(self) -> str:
+        """How the teacher runs packed rows, where that is slower than usual; else empty."""
+        return "" if self._packed is None else self._packed.remark
+
     async def stop(self) -> None:
         """Stop after the running forward pass; sequences that still wait are cancelled."""
         await self._batcher.stop()
-        self._backbone = None
+        self._packed = None
 
     async def score(self, rollout: Rollout) -> Scored:
         """Return the targets of one sequence, `[num_loss_tokens, ...]`, after its forward pass.
@@ -97,7 +102,7 @@ class Scorer:
     # ---- implementation -----------------------------------------------------------------------
 
     def _load(self) -> None:
-        model = load_packed_model(
+        packed = load_packed_model(
             self.config.model,
             role="teacher",
             dtype=self.dtype,
@@ -111,8 +116,8 @@ class Scorer:
             device=self.device,
             trust_remote_code=self.config.trust_remote_code,
         )
-        check_packed_model(model, head, role="teacher")
-        self._backbone = model.base_model
+        check_head(packed.model, head, role="teacher")
+        self._packed = packed
         self._head = None if self.targets.type == "hidden" else head
 
     def _fits(self, batch: Sequence[Rollout], rollout: Rollout) -> bool:
@@ -123,13 +128,12 @@ class Scorer:
     @torch.inference_mode()
     def _score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """Run one forward pass over all rollouts and cut out the targets of each."""
-        assert self._backbone is not None, "call start() first"
+        assert self._packed is not None, "call start() first"
         token_ids_L = np.concatenate(
             [part for rollout in rollouts for part in (rollout.prompt_ids, rollout.response_ids)]
         )
         position_ids_L = np.concatenate([np.arange(rollout.num_tokens) for rollout in rollouts])
-        hidden_LD = packed_forward(
-            self._backbone,
+        hidden_LD = self._packed.forward(
             torch.from_numpy(token_ids_L).long().to(self.device),
             torch.from_numpy(position_ids_L).to(self.device),
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,12 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 
 
 def export_model(
-    buckets: Iterable[Bucket], student: Path, directory: Path, dtype: torch.dtype
+    buckets: Iterable[Bucket],
+    student: Path,
+    directory: Path,
+    dtype: torch.dtype,
+    *,
+    end_token_ids: Sequence[int],
 ) -> None:
     """Write `buckets` and the config, tokenizer and generation settings of `student`.
 
@@ -25,13 +31,18 @@ def export_model(
 
     Args:
         dtype: of the weights in `buckets`; written to `config.json`.
+        end_token_ids: at which the trained model ends its responses. Written to both configs,
+            because the student's own may lack the end token of the data's template: transformers
+            and vLLM would then generate up to the length limit.
     """
     with new_directory(directory, replace=True) as new:
         write_buckets(buckets, new)
         for path in sorted(student.iterdir()):
             if _is_copied(path):
                 shutil.copy(path, new / path.name)
-        _set_dtype(new / "config.json", dtype)
+        ends = list(end_token_ids) if len(end_token_ids) > 1 else end_token_ids[0]
+        _update(new / "config.json", eos_token_id=ends, dtype=str(dtype).removeprefix("torch."))
+        _update(new / "generation_config.json", eos_token_id=ends)
 
 
 def _is_copied(path: Path) -> bool:
@@ -40,9 +51,8 @@ def _is_copied(path: Path) -> bool:
     return path.is_file() and not weights and path.name != "README.md"
 
 
-def _set_dtype(config_path: Path, dtype: torch.dtype) -> None:
-    """Set the dtype in which engines load the model by default."""
-    values = json.loads(config_path.read_text())
-    values.pop("torch_dtype", None)
-    values["dtype"] = str(dtype).removeprefix("torch.")
-    config_path.write_text(json.dumps(values, indent=2) + "\n")
+def _update(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file, which may not exist yet."""
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    values.pop("torch_dtype", None)  # the former name of `dtype`
+    path.write_text(json.dumps(values | changes, indent=2) + "\n", encoding="utf-8")

@@ -27,6 +27,8 @@ from distillm_ray.loss.distillation_head import install_distillation_head
 from distillm_ray.loss.head_loss import LossRequest, WeightedTerm
 from distillm_ray.loss.teacher_tensors import TeacherHidden
 from distillm_ray.models.heads import FrozenHead
+from distillm_ray.models.packed import PackedModel
+from distillm_ray.models.row_path import RowPath
 
 pytestmark = pytest.mark.integration
 
@@ -122,13 +124,17 @@ def batch(step: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
     return token_ids_L, position_ids_L, loss_positions_N, request
 
 
+def packed(model: PreTrainedModel) -> PackedModel:
+    return PackedModel(model=model, path=RowPath(attention="sdpa"))
+
+
 @cache
 def reference(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parameters before and after, of one process: plain loss, torch SGD, float32."""
     model = build(weights, torch.float32)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     install_distillation_head(model, vocabulary_size=VOCABULARY, implementation="plain")
-    student = PackedStudent(model)
+    student = PackedStudent(packed(model))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=LEARNING_RATE)
     for step in range(NUM_STEPS):
@@ -173,7 +179,7 @@ def run_rank(rank: int, directory: str) -> None:
         )
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         engine, *_ = deepspeed.initialize(
-            model=PackedStudent(model),
+            model=PackedStudent(packed(model)),
             optimizer=build_optimizer(learner, trainable),  # pyright: ignore[reportArgumentType]
             config=engine_config(learner, case.dtype, persistence_threshold=0),
         )

@@ -12,12 +12,12 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distillm_ray.config import TargetsConfig, TeacherConfig
 from distillm_ray.errors import ConfigError
-from distillm_ray.teacher import scorer as scorer_module
+from distillm_ray.models.packed import PackedModel
 from distillm_ray.teacher.scorer import Scorer, to_numpy
 from distillm_ray.types import (
     FinishReason,
@@ -144,13 +144,13 @@ def test_queued_sequences_share_forward_passes_up_to_the_token_budget(
     directory, _ = teacher
     sequences = rollouts(20)
     num_tokens = []
-    packed_forward = scorer_module.packed_forward
+    forward = PackedModel.forward
 
-    def counted(backbone: nn.Module, token_ids_L: Tensor, position_ids_L: Tensor) -> Tensor:
+    def counted(self: PackedModel, token_ids_L: Tensor, position_ids_L: Tensor) -> Tensor:
         num_tokens.append(len(token_ids_L))
-        return packed_forward(backbone, token_ids_L, position_ids_L)
+        return forward(self, token_ids_L, position_ids_L)
 
-    monkeypatch.setattr(scorer_module, "packed_forward", counted)
+    monkeypatch.setattr(PackedModel, "forward", counted)
     score_all(scorer_for(directory, max_batch_tokens=120), sequences)
     assert sum(num_tokens) == sum(one.num_tokens for one in sequences)
     assert max(num_tokens) <= 120

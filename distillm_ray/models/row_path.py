@@ -1,0 +1,311 @@
+"""Decides how a causal LM runs a packed row, and proves at start that it is exact.
+
+The ways, from the fastest:
+
+    attention                     a row is                             for
+    --------------------------    ---------------------------------    --------------------------
+    FlashAttention                one pass over the whole row          plain attention on a GPU
+    one sequence at a time        one pass; attention in pieces        most models
+    what transformers chooses     one pass under a block mask          classes with own attention
+    what transformers chooses     a pass for each of its sequences     convolutions, recurrences
+
+A way is taken if no sequence sees another one (other tokens in some sequences change nothing in the
+rest, exactly), if the row gives what each sequence gives alone, and if that agrees with the eager
+attention of transformers, which computes soft caps and sinks explicitly.
+
+Axes: L packed tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from distillm_ray.errors import ModelError
+from distillm_ray.models.packed_attention import (
+    BY_SEQUENCE,
+    KNOWN_LAYERS,
+    UnknownAttention,
+    supports_by_sequence,
+)
+
+FLASH = "flash_attention_2"
+# Lengths of the sequences that are checked; every second one gets other tokens. A convolution leaks
+# into the first few positions of a sequence, and a fresh model leaks so little that bfloat16 may
+# round one leak away: many boundaries show it.
+CHECKED_LENGTHS = (21, 3, 3, 3, 3, 3, 3, 3, 3, 26)
+# Largest relative difference (L2 norm) that counts as rounding. Another shape of the same product
+# is rounded differently, by up to 1e-6 in float32. In bfloat16 a router of experts may decide
+# differently for single tokens, which makes up to 0.14 without an error.
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.25}
+# Rotary embeddings whose frequencies depend on the largest position of a row.
+LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
+
+Load = Callable[[str | None], PreTrainedModel]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPath:
+    """How a model runs a packed row.
+
+    Args:
+        attention: an attention implementation of transformers, or `BY_SEQUENCE`.
+        packs_up_to: a row with a longer sequence runs one sequence a pass; 0: every row does,
+            None: no row.
+        notes: why faster ways were not taken.
+    """
+
+    attention: str
+    packs_up_to: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def describe(self) -> str:
+        """One line for a user."""
+        match self.packs_up_to:
+            case None:
+                how = "packed rows"
+            case 0:
+                how = "one sequence a pass"
+            case limit:
+                how = f"packed rows up to {limit} tokens a sequence, beyond one sequence a pass"
+        why = f" ({'; '.join(self.notes)})" if self.notes else ""
+        return f"{how}, attention: {self.attention}{why}"
+
+
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM whose result is the input of the output head."""
+    backbone = model.base_model
+    # A class with an unusual prefix is its own base_model.
+    return backbone if backbone is not model else model.get_submodule("model")
+
+
+def run_row(
+    backbone: nn.Module, token_ids_L: Tensor, position_ids_L: Tensor, path: RowPath
+) -> Tensor:
+    """The hidden states of a packed row after the final norm, `[L, D]`."""
+    starts = torch.nonzero(position_ids_L == 0).flatten().tolist()
+    bounds = [*starts, len(position_ids_L)]
+    longest = max(end - start for start, end in itertools.pairwise(bounds))
+    if path.packs_up_to is None or longest <= path.packs_up_to:
+        return _forward(backbone, token_ids_L, position_ids_L, path, bounds)
+    parts = [
+        _forward(
+            backbone,
+            token_ids_L[start:end],
+            position_ids_L[start:end],
+            path,
+            (0, end - start),
+        )
+        for start, end in itertools.pairwise(bounds)
+    ]
+    return torch.cat(parts)
+
+
+def _forward(
+    backbone: nn.Module,
+    token_ids_L: Tensor,
+    position_ids_L: Tensor,
+    path: RowPath,
+    bounds: Sequence[int],
+) -> Tensor:
+    output = backbone(
+        input_ids=token_ids_L[None],
+        position_ids=position_ids_L[None],
+        use_cache=False,
+        **attention_arguments(path.attention, bounds),
+    )
+    return output.last_hidden_state[0]
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The attention implementation in use."""
+    return model.config._attn_implementation or "eager"
+
+
+def attention_arguments(attention: str, bounds: Sequence[int]) -> dict[str, Any]:
+    """What a forward pass hands to its attention: the starts of the sequences, and the length."""
+    return {"boundaries": tuple(bounds)} if attention == BY_SEQUENCE else {}
+
+
+def choose_path(
+    load: Load, config: PretrainedConfig, *, key: str
+) -> tuple[PreTrainedModel, RowPath]:
+    """The model in evaluation mode, and the first way that is proven exact.
+
+    Args:
+        load: loads the model with an attention implementation; None lets transformers choose.
+        key: names the model in messages.
+
+    Raises:
+        ModelError: no way is exact, with the reason for each.
+    """
+    refuse_by_config(config, key)
+    model = load(None).eval()
+    own = attention_of(model)
+    packs_up_to, note = packing_limit(model)
+    notes = [note] if note else []
+    proof = _Proof(model, load)
+    if supports_by_sequence(model) and packs_up_to != 0:
+        model.set_attn_implementation(BY_SEQUENCE)
+        path = RowPath(attention=BY_SEQUENCE, packs_up_to=packs_up_to, notes=tuple(notes))
+        why_not = proof.why_not(path)
+        if why_not is None:
+            return model, _with_flash(model, proof, path)
+        notes.append(why_not)
+        model.set_attn_implementation(own)
+    for limit in dict.fromkeys((packs_up_to, 0)):
+        path = RowPath(attention=own, packs_up_to=limit, notes=tuple(notes))
+        why_not = proof.why_not(path)
+        if why_not is None:
+            return model, path
+        notes.append(why_not)
+    raise ModelError(
+        f"{key}: no way of running {type(model).__name__} on rows of several sequences is exact"
+        f" ({'; '.join(notes)}): the loss would depend on the row that a sequence is in; use"
+        " another model"
+    )
+
+
+def refuse_by_config(config: PretrainedConfig, key: str) -> None:
+    """Refuse what transformers is known to compute differently from the model's authors.
+
+    Raises:
+        ModelError: names the key of the model's config.
+    """
+    text: Any = config.get_text_config()
+    if text.model_type == "falcon" and getattr(text, "alibi", False):
+        raise ModelError(
+            f"{key}: alibi must be false in the config of a falcon model, got true: the sdpa and"
+            " the eager attention of transformers disagree about it by 5 %, and either may be"
+            " wrong; use another model"
+        )
+    cap = getattr(text, "attn_logit_softcapping", None)
+    if cap is not None and text.model_type not in ("gemma2", "vaultgemma"):
+        raise ModelError(
+            f"{key}: attn_logit_softcapping must be null in the config of a {text.model_type}"
+            f" model, got {cap}: transformers ignores it there, and the model would run without"
+            " its soft cap; use another model"
+        )
+
+
+def packing_limit(model: PreTrainedModel) -> tuple[int | None, str]:
+    """`packs_up_to` by the architecture, and its reason; what short sequences may not show."""
+    text: Any = model.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or KNOWN_LAYERS)
+    if getattr(model, "_is_stateful", False) or not kinds <= KNOWN_LAYERS:
+        unusual = ", ".join(sorted(kinds - KNOWN_LAYERS)) or "recurrent"
+        return 0, f"its layers keep state along a row ({unusual})"
+    rope: Any = getattr(text, "rope_parameters", None) or {}
+    for one in (rope, *rope.values()):  # a model may have a rope for each kind of layer
+        if isinstance(one, dict) and one.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+            limit = one.get("original_max_position_embeddings")
+            limit = limit or getattr(text, "original_max_position_embeddings", None)
+            limit = limit or text.max_position_embeddings
+            return int(limit), f"rope_type {one['rope_type']} depends on a row's longest sequence"
+    return None, ""
+
+
+def _with_flash(model: PreTrainedModel, proof: _Proof, path: RowPath) -> RowPath:
+    """FlashAttention where it is installed and the model needs no more than it computes.
+
+    The model runs by sequence, so all arguments of its attention are known.
+    """
+    text: Any = model.config.get_text_config()
+    soft_cap = getattr(text, "attn_logit_softcapping", None)
+    sinks = any("sink" in name for name, _ in model.named_parameters())
+    plain = soft_cap is None and not sinks
+    on_gpu = model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
+    if not plain or not on_gpu or not is_flash_attn_2_available():
+        return path
+    model.set_attn_implementation(FLASH)
+    flash = RowPath(attention=FLASH, packs_up_to=path.packs_up_to, notes=path.notes)
+    if proof.why_not(flash) is None:
+        return flash
+    model.set_attn_implementation(BY_SEQUENCE)
+    return path
+
+
+class _Proof:
+    """Runs the same row in different ways."""
+
+    def __init__(self, model: PreTrainedModel, load: Load) -> None:
+        self._model = model
+        embeddings = model.get_input_embeddings()
+        assert isinstance(embeddings.weight, Tensor)
+        rows = embeddings.weight.shape[0]
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        lengths = [min(length, context or length) for length in CHECKED_LENGTHS]
+        numbers = torch.Generator().manual_seed(0)
+        self._ids_L = torch.randint(rows, (sum(lengths),), generator=numbers)
+        others_L = torch.randint(rows, self._ids_L.shape, generator=numbers)
+        self._changed_L = torch.cat(
+            [torch.full((length,), index % 2 == 0) for index, length in enumerate(lengths)]
+        )
+        self._other_ids_L = torch.where(self._changed_L, others_L, self._ids_L)
+        self._positions_L = torch.cat([torch.arange(length) for length in lengths])
+        self._eager_LD = self._eager(load)
+
+    def why_not(self, path: RowPath) -> str | None:
+        """What is wrong with a way; None if nothing is. The model has its attention already."""
+        name = path.attention
+        alone = RowPath(attention=name, packs_up_to=0)
+        packs = path.packs_up_to != 0
+        try:
+            row_LD = self._hidden(self._model, path)
+            alone_LD = self._hidden(self._model, alone) if packs else row_LD
+            other_LD = self._hidden(self._model, path, self._other_ids_L)
+        except UnknownAttention as error:
+            return f"{name}: {error}"
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, TypeError, AttributeError) as error:  # the model's own
+            return f"{name}: its forward pass fails: {type(error).__name__}: {error}"
+        if not row_LD.isfinite().all():
+            return f"{name}: its hidden states are not finite"
+        kept_L = ~self._changed_L
+        if not torch.equal(row_LD[kept_L], other_LD[kept_L]):
+            return f"{name}: state leaks from one sequence of a row into the next"
+        if not self._equal(row_LD, alone_LD):
+            apart = _apart(row_LD, alone_LD)
+            return f"{name}: a row differs from each of its sequences alone by {apart:.2g}"
+        if self._eager_LD is not None and not self._equal(alone_LD, self._eager_LD):
+            return f"{name}: differs from eager attention by {_apart(alone_LD, self._eager_LD):.2g}"
+        return None
+
+    def _eager(self, load: Load) -> Tensor | None:
+        """Eager attention on each sequence alone; None if transformers has no other for it."""
+        model, alone = self._model, RowPath(attention="eager", packs_up_to=0)
+        own = attention_of(model)
+        if own == "eager":
+            return None
+        model.set_attn_implementation("eager")
+        if attention_of(model) != "eager":  # some classes fix it when they are made
+            return self._hidden(load("eager").eval(), alone)
+        found = self._hidden(model, alone)
+        model.set_attn_implementation(own)
+        return found
+
+    @torch.no_grad()
+    def _hidden(
+        self, model: PreTrainedModel, path: RowPath, token_ids_L: Tensor | None = None
+    ) -> Tensor:
+        """`[L, D]`, float32, in main memory."""
+        ids_L = (self._ids_L if token_ids_L is None else token_ids_L).to(model.device)
+        positions_L = self._positions_L.to(model.device)
+        return run_row(backbone_of(model), ids_L, positions_L, path).float().cpu()
+
+    def _equal(self, found_LD: Tensor, expected_LD: Tensor) -> bool:
+        tolerance = TOLERANCES.get(self._model.dtype, TOLERANCES[torch.bfloat16])
+        return _apart(found_LD, expected_LD) <= tolerance
+
+
+def _apart(found_LD: Tensor, expected_LD: Tensor) -> float:
+    return ((found_LD - expected_LD).norm() / expected_LD.norm().clamp_min(1e-12)).item()

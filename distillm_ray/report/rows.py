@@ -1,0 +1,69 @@
+"""Shows rows of data as the models see them: text, token ids, and what the loss covers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from distillm_ray.types import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MAX_IDS = 24  # of a span; the middle of a longer one is left out
+_MAX_CHARACTERS = 400  # likewise
+
+
+def describe_rows(
+    demonstrations: Sequence[Rollout],
+    tokenizer: PreTrainedTokenizerBase,
+    end_token_ids: Collection[int],
+) -> str:
+    """Every sequence as a list of spans, each either context or under the loss.
+
+    Example output::
+
+        q0: 9 tokens, 4 under the loss
+          context  '<user> add 2 and 2 <end> <assistant>'
+                   1 14 5 9 5 3 2
+          loss     'four <end>'
+                   7 3
+                   ends with 3 '<end>', an end token
+    """
+    return "\n".join(_describe(one, tokenizer, end_token_ids) for one in demonstrations)
+
+
+def _describe(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int]
+) -> str:
+    ids = [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
+    learned = [False] * len(rollout.prompt_ids) + rollout.loss_mask.tolist()
+    lines = [f"{rollout.prompt_id}: {len(ids)} tokens, {sum(learned)} under the loss"]
+    for in_loss, group in itertools.groupby(zip(learned, ids, strict=True), key=lambda one: one[0]):
+        span = [index for _, index in group]
+        text = str(tokenizer.decode(span, skip_special_tokens=False))
+        lines.append(f"  {'loss' if in_loss else 'context':<8} {_shortened(text)!r}")
+        lines.append(f"           {_numbers(span)}")
+        if in_loss:
+            last = span[-1]
+            what = "an end token" if last in end_token_ids else "NO end token"
+            token = tokenizer.convert_ids_to_tokens(last)
+            lines.append(f"           ends with {last} {token!r}, {what}")
+    return "\n".join(lines)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _MAX_CHARACTERS:
+        return text
+    half = _MAX_CHARACTERS // 2
+    return f"{text[:half]} […] {text[-half:]}"
+
+
+def _numbers(ids: Sequence[int]) -> str:
+    if len(ids) <= _MAX_IDS:
+        return " ".join(map(str, ids))
+    half = _MAX_IDS // 2
+    left_out = len(ids) - 2 * half
+    shown = [*map(str, ids[:half]), f"[… {left_out} more …]", *map(str, ids[-half:])]
+    return " ".join(shown)
