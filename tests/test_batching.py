@@ -21,19 +21,18 @@ from distillm_ray.loss.terms import Normalize
 from distillm_ray.packing import split
 from distillm_ray.types import (
     Draw,
-    DrawnSequence,
     FinishReason,
     HiddenTargets,
     LearnerBatch,
     LogitTargets,
     MicroBatchPlan,
-    Mix,
     PlannedSequence,
     Rollout,
     Shelf,
     Source,
     TopKTargets,
 )
+from tests import make
 
 END = 2
 
@@ -47,17 +46,15 @@ def rollout(
     source: Source = Source.DATASET,
     logprobs: list[float] | None = None,
 ) -> Rollout:
-    return Rollout(
-        rollout_id=name,
+    return make.rollout(
+        name,
         prompt_id=f"prompt of {name}",
-        prompt_ids=np.array(prompt, dtype=np.int32),
-        response_ids=np.array(response, dtype=np.int32),
-        loss_mask=np.array([True] * len(response) if mask is None else mask),
+        prompt=prompt,
+        response=response,
+        mask=mask,
         source=source,
-        version=0,
-        finish_reason=FinishReason.STOP if response[-1] == END else FinishReason.LENGTH,
-        logprobs=None if logprobs is None else np.array(logprobs, dtype=np.float32),
-        ordinal=None,
+        finish=FinishReason.STOP if response[-1] == END else FinishReason.LENGTH,
+        logprobs=logprobs,
     )
 
 
@@ -66,21 +63,7 @@ def of_lengths(prompt: int, response: int, name: str, source: Source = Source.DA
 
 
 def draw_of(rollouts: list[Rollout]) -> Draw:
-    student = sum(one.source is Source.STUDENT for one in rollouts)
-    return Draw(
-        step=3,
-        phi=0.5,
-        psi=0.25,
-        mix=Mix(fresh=student, dataset=len(rollouts) - student),
-        sequences=tuple(
-            DrawnSequence(
-                rollout=one,
-                shelf=Shelf.FRESH if one.source is Source.STUDENT else Shelf.DATASET,
-                age=1 if one.source is Source.STUDENT else 0,
-            )
-            for one in rollouts
-        ),
-    )
+    return make.draw(rollouts, step=3, phi=0.5, psi=0.25)
 
 
 def real_token_share(ranks: Sequence[Sequence[MicroBatchPlan]]) -> float:
@@ -92,13 +75,7 @@ def real_token_share(ranks: Sequence[Sequence[MicroBatchPlan]]) -> float:
 
 
 def planned(one: Rollout, weight: float = 0.1) -> PlannedSequence:
-    weights = np.full(one.num_loss_tokens, weight, dtype=np.float32)
-    return PlannedSequence(
-        rollout=one,
-        shelf=Shelf.REPLAY,
-        age=2,
-        term_weights=(weights, 2 * weights),
-    )
+    return make.planned(one, shelf=Shelf.REPLAY, age=2, term_weights=(weight, 2 * weight))
 
 
 def predicted(batch: LearnerBatch) -> list[tuple[int, int]]:
@@ -138,7 +115,7 @@ def test_another_speakers_tokens_are_not_in_the_loss() -> None:
     assert predicted(pack(MicroBatchPlan(sequences=(planned(one),)), None)) == [(3, 6), (8, END)]
 
 
-def test_an_end_token_inside_a_prompt_is_a_token_like_others() -> None:
+def test_an_end_token_inside_a_prompt_is_an_ordinary_token() -> None:
     one = rollout("a", prompt=[END, END], response=[END])
     assert one.loss_positions.tolist() == [1]
 
@@ -261,7 +238,7 @@ def by_hand(
     max_tokens=st.integers(80, 300),
     normalize=st.sampled_from(["source", "tokens", "sequence"]),
 )
-def test_the_loss_is_the_hand_computed_one_whatever_the_split(
+def test_the_loss_is_the_hand_computed_one_for_every_split(
     rollouts: list[Rollout], num_ranks: int, max_tokens: int, normalize: Normalize
 ) -> None:
     plan = plan_step(
@@ -331,7 +308,7 @@ def test_the_same_draw_is_split_in_the_same_way() -> None:
     num_ranks=st.integers(1, 4),
     max_tokens=st.integers(100, 1000),
 )
-def test_ranks_are_within_ten_percent_where_no_sequence_is_longer_than_that(
+def test_ranks_differ_by_ten_percent_at_most_if_no_sequence_is_longer_than_that(
     lengths: list[int], num_ranks: int, max_tokens: int
 ) -> None:
     ranks = split(lengths, num_ranks=num_ranks, max_tokens=max_tokens)
@@ -360,7 +337,7 @@ def test_small_batches_are_nearly_as_even_as_the_best_split_of_all() -> None:
     assert missed <= 2
 
 
-def test_few_micro_batches_come_before_equal_tokens() -> None:
+def test_fewer_micro_batches_are_preferred_to_equal_tokens() -> None:
     # These fill four rows of 10 exactly, two on each rank.
     lengths = [6, 4, 7, 3, 8, 2, 5, 5]
     ranks = split(lengths, num_ranks=2, max_tokens=10)
@@ -427,7 +404,7 @@ def test_rows_are_full_on_data_like_the_quickstarts() -> None:
     assert sum(len(row.token_ids_L) for row in rows) == sum(one.num_tokens for one in rollouts)
 
 
-def test_validation_counts_every_token_once_whatever_the_ranks() -> None:
+def test_validation_counts_every_token_once_for_any_number_of_ranks() -> None:
     rollouts = [of_lengths(3, 1 + index % 7, str(index)) for index in range(11)]
     tokens = sum(one.num_loss_tokens for one in rollouts)
     for num_ranks in (1, 2, 3, 16):

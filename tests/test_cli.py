@@ -1,4 +1,4 @@
-"""Bad input: what a user reads, exit code 2, and nothing written."""
+"""Bad input: the message that a user reads, exit code 2, and nothing written."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run_directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(tiny_job: Path, run_directory: Path) -> Callable[..., str]:
-    """Train with these overrides; returns what the user reads of the refusal."""
+    """Train with these overrides, and return the message of the refusal."""
 
     def refuse(*overrides: str, config: Path = tiny_job) -> str:
         existed = run_directory.exists()
@@ -63,7 +63,7 @@ def refusal(*arguments: str) -> str:
     return result.stderr.removeprefix("error: ").strip()
 
 
-def test_a_full_disk_gets_a_message_and_another_broken_one_its_stack_trace(
+def test_a_full_disk_gives_a_message_and_any_other_disk_error_a_stack_trace(
     tiny_job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(number: int) -> Callable[..., None]:
@@ -79,7 +79,7 @@ def test_a_full_disk_gets_a_message_and_another_broken_one_its_stack_trace(
     assert isinstance(CliRunner().invoke(app, ["show", str(tiny_job)]).exception, OSError)
 
 
-# ---- within a second ----------------------------------------------------------------------------
+# ---- start-up time ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_full_disk_gets_a_message_and_another_broken_one_its_stack_trace(
     ],
     ids=" ".join,
 )
-def test_help_and_config_errors_answer_within_a_second_without_heavy_modules(
+def test_help_and_config_errors_take_less_than_a_second_and_load_no_heavy_module(
     arguments: list[str], tiny_job: Path
 ) -> None:
     program = (
@@ -148,7 +148,7 @@ def test_a_wrong_value_is_named_with_its_key_and_rule(
     assert message in refused(override)
 
 
-def test_all_problems_are_told_at_once(refused: Callable[..., str]) -> None:
+def test_all_problems_are_reported_at_once(refused: Callable[..., str]) -> None:
     message = refused("learner.stepz=5", "rollout.actors=0")
     assert "learner.stepz" in message and "rollout.actors" in message
 
@@ -161,7 +161,7 @@ def test_impossible_combinations_are_refused(refused: Callable[..., str]) -> Non
     assert "targets.k must be at most the vocabulary's size, got 999 > 19" in message
 
 
-def test_a_config_file_that_is_missing_or_no_yaml_is_named(
+def test_a_config_file_that_is_missing_or_not_yaml_is_named(
     tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     path = tmp_path / "config.yaml"
@@ -193,7 +193,7 @@ def test_malformed_json_is_named_with_its_line(refused: Callable[..., str], tmp_
 
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
-    """The job finds itself in the session's Ray, of 16 CPUs, instead of starting one."""
+    """The job uses the Ray of the test session, with 16 CPUs, instead of starting its own."""
     from distillm_ray import pipeline
 
     monkeypatch.setattr(pipeline, "connect", lambda config: None)
@@ -202,7 +202,7 @@ def joined(monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
 @pytest.mark.integration
 @pytest.mark.usefixtures("joined")
 class TestWithRay:
-    """What is known only after connecting to the cluster, or after reading all rows."""
+    """Refusals that need the cluster or all rows of the data."""
 
     def test_malformed_json_anywhere_is_named_with_its_line(
         self, refused: Callable[..., str], tmp_path: Path
@@ -220,7 +220,7 @@ class TestWithRay:
         path.write_text("\n\n")
         assert refused(f"data.train=[{path}]").startswith("data.train: no usable row in ")
 
-    def test_a_prompt_longer_than_the_limit_is_named_where_the_config_says_so(
+    def test_a_prompt_longer_than_the_limit_is_named_if_the_config_asks_for_it(
         self, refused: Callable[..., str], tmp_path: Path
     ) -> None:
         path = tmp_path / "long.jsonl"
@@ -230,7 +230,7 @@ class TestWithRay:
         assert "data.max_prompt_tokens is 24" in message
         assert "no usable row" in refused(f"data.train=[{path}]")
 
-    def test_too_few_cpus_say_what_was_asked_what_is_there_and_which_key_to_lower(
+    def test_too_few_cpus_are_reported_with_the_demand_the_supply_and_the_keys_to_lower(
         self, refused: Callable[..., str]
     ) -> None:
         message = refused("learner.workers=3", "learner.num_cpus=9")
@@ -302,7 +302,7 @@ def test_a_directory_of_another_run_is_not_touched(
     assert "set run.directory to a new directory to start another run" in message
 
 
-def test_a_directory_of_something_else_is_not_touched(
+def test_a_directory_with_other_files_is_not_touched(
     refused: Callable[..., str], run_directory: Path
 ) -> None:
     run_directory.mkdir()
@@ -310,7 +310,7 @@ def test_a_directory_of_something_else_is_not_touched(
     assert "not a distillm-ray run; refusing to overwrite it" in refused()
 
 
-def test_a_directory_in_which_another_job_is_at_work_is_left_alone(
+def test_a_directory_in_use_by_another_job_is_not_touched(
     refused: Callable[..., str], run_directory: Path
 ) -> None:
     run_directory.mkdir()
@@ -332,7 +332,7 @@ def test_a_file_in_the_way_of_the_run_directory_is_named(tiny_job: Path, tmp_pat
 
 @pytest.fixture
 def same_environment() -> Iterator[None]:
-    """`connect` sets variables for Ray's workers."""
+    """Restores the environment: `connect` sets variables for Ray's workers."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -343,7 +343,7 @@ def same_environment() -> Iterator[None]:
 def test_a_cluster_that_cannot_be_reached_is_named_in_seconds(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from distillm_ray import pipeline  # noqa: F401  seconds, which are not the point
+    from distillm_ray import pipeline  # noqa: F401  takes seconds, not to be timed
 
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -357,15 +357,15 @@ def test_a_cluster_that_cannot_be_reached_is_named_in_seconds(
 
 
 @contextmanager
-def listening(answer: bytes) -> Iterator[str]:
-    """The address of a service that gives this answer to whatever it is told, or none."""
+def listening(reply: bytes) -> Iterator[str]:
+    """The address of a service that sends `reply` after its first request, and nothing if empty."""
 
     def serve() -> None:
         connection, _ = service.accept()
         with connection, suppress(ConnectionResetError):
             connection.recv(1024)
-            connection.sendall(answer)
-            connection.recv(1024)  # until the other side has enough
+            connection.sendall(reply)
+            connection.recv(1024)  # returns when the client closes the connection
 
     with socket.create_server(("127.0.0.1", 0)) as service:
         thread = threading.Thread(target=serve)
@@ -377,30 +377,30 @@ def listening(answer: bytes) -> Iterator[str]:
 
 @pytest.mark.usefixtures("same_environment")
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("reply", "message"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something listens there that is not a Ray cluster"),
         (b"", "sends nothing for 0.5 s: it hangs, or it is not a Ray cluster"),
     ],
 )
-def test_another_service_at_the_clusters_address_is_told_in_seconds(
-    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, answer: bytes, said: str
+def test_another_service_at_the_clusters_address_is_reported_in_seconds(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, reply: bytes, message: str
 ) -> None:
-    from distillm_ray import pipeline  # noqa: F401  seconds, which are not the point
+    from distillm_ray import pipeline  # noqa: F401  takes seconds, not to be timed
     from distillm_ray.cluster import address
 
     monkeypatch.setattr(address, "_TIMEOUT_S", 0.5)
-    with listening(answer) as service:
+    with listening(reply) as service:
         monkeypatch.setenv("RAY_ADDRESS", service)
         started = time.monotonic()
-        message = refused()
+        error = refused()
     assert time.monotonic() - started < 10
-    assert f"could not be reached (RAY_ADDRESS = {service})" in message
-    assert said in message
+    assert f"could not be reached (RAY_ADDRESS = {service})" in error
+    assert message in error
 
 
 @pytest.mark.usefixtures("same_environment")
-def test_a_dashboards_address_is_not_the_clusters(
+def test_a_dashboards_address_is_refused(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
@@ -408,7 +408,7 @@ def test_a_dashboards_address_is_not_the_clusters(
 
 
 @pytest.mark.usefixtures("same_environment")
-def test_a_cluster_that_does_not_start_is_told_with_rays_reason(
+def test_a_cluster_that_does_not_start_is_reported_with_rays_error(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
@@ -426,9 +426,7 @@ def test_a_cluster_that_does_not_start_is_told_with_rays_reason(
 # ---- the other commands -------------------------------------------------------------------------
 
 
-def test_evaluate_and_generate_check_what_they_are_given_first(
-    tiny_job: Path, tmp_path: Path
-) -> None:
+def test_evaluate_and_generate_check_their_arguments_first(tiny_job: Path, tmp_path: Path) -> None:
     job, model = str(tiny_job), str(tiny_job.parent / "student")
     prompts, output = str(tiny_job.parent / "train.jsonl"), tmp_path / "out.jsonl"
     output.write_text("mine")
@@ -449,7 +447,7 @@ def test_evaluate_and_generate_check_what_they_are_given_first(
     assert message == f"data.test: {nowhere}.jsonl does not exist"
 
 
-def test_init_student_and_plot_say_what_is_wrong(tiny_job: Path, tmp_path: Path) -> None:
+def test_init_student_and_plot_refuse_wrong_arguments(tiny_job: Path, tmp_path: Path) -> None:
     teacher, out = str(tiny_job.parent / "teacher"), tmp_path / "student"
     init = ["init-student", teacher, str(out), "--layers"]
     assert "--layers must be numbers with commas" in refusal(*init, "0,first")
@@ -459,7 +457,7 @@ def test_init_student_and_plot_say_what_is_wrong(tiny_job: Path, tmp_path: Path)
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_show_prints_a_config_that_loads_and_what_it_asks_for(
+def test_show_prints_a_config_that_loads_and_the_resources_it_needs(
     tiny_job: Path, tmp_path: Path
 ) -> None:
     result = CliRunner().invoke(app, ["show", str(tiny_job), "learner.workers=2"])

@@ -1,4 +1,4 @@
-"""The config tree: what loads, what is refused, and whether the message helps."""
+"""The config tree: what loads, what is refused, and with which message."""
 
 from __future__ import annotations
 
@@ -20,33 +20,21 @@ from distillm_ray.config import (
 )
 from distillm_ray.config_files import dump_config, load_config, parse_config
 from distillm_ray.errors import ConfigError
+from tests import make
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
 
 
-def tree(**sections: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "run": {"directory": "runs/x"},
-        "teacher": {"model": "models/teacher"},
-        "student": {"model": "models/student"},
-        "data": {"train": ["data/train.jsonl"]},
-        "learner": {"steps": 10, "batch_size": 8},
-    }
-    for name, section in sections.items():
-        values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
-    return values
-
-
 def refusal(**sections: Any) -> str:
     with pytest.raises(ConfigError) as caught:
-        parse_config(tree(**sections), name="x.yaml")
+        parse_config(make.tree(**sections), name="x.yaml")
     return str(caught.value).removeprefix("x.yaml:\n").strip()
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree(loss={"terms": [{"type": "skew_kl", "alpha": 0.2}]})))
+    path.write_text(yaml.safe_dump(make.tree(loss={"terms": [{"type": "skew_kl", "alpha": 0.2}]})))
     return path
 
 
@@ -91,10 +79,10 @@ def test_a_teacher_can_be_switched_off_by_an_override(file: Path) -> None:
     assert not config.loss.needs_teacher
 
 
-def test_the_key_on_is_a_word_and_not_yaml_11_s_true(tmp_path: Path) -> None:
+def test_the_key_on_is_a_string_and_not_the_boolean_of_yaml_1_1(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     terms = "loss: {terms: [{on: dataset, type: skew_kl}, {on: student, type: reverse_kl}]}"
-    path.write_text(yaml.safe_dump(tree()) + terms)
+    path.write_text(yaml.safe_dump(make.tree()) + terms)
     assert [term.on for term in load_config(path).loss.terms] == ["dataset", "student"]
     one = load_config(path, ["loss.terms=[{on: all, type: forward_kl}]", "loss.terms.0.on=all"])
     assert [term.on for term in one.loss.terms] == ["all"]
@@ -106,7 +94,7 @@ def test_an_index_beyond_the_terms_is_refused(file: Path) -> None:
 
 
 def test_the_tree_is_frozen() -> None:
-    config = Config.model_validate(tree())
+    config = make.config()
     with pytest.raises(ValueError, match="frozen"):
         config.learner.steps = 3  # type: ignore[misc]
 
@@ -244,7 +232,7 @@ def test_an_impossible_combination_is_refused_with_the_reason(
         assert part in message
 
 
-def test_a_flag_is_no_number() -> None:
+def test_a_boolean_is_not_a_number() -> None:
     assert refusal(learner={"steps": True}) == "learner.steps: must be a number, got true"
     assert refusal(run={"seed": False}) == "run.seed: must be a number, got false"
 
@@ -257,10 +245,10 @@ def test_a_temperature_that_vllm_refuses_is_refused_for_its_engine_only(section:
     assert "got 2.5: vLLM refuses it" in message
     sections: dict[str, Any] = {"rollout": {"engine": {"type": "transformers"}}}
     sections[section] = sections.get(section, {}) | hot
-    assert parse_config(tree(**sections), name="x.yaml")
+    assert parse_config(make.tree(**sections), name="x.yaml")
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     message = refusal(learner={"steps": "many", "stepz": 1}, teacher={"actors": 0})
     assert [line.strip().split(":")[0] for line in message.splitlines()] == [
         "teacher.actors",
@@ -269,7 +257,7 @@ def test_all_problems_are_told_at_once() -> None:
     ]
 
 
-def test_what_is_required_is_named() -> None:
+def test_required_keys_are_named() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({}, name="x.yaml")
     required = {line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]}
@@ -286,7 +274,7 @@ def test_what_is_required_is_named() -> None:
         ("", "learner: this key is required"),
     ],
 )
-def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"bad\.yaml") as caught:
@@ -318,7 +306,7 @@ def test_an_override_of_an_unknown_key_is_refused(file: Path) -> None:
 
 
 def test_defaults_follow_the_paper() -> None:
-    config = Config.model_validate(tree())
+    config = make.config()
     assert config.schedule == AdaptiveSchedule(
         start=0.0, increment=0.1, tolerance=0.0, reference="best", replay_ratio="decreasing"
     )
@@ -329,12 +317,10 @@ def test_defaults_follow_the_paper() -> None:
 
 
 def test_defaults_that_follow_from_another_section_are_filled_in() -> None:
-    config = Config.model_validate(
-        tree(
-            data={"train": ["a.jsonl"], "max_response_tokens": 77},
-            generate={"sampling": {"max_tokens": 5}},
-            rollout={"num_cpus": 2.5},
-        )
+    config = make.config(
+        data={"train": ["a.jsonl"], "max_response_tokens": 77},
+        generate={"sampling": {"max_tokens": 5}},
+        rollout={"num_cpus": 2.5},
     )
     assert config.replay.min_size == 8
     assert config.rollout.sampling.max_tokens == 77
@@ -358,7 +344,7 @@ def load_text(text: str) -> Config:
     ],
 )
 def test_rollouts_are_wanted_if_phi_can_be_above_zero(schedule: Any, wanted: bool) -> None:
-    assert Config.model_validate(tree(schedule=schedule.model_dump())).wants_rollouts is wanted
+    assert make.config(schedule=schedule.model_dump()).wants_rollouts is wanted
 
 
 def test_reading_a_config_imports_no_heavy_library() -> None:

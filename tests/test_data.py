@@ -10,8 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from distillm_ray.config import ChatTemplate, DataConfig, PlainTemplate
@@ -21,6 +19,7 @@ from distillm_ray.data.rows import Example, RowError, parse_row
 from distillm_ray.data.splits import Dataset, hold_out, load_dataset, load_splits
 from distillm_ray.data.templates import Renderer
 from distillm_ray.errors import DataError
+from tests import make
 
 SPECIAL = ["<unk>", "<user>", "<assistant>", "<system>", "<end>", "</s>"]
 WORDS = ["sky", "is", "blue", "why", "yes", "no", "so", "be", "brief", "and", "red"]
@@ -37,16 +36,7 @@ def ids_of(words: str) -> list[int]:
 
 
 def make_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
-    """One id per word; white space is dropped, so expected ids can be written by hand."""
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *WORDS])}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")  # type: ignore[assignment]
-    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = chat_template
-    return tokenizer
+    return make.tokenizer(SPECIAL, WORDS, chat_template=chat_template)
 
 
 def question(text: str, *responses: str) -> Example:

@@ -9,7 +9,8 @@ import pytest
 
 from distillm_ray.evaluation.results import Score
 from distillm_ray.evaluation.scores import bleu, mean_and_deviation, rouge_l, score_responses
-from distillm_ray.types import FinishReason, Prompt, Rollout, Source
+from distillm_ray.types import Rollout
+from tests import make
 
 
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
@@ -40,7 +41,7 @@ def test_bleu_is_the_geometric_mean_of_the_n_gram_precisions_of_the_corpus() -> 
     assert value == pytest.approx(expected)
 
 
-def test_bleu_punishes_short_predictions() -> None:
+def test_bleu_penalizes_short_predictions() -> None:
     # every n-gram is right, but 4 words for 6
     assert bleu(["a b c d"], [["a b c d e f"]]) == pytest.approx(100 * math.exp(1 - 6 / 4))
 
@@ -57,31 +58,17 @@ def test_a_prediction_without_reference_is_refused() -> None:
         rouge_l([], [])
 
 
-def a_prompt(name: str, *references: str) -> Prompt:
-    ids = np.array([1], np.int32)
-    return Prompt(
-        prompt_id=name, token_ids=ids, reference_ids=(ids,), text=name, references=references
-    )
-
-
-def a_response(name: str, text: str) -> Rollout:
-    return Rollout(
-        rollout_id=f"r-{name}",
-        prompt_id=name,
-        prompt_ids=np.array([1], np.int32),
-        response_ids=np.array([2], np.int32),
-        loss_mask=np.array([True]),
-        source=Source.STUDENT,
-        version=0,
-        finish_reason=FinishReason.STOP,
-        text=text,
-    )
+def response(prompt_id: str, text: str) -> Rollout:
+    return make.rollout(f"r-{prompt_id}", prompt_id=prompt_id, text=text)
 
 
 def test_responses_are_scored_against_their_own_prompts_references_seed_by_seed() -> None:
-    prompts = [a_prompt("a", "blue sky"), a_prompt("b", "green grass")]
-    half = [a_response("a", "blue sky"), a_response("b", "red")]
-    full = [a_response("a", "blue sky"), a_response("b", "green grass")]
+    prompts = [
+        make.prompt("a", references=("blue sky",)),
+        make.prompt("b", references=("green grass",)),
+    ]
+    half = [response("a", "blue sky"), response("b", "red")]
+    full = [response("a", "blue sky"), response("b", "green grass")]
     scores = score_responses(prompts, [half, full])
     assert scores.rouge_l is not None and scores.bleu is not None
     assert scores.rouge_l.mean == pytest.approx(75.0)

@@ -12,23 +12,17 @@ import pytest
 
 from distillm_ray.config import RolloutConfig, SamplingConfig
 from distillm_ray.rollout.generator import Generator, GeneratorJob, Request, Response, request_seed
-from distillm_ray.types import Demand, FinishReason, Prompt, Source, Weights
+from distillm_ray.types import Demand, FinishReason, Source, Weights
+from tests import make
 
 END = 99
 
 
-def prompt(length: int = 3) -> Prompt:
-    return Prompt(
-        prompt_id="p",
-        token_ids=np.arange(1, length + 1, dtype=np.int32),
-        reference_ids=(),
-        text="",
-        references=(),
-    )
+PROMPT = make.prompt(token_ids=[1, 2, 3])
 
 
 class EchoGenerator(Generator):
-    """Responds with the prompt and the weights' version once `allowed` is set."""
+    """Responds with the prompt and the version of its weights, as soon as `allowed` is set."""
 
     async def start(self) -> None:
         self.allowed = asyncio.Event()
@@ -77,11 +71,11 @@ async def started(timeout_s: float = 5.0) -> EchoGenerator:
 
 
 def demand(ordinal: int = 0, min_version: int = 0) -> Demand:
-    return Demand(ordinal=ordinal, prompt=prompt(), min_version=min_version)
+    return make.demand(ordinal, of=PROMPT, min_version=min_version)
 
 
-def weights(version: int) -> Weights:
-    return Weights(version=version, buckets=(version,), nbytes=0)
+def weights(version: int) -> Weights[Any]:
+    return make.weights(version, version)
 
 
 # ---- seeds ---------------------------------------------------------------------------------------
@@ -161,7 +155,7 @@ async def test_a_timeout_of_a_response_names_the_request_and_the_limit() -> None
     generator.allowed.clear()
     with pytest.raises(TimeoutError, match=r"student-5 had no response after rollout\.timeout_s"):
         await generator.generate(demand(ordinal=5))
-    # The request left the engine: an update that drains it does not wait.
+    # The request has left the engine, so an update that drains the engine does not wait.
     await generator.update_weights(weights(1), keep_in_flight=False)
 
 
@@ -176,10 +170,8 @@ async def test_after_a_failed_update_every_request_is_refused() -> None:
 
 async def test_complete_derives_the_seed_from_seed_and_prompt_in_any_order() -> None:
     generator = await started()
-    other = Prompt(
-        prompt_id="q", token_ids=prompt().token_ids, reference_ids=(), text="", references=()
-    )
-    for asked in (prompt(), other, prompt()):
+    other = make.prompt("q", token_ids=PROMPT.token_ids)
+    for asked in (PROMPT, other, PROMPT):
         await generator.complete(asked, SamplingConfig(max_tokens=2), seed=5)
     first, second, third = (request.seed for request in generator.requests)
     assert first == third
@@ -189,7 +181,7 @@ async def test_complete_derives_the_seed_from_seed_and_prompt_in_any_order() -> 
 async def test_a_request_that_is_too_long_is_refused_before_the_engine_sees_it() -> None:
     generator = await started()
     with pytest.raises(ValueError, match=r"got 3 \+ 20 > 12"):
-        await generator.complete(prompt(), SamplingConfig(max_tokens=20), seed=0)
+        await generator.complete(PROMPT, SamplingConfig(max_tokens=20), seed=0)
     assert generator.requests == []
 
 

@@ -33,16 +33,11 @@ from distillm_ray.loss.head_loss import HeadLoss, LossRequest, WeightedTerm
 from distillm_ray.loss.teacher_tensors import TeacherHidden
 from distillm_ray.models.heads import FrozenHead, load_frozen_head
 from distillm_ray.models.logit_rules import LogitRule, logit_rule
+from tests import make
 
 VOCABULARY = 60  # of the tokenizer; the models have 64 rows
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
+SMALL: dict[str, Any] = make.SMALL | {
     "head_dim": 8,
     "max_position_embeddings": 64,
     "pad_token_id": 0,

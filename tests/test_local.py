@@ -1,4 +1,4 @@
-"""`run.mode=local` on tiny models: what it refuses, and what it computes only once."""
+"""`run.mode=local` on tiny models: what it refuses, and what it does not compute twice."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def num_scored(steps: list[StepRecord]) -> int:
     ],
     ids=lambda value: value[0].partition("=")[0] if isinstance(value, tuple) else "",
 )
-def test_what_needs_more_than_one_process_is_refused_by_key(
+def test_settings_that_need_several_processes_are_refused_by_key(
     load: Load, overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -92,7 +92,7 @@ def test_a_refusal_names_all_keys_and_the_overrides_that_help(load: Load) -> Non
     local.check(load(*wrong, *needed.split()))
 
 
-def test_what_a_run_does_not_use_is_not_refused(load: Load) -> None:
+def test_settings_that_a_run_does_not_use_are_not_refused(load: Load) -> None:
     without_rollouts = ("schedule={type: fixed, phi: 0}", "rollout.engine={type: vllm}")
     without_teacher = ("teacher=null", "loss.terms=[{type: cross_entropy}]", "targets.stores=2")
     local.check(load(*without_rollouts, *without_teacher, "learner.zero_stage=3"))
@@ -118,7 +118,7 @@ def test_the_directory_of_a_run_on_a_cluster_is_refused(load: Load, tiny_job: Pa
         preflight.check(load())
 
 
-def test_show_says_that_a_local_run_asks_for_nothing(tiny_job: Path) -> None:
+def test_show_prints_no_resources_for_a_local_run(tiny_job: Path) -> None:
     shown = CliRunner().invoke(app, ["show", str(tiny_job), "run.mode=local"]).stdout
     assert "run.mode is local" in shown
     assert "asked of the cluster" not in shown
@@ -166,7 +166,7 @@ def test_later_epochs_and_replayed_responses_are_not_scored_again(load: Load) ->
     assert NUM_TRAIN == 3 * BATCH_SIZE
     steps = train(load(*DATASET_ONLY, *TWO_EPOCHS))
     assert [step.work.scored_sequences for step in steps] == [8, 8, 8, 0, 0, 0]
-    # Drawn from the start: fresh responses are new, replayed ones were scored as fresh ones.
+    # Only fresh responses are scored: replayed ones were scored when they were fresh.
     steps = train(load("learner.steps=12", "schedule.phi=1", run="student"))
     assert sum(step.mix.replay for step in steps) > 10
     for step in steps:
@@ -204,7 +204,7 @@ def test_two_rows_with_the_same_text_are_scored_once(load: Load, tmp_path: Path)
 
 
 def test_a_response_that_the_filter_drops_is_generated_again_and_then_kept(load: Load) -> None:
-    # Greedy, so that every attempt is dropped and the last one is trained on.
+    # Greedy decoding repeats the response, so every attempt but the last is dropped.
     overrides = ("rollout.filter.drop_truncated=true", "rollout.sampling.temperature=0")
     steps = train(load(*overrides, "schedule={type: fixed, phi: 1, replay_ratio: none}"))
     truncated = sum(step.work.truncated for step in steps)

@@ -1,4 +1,4 @@
-"""The run's log: what is written can be read back, also after a crash."""
+"""The run's log: every record is read back as it was written, also after a crash."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
@@ -32,18 +31,16 @@ from distillm_ray.log.records import (
     ValidationRecord,
 )
 from distillm_ray.types import (
-    FinishReason,
     MicroBatchPlan,
     Mix,
     PlannedSequence,
-    Rollout,
     Shelf,
-    Source,
     StepPlan,
     TrainStep,
 )
+from tests import make
 
-PROTOCOL: Any = event_pb2  # its classes are made at import, where no type checker sees them
+PROTOCOL: Any = event_pb2  # its classes are created at import, unseen by type checkers
 
 
 class Clock:
@@ -95,28 +92,13 @@ def scalars_in(events: list[Any], tag: str) -> list[tuple[int, float]]:
 
 
 def planned(shelf: Shelf, age: int) -> PlannedSequence:
-    rollout = Rollout(
-        rollout_id=f"{shelf}-{age}",
-        prompt_id="p",
-        prompt_ids=np.array([1], np.int32),
-        response_ids=np.array([2], np.int32),
-        loss_mask=np.array([True]),
-        source=Source.STUDENT,
-        version=0,
-        finish_reason=FinishReason.STOP,
-    )
-    weights = np.ones(1, np.float32)
-    return PlannedSequence(
-        rollout=rollout,
-        shelf=shelf,
-        age=age,
-        term_weights=(weights,),
-    )
+    rollout = make.rollout(f"{shelf}-{age}", response=[2])
+    return make.planned(rollout, shelf=shelf, age=age)
 
 
-def test_a_step_record_joins_what_learner_buffer_and_rollout_loop_know() -> None:
+def test_a_step_record_joins_the_facts_of_learner_buffer_and_orchestrator() -> None:
     fresh = planned(Shelf.FRESH, 0)
-    filler = dataclasses.replace(fresh, is_filler=True)  # of a third rank
+    filler = dataclasses.replace(fresh, is_filler=True)  # the third rank has a filler only
     ranks = (
         (MicroBatchPlan(sequences=(fresh, planned(Shelf.REPLAY, 9))),),
         (MicroBatchPlan(sequences=(planned(Shelf.FRESH, 3), planned(Shelf.DATASET, 0))),),
@@ -225,7 +207,7 @@ def test_steps_after_the_checkpoint_are_superseded_and_kept(tmp_path: Path) -> N
     assert kinds == ["start", "step", "step", "step", "event", "start", "step"]
 
 
-def test_a_run_from_the_beginning_supersedes_what_was_there(tmp_path: Path) -> None:
+def test_a_run_from_the_beginning_supersedes_all_earlier_records(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.add(ValidationRecord(step=0, loss=3.0))
     log.add(step_record(1))
@@ -261,7 +243,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
         open_log(tmp_path, resume_step=0)
 
 
-def test_reopening_without_anything_to_mark_leaves_the_lines_as_they_were(tmp_path: Path) -> None:
+def test_reopening_a_log_without_superseded_steps_does_not_change_its_lines(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.add(EventRecord(step=1, name="x", detail="é"))
     log.close()

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
 
-from distillm_ray.config import Config, TargetsConfig
+from distillm_ray.config import TargetsConfig
 from distillm_ray.errors import ConfigError, ModelError
 from distillm_ray.models.directory import (
     Role,
@@ -23,20 +21,14 @@ from distillm_ray.models.directory import (
     check_targets,
 )
 from distillm_ray.models.logit_rules import LogitRule
+from tests import make
 
-WORDS = ["<unk>", "<s>", "</s>", "red", "green", "blue"]
+SPECIAL = ["<unk>", "<s>", "</s>"]
+WORDS = ["red", "green", "blue"]
 
 
 def write_tokenizer(directory: Path, words: list[str]) -> None:
-    tokenizer = Tokenizer(
-        WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in words[:3]])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
-    )
+    make.tokenizer(SPECIAL, words).save_pretrained(directory)
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
@@ -47,22 +39,16 @@ def edit_config(directory: Path, **changes: Any) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama as transformers saves it, with 8 head rows for 6 tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     directory = tmp_path_factory.mktemp("models") / "tiny"
-    config = LlamaConfig(
+    make.llama(
         vocab_size=8,
         hidden_size=8,
         intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         max_position_embeddings=32,
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    ).save_pretrained(directory)
     write_tokenizer(directory, WORDS)
     return directory
 
@@ -72,7 +58,7 @@ def model(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
-def test_the_facts_of_a_directory_are_those_of_the_model_that_was_saved(model: Path) -> None:
+def test_the_facts_of_a_directory_are_those_of_the_saved_model(model: Path) -> None:
     facts = check_model_directory(model, "teacher")
     embeddings = 2 * 8 * 8
     attention = 8 * 8 + 2 * (8 * 4) + 8 * 8
@@ -251,7 +237,7 @@ def test_the_first_id_with_two_meanings_is_named_with_both_tokens(
     model: Path, tmp_path: Path
 ) -> None:
     student = Path(shutil.copytree(model, tmp_path / "student"))
-    write_tokenizer(student, ["<unk>", "<s>", "</s>", "red", "yellow", "green"])
+    write_tokenizer(student, ["red", "yellow", "green"])
     pair = check_model_directory(model, "teacher"), check_model_directory(student, "student")
     with pytest.raises(ModelError, match=r"id 4 is 'green' for the teacher .* and 'yellow' for"):
         check_pair(*pair)
@@ -283,23 +269,13 @@ def test_a_placeholder_beyond_both_models_rows_may_differ(model: Path, tmp_path:
     assert check_pair(*pair) == 8
 
 
-def tiny_config(**data: int) -> Config:
-    return Config.model_validate(
-        {
-            "run": {"directory": "runs/a"},
-            "teacher": {"model": "t"},
-            "student": {"model": "s"},
-            "data": {"train": ["a.jsonl"], **data},
-            "learner": {"steps": 1, "batch_size": 1},
-        }
-    )
-
-
 def test_sequences_longer_than_the_context_are_refused_with_the_sum(model: Path) -> None:
     facts = check_model_directory(model, "student")
-    check_lengths(tiny_config(max_prompt_tokens=16, max_response_tokens=16), facts, facts)
+    fits = {"max_prompt_tokens": 16, "max_response_tokens": 16}
+    too_long = {"max_prompt_tokens": 16, "max_response_tokens": 17}
+    check_lengths(make.config(data=fits), facts, facts)
     with pytest.raises(ConfigError, match=r"the student's context, got 16 \+ 17 = 33 > 32"):
-        check_lengths(tiny_config(max_prompt_tokens=16, max_response_tokens=17), None, facts)
+        check_lengths(make.config(data=too_long), None, facts)
 
 
 def test_top_k_beyond_the_vocabulary_is_refused() -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import numpy as np
 import pytest
 
 from distillm_ray.cluster.orchestrator_loop import BusyClock, Orchestrator
@@ -16,23 +15,10 @@ from distillm_ray.config import FilterConfig, SamplingConfig
 from distillm_ray.log.records import EventRecord, Record
 from distillm_ray.rollout.responses import MAX_REJECTED
 from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Source, Weights, Work
+from tests import make
 
 SOON = 5.0  # seconds; nothing here takes more than a few milliseconds
 LOOPING = [7] * 40
-
-
-def prompt(index: int) -> Prompt:
-    return Prompt(
-        prompt_id=f"p{index}",
-        token_ids=np.array([1, 2], dtype=np.int32),
-        reference_ids=(),
-        text="",
-        references=(),
-    )
-
-
-def demand(ordinal: int, *, attempt: int = 0) -> Demand:
-    return Demand(ordinal=ordinal, prompt=prompt(ordinal), min_version=0, attempt=attempt)
 
 
 def rollout(
@@ -42,25 +28,19 @@ def rollout(
     finish: FinishReason = FinishReason.STOP,
     ordinal: int | None = None,
 ) -> Rollout:
-    return Rollout(
-        rollout_id=name,
+    """The response to a demand; without an ordinal, a data-set sequence."""
+    return make.rollout(
+        name,
         prompt_id=f"p{ordinal}",
-        prompt_ids=np.array([1, 2], dtype=np.int32),
-        response_ids=np.array(token_ids, dtype=np.int32),
-        loss_mask=np.ones(len(token_ids), dtype=np.bool_),
+        response=token_ids,
         source=Source.DATASET if ordinal is None else Source.STUDENT,
-        version=0,
-        finish_reason=finish,
+        finish=finish,
         ordinal=ordinal,
     )
 
 
-def weights(version: int) -> Weights:
-    return Weights(version=version, buckets=(), nbytes=0)
-
-
 class FakeBuffer:
-    """Gives out what a test puts in; a lost ordinal is given out again, as the real one does."""
+    """Hands out the work that a test gives it, and lost ordinals again, like the real buffer."""
 
     def __init__(self, events: list[str]) -> None:
         self.events = events
@@ -87,18 +67,18 @@ class FakeBuffer:
 
     async def lose(self, ordinal: int) -> None:
         self.lost.append(ordinal)
-        self.give(demand(ordinal, attempt=self.lost.count(ordinal)))
+        self.give(make.demand(ordinal, attempt=self.lost.count(ordinal)))
 
     async def restore(self, state: bytes | None, completed: int) -> int:
         self.incarnation += 1
         self.events.append(f"restore to {completed}")
         self.on_restore()
-        await asyncio.sleep(0.01)  # the reply takes its time
+        await asyncio.sleep(0.01)  # the reply arrives later
         return self.incarnation
 
 
 class FakeGenerators:
-    """Answers by ordinal and attempt, from a script; by default at once and well."""
+    """Responds by ordinal and attempt, from a script; by default at once with two tokens."""
 
     def __init__(self, events: list[str]) -> None:
         self.events = events
@@ -139,7 +119,7 @@ class FakeGenerators:
 
 
 class FakeTargets:
-    """Counts two tokens a sequence that it does not have yet."""
+    """Counts two tokens for each sequence that is not stored yet."""
 
     def __init__(self, events: list[str]) -> None:
         self.events = events
@@ -165,8 +145,8 @@ class FakeLog:
         pass
 
 
-class House:
-    """A loop with everything around it."""
+class Setup:
+    """An orchestrator whose roles are fakes."""
 
     def __init__(self, *, teacher: bool = True, **response_filter: bool) -> None:
         self.events: list[str] = []
@@ -184,11 +164,11 @@ class House:
         self.buffer.finish = self.finish
 
     def finish(self) -> None:
-        """The run is over."""
+        """End the run."""
         self.finishing = asyncio.ensure_future(self.loop.finish())
 
     async def run_until(self, num_added: int) -> None:
-        """Run until so many rollouts are shelved and the loop has ended."""
+        """Run until the buffer has this many rollouts and the loop has ended."""
         self.buffer.expected = num_added
         await asyncio.wait_for(self.loop.run(), SOON)
 
@@ -203,110 +183,110 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def test_a_rollout_is_shelved_only_after_its_targets_are_stored() -> None:
-    house = House()
-    house.buffer.give(demand(0), demand(1))
-    await house.run_until(2)
+    setup = Setup()
+    setup.buffer.give(make.demand(0), make.demand(1))
+    await setup.run_until(2)
     for name in ("student-0", "student-1"):
-        assert house.events.index(f"score {name}") < house.events.index(f"add {name}")
+        assert setup.events.index(f"score {name}") < setup.events.index(f"add {name}")
 
 
-async def test_a_slow_response_does_not_hold_up_the_others() -> None:
-    house = House()
-    gate = house.generators.script[0, 0] = asyncio.Event()
-    house.buffer.give(demand(0), demand(1), demand(2))
-    house.buffer.expected = 3
-    run = asyncio.create_task(house.loop.run())
-    await until(lambda: len(house.buffer.added) == 2)
-    assert {one.ordinal for one in house.buffer.added} == {1, 2}
+async def test_a_slow_response_does_not_delay_the_others() -> None:
+    setup = Setup()
+    gate = setup.generators.script[0, 0] = asyncio.Event()
+    setup.buffer.give(make.demand(0), make.demand(1), make.demand(2))
+    setup.buffer.expected = 3
+    run = asyncio.create_task(setup.loop.run())
+    await until(lambda: len(setup.buffer.added) == 2)
+    assert {one.ordinal for one in setup.buffer.added} == {1, 2}
     gate.set()
     await asyncio.wait_for(run, SOON)
-    assert [one.ordinal for one in house.buffer.added][-1] == 0
+    assert [one.ordinal for one in setup.buffer.added][-1] == 0
 
 
 async def test_a_lost_ordinal_is_generated_again_and_named_in_the_log() -> None:
-    house = House()
-    house.generators.script[0, 0] = ActorLost("generator 1: it died")
-    house.generators.script[0, 1] = ActorLost("generator 0: it died")
-    house.buffer.give(demand(0))
-    await house.run_until(1)
-    assert house.buffer.lost == [0, 0]
-    assert house.buffer.added[0].response_ids.tolist() == [2 + 3, 9]  # the third attempt
-    details = [record.detail for record in house.log.records if isinstance(record, EventRecord)]
+    setup = Setup()
+    setup.generators.script[0, 0] = ActorLost("generator 1: it died")
+    setup.generators.script[0, 1] = ActorLost("generator 0: it died")
+    setup.buffer.give(make.demand(0))
+    await setup.run_until(1)
+    assert setup.buffer.lost == [0, 0]
+    assert setup.buffer.added[0].response_ids.tolist() == [2 + 3, 9]  # the third attempt
+    details = [record.detail for record in setup.log.records if isinstance(record, EventRecord)]
     assert details == ["generator 1: it died", "generator 0: it died"]
-    assert house.loop.counters().lost == 2
+    assert setup.loop.counters().lost == 2
 
 
 async def test_without_a_teacher_nothing_is_scored() -> None:
-    house = House(teacher=False)
-    house.buffer.give(demand(0), dataset=[rollout("dataset-0")])
-    await house.run_until(1)
-    assert house.events == ["add student-0"]
+    setup = Setup(teacher=False)
+    setup.buffer.give(make.demand(0), dataset=[rollout("dataset-0")])
+    await setup.run_until(1)
+    assert setup.events == ["add student-0"]
 
 
 async def test_data_set_sequences_are_scored_once() -> None:
-    house = House()
-    house.targets.stored.add("dataset-0")
-    house.buffer.give(demand(0), dataset=[rollout("dataset-0"), rollout("dataset-1")])
-    run = asyncio.create_task(house.loop.run())
-    await until(lambda: house.loop.counters().scored_sequences == 2)
-    house.finish()
+    setup = Setup()
+    setup.targets.stored.add("dataset-0")
+    setup.buffer.give(make.demand(0), dataset=[rollout("dataset-0"), rollout("dataset-1")])
+    run = asyncio.create_task(setup.loop.run())
+    await until(lambda: setup.loop.counters().scored_sequences == 2)
+    setup.finish()
     await asyncio.wait_for(run, SOON)
-    assert sorted(event for event in house.events if event.startswith("score")) == [
+    assert sorted(event for event in setup.events if event.startswith("score")) == [
         "score dataset-1",
         "score student-0",
     ]
-    assert house.loop.counters().scored_tokens == 4
+    assert setup.loop.counters().scored_tokens == 4
 
 
 # ---- the filter ---------------------------------------------------------------------------------
 
 
-async def test_a_rejected_response_is_asked_for_again() -> None:
-    house = House(drop_looping=True)
-    house.generators.script[0, 0] = rollout("student-0", LOOPING, ordinal=0)
-    house.buffer.give(demand(0))
-    await house.run_until(1)
-    assert house.buffer.added[0].response_ids.tolist() == [4, 9]
-    counters = house.loop.counters()
+async def test_a_rejected_response_is_generated_again() -> None:
+    setup = Setup(drop_looping=True)
+    setup.generators.script[0, 0] = rollout("student-0", LOOPING, ordinal=0)
+    setup.buffer.give(make.demand(0))
+    await setup.run_until(1)
+    assert setup.buffer.added[0].response_ids.tolist() == [4, 9]
+    counters = setup.loop.counters()
     assert (counters.dropped, counters.looping, counters.generated_sequences) == (1, 1, 2)
-    assert house.events == ["score student-0", "add student-0"]
+    assert setup.events == ["score student-0", "add student-0"]
 
 
-async def test_after_the_last_rejection_the_slot_takes_what_comes() -> None:
-    house = House(drop_truncated=True)
+async def test_after_the_last_rejection_the_slot_takes_any_response() -> None:
+    setup = Setup(drop_truncated=True)
     cut = rollout("student-0", (5, 6), finish=FinishReason.LENGTH, ordinal=0)
     for attempt in range(MAX_REJECTED + 1):
-        house.generators.script[0, attempt] = cut
-    house.buffer.give(demand(0))
-    await house.run_until(1)
-    assert house.buffer.added == [cut]
-    assert house.buffer.lost == [0] * MAX_REJECTED
-    counters = house.loop.counters()
+        setup.generators.script[0, attempt] = cut
+    setup.buffer.give(make.demand(0))
+    await setup.run_until(1)
+    assert setup.buffer.added == [cut]
+    assert setup.buffer.lost == [0] * MAX_REJECTED
+    counters = setup.loop.counters()
     assert (counters.dropped, counters.truncated) == (MAX_REJECTED, MAX_REJECTED + 1)
 
 
 async def test_rejections_of_one_ordinal_do_not_count_for_another() -> None:
-    house = House(drop_truncated=True)
+    setup = Setup(drop_truncated=True)
     for ordinal in (0, 1):
         for attempt in range(MAX_REJECTED):
-            house.generators.script[ordinal, attempt] = rollout(
+            setup.generators.script[ordinal, attempt] = rollout(
                 f"student-{ordinal}", (5, 6), finish=FinishReason.LENGTH, ordinal=ordinal
             )
-    house.buffer.give(demand(0), demand(1))
-    await house.run_until(2)
-    assert all(one.finish_reason is FinishReason.STOP for one in house.buffer.added)
+    setup.buffer.give(make.demand(0), make.demand(1))
+    await setup.run_until(2)
+    assert all(one.finish_reason is FinishReason.STOP for one in setup.buffer.added)
 
 
-async def test_what_the_filter_keeps_is_counted_all_the_same() -> None:
-    house = House()
-    house.generators.script[0, 0] = rollout("student-0", LOOPING, ordinal=0)
-    house.generators.script[1, 0] = rollout(
+async def test_responses_that_the_filter_keeps_are_counted_too() -> None:
+    setup = Setup()
+    setup.generators.script[0, 0] = rollout("student-0", LOOPING, ordinal=0)
+    setup.generators.script[1, 0] = rollout(
         "student-1", (5, 6, 7), finish=FinishReason.LENGTH, ordinal=1
     )
-    house.generators.script[2, 0] = rollout("student-2", (9,), ordinal=2)
-    house.buffer.give(demand(0), demand(1), demand(2))
-    await house.run_until(3)
-    counters = house.loop.counters()
+    setup.generators.script[2, 0] = rollout("student-2", (9,), ordinal=2)
+    setup.buffer.give(make.demand(0), make.demand(1), make.demand(2))
+    await setup.run_until(3)
+    counters = setup.loop.counters()
     assert (counters.looping, counters.truncated, counters.empty) == (1, 1, 1)
     assert counters.generated_tokens == len(LOOPING) + 3 + 1
     assert (counters.dropped, counters.lost) == (0, 0)
@@ -316,21 +296,21 @@ async def test_what_the_filter_keeps_is_counted_all_the_same() -> None:
 
 
 async def test_a_failing_task_ends_the_run_with_its_own_error_and_cancels_the_rest() -> None:
-    house = House()
-    house.generators.script[0, 0] = asyncio.Event()
-    house.generators.script[1, 0] = ZeroDivisionError("of a task")
-    house.buffer.give(demand(0), demand(1))
+    setup = Setup()
+    setup.generators.script[0, 0] = asyncio.Event()
+    setup.generators.script[1, 0] = ZeroDivisionError("of a task")
+    setup.buffer.give(make.demand(0), make.demand(1))
     with pytest.raises(ZeroDivisionError, match="of a task"):
-        await asyncio.wait_for(house.loop.run(), SOON)
-    assert house.generators.cancelled == [0]
-    assert house.buffer.added == []
+        await asyncio.wait_for(setup.loop.run(), SOON)
+    assert setup.generators.cancelled == [0]
+    assert setup.buffer.added == []
 
 
 async def test_an_update_that_fails_ends_the_run() -> None:
-    house = House()
-    house.generators.update_error = RuntimeError("no weights")
-    run = asyncio.create_task(house.loop.run())
-    await house.loop.publish(weights(1))
+    setup = Setup()
+    setup.generators.update_error = RuntimeError("no weights")
+    run = asyncio.create_task(setup.loop.run())
+    await setup.loop.publish(make.weights(1))
     with pytest.raises(RuntimeError, match="no weights"):
         await asyncio.wait_for(run, SOON)
 
@@ -339,108 +319,110 @@ async def test_an_update_that_fails_ends_the_run() -> None:
 
 
 async def test_publishing_returns_before_the_weights_have_arrived() -> None:
-    house = House()
-    house.generators.update_gate.clear()
-    await asyncio.wait_for(house.loop.publish(weights(1)), SOON)
-    assert house.events == []
-    house.generators.update_gate.set()
-    await house.loop.publish(weights(2))  # waits for the first one
-    assert house.events == ["weights 1"]
-    await until(lambda: house.events == ["weights 1", "weights 2"])
-    assert house.loop.counters().sync_seconds == 1.0
+    setup = Setup()
+    setup.generators.update_gate.clear()
+    await asyncio.wait_for(setup.loop.publish(make.weights(1)), SOON)
+    assert setup.events == []
+    setup.generators.update_gate.set()
+    await setup.loop.publish(make.weights(2))  # waits for the first one
+    assert setup.events == ["weights 1"]
+    await until(lambda: setup.events == ["weights 1", "weights 2"])
+    assert setup.loop.counters().sync_seconds == 1.0
 
 
 async def test_responses_come_from_the_weights_published_last() -> None:
-    house = House()
-    house.generators.update_gate.clear()
-    await house.loop.publish(weights(1))
-    responses = asyncio.create_task(house.loop.respond([prompt(3), prompt(1)], SamplingConfig(), 6))
+    setup = Setup()
+    setup.generators.update_gate.clear()
+    await setup.loop.publish(make.weights(1))
+    responses = asyncio.create_task(
+        setup.loop.respond([make.prompt("p3"), make.prompt("p1")], SamplingConfig(), 6)
+    )
     await asyncio.sleep(0.01)
-    assert house.events == []
-    house.generators.update_gate.set()
+    assert setup.events == []
+    setup.generators.update_gate.set()
     got = await asyncio.wait_for(responses, SOON)
-    assert house.events == ["weights 1", "respond p3", "respond p1"]
+    assert setup.events == ["weights 1", "respond p3", "respond p1"]
     assert [one.rollout_id for one in got] == ["response-p3", "response-p1"]
-    assert house.loop.counters().generated_tokens == 6
+    assert setup.loop.counters().generated_tokens == 6
 
 
 async def test_the_run_ends_after_the_last_weights_have_arrived() -> None:
-    """They are what is evaluated next."""
-    house = House()
-    house.generators.update_gate.clear()
-    run = asyncio.create_task(house.loop.run())
-    await house.loop.publish(weights(9))
-    house.finish()
+    """They are evaluated next."""
+    setup = Setup()
+    setup.generators.update_gate.clear()
+    run = asyncio.create_task(setup.loop.run())
+    await setup.loop.publish(make.weights(9))
+    setup.finish()
     await asyncio.sleep(0.01)
     assert not run.done()
-    house.generators.update_gate.set()
+    setup.generators.update_gate.set()
     await asyncio.wait_for(run, SOON)
-    assert house.events == ["weights 9"]
+    assert setup.events == ["weights 9"]
 
 
 # ---- restore ------------------------------------------------------------------------------------
 
 
-async def test_a_restore_cancels_what_is_under_way_and_goes_on_with_new_work() -> None:
-    house = House()
-    house.generators.script[0, 0] = asyncio.Event()
-    house.buffer.give(demand(0))
-    run = asyncio.create_task(house.loop.run())
+async def test_a_restore_cancels_running_tasks_and_continues_with_new_work() -> None:
+    setup = Setup()
+    setup.generators.script[0, 0] = asyncio.Event()
+    setup.buffer.give(make.demand(0))
+    run = asyncio.create_task(setup.loop.run())
     await asyncio.sleep(0.01)
-    await house.loop.restore(b"state", 4)
-    assert house.generators.cancelled == [0]
-    house.buffer.expected = 1
-    house.buffer.give(demand(1))
+    await setup.loop.restore(b"state", 4)
+    assert setup.generators.cancelled == [0]
+    setup.buffer.expected = 1
+    setup.buffer.give(make.demand(1))
     await asyncio.wait_for(run, SOON)
-    assert [one.ordinal for one in house.buffer.added] == [1]
+    assert [one.ordinal for one in setup.buffer.added] == [1]
 
 
-async def test_work_from_before_a_restore_is_not_done_and_work_from_after_it_is() -> None:
-    """Even if the old work arrives while restoring, and the new work before the reply."""
-    house = House()
-    house.buffer.expected = 1
-    run = asyncio.create_task(house.loop.run())
+async def test_work_from_before_a_restore_is_ignored_and_work_from_after_it_is_done() -> None:
+    """The old work arrives during the restore, the new work before the reply to it."""
+    setup = Setup()
+    setup.buffer.expected = 1
+    run = asyncio.create_task(setup.loop.run())
 
     def arrive() -> None:
-        house.buffer.todo.put_nowait(Work(incarnation=0, demand=(demand(7),), dataset=()))
-        house.buffer.give(demand(8))
+        setup.buffer.todo.put_nowait(Work(incarnation=0, demand=(make.demand(7),), dataset=()))
+        setup.buffer.give(make.demand(8))
 
-    house.buffer.on_restore = arrive
-    await house.loop.restore(None, 0)
+    setup.buffer.on_restore = arrive
+    await setup.loop.restore(None, 0)
     await asyncio.wait_for(run, SOON)
-    assert [one.ordinal for one in house.buffer.added] == [8]
+    assert [one.ordinal for one in setup.buffer.added] == [8]
 
 
-async def test_rejections_are_forgotten_by_a_restore() -> None:
-    house = House(drop_truncated=True)
+async def test_a_restore_resets_the_count_of_rejections() -> None:
+    setup = Setup(drop_truncated=True)
     cut = rollout("student-0", (5, 6), finish=FinishReason.LENGTH, ordinal=0)
     gate = asyncio.Event()
-    house.generators.script |= {(0, 0): cut, (0, 1): cut, (0, 2): gate}
-    house.buffer.give(demand(0))
-    run = asyncio.create_task(house.loop.run())
-    await until(lambda: len(house.buffer.lost) == 2)
-    await house.loop.restore(None, 0)
-    house.buffer.lost.clear()
-    house.generators.script = {(0, attempt): cut for attempt in range(MAX_REJECTED + 1)}
-    house.buffer.expected = 1
-    house.buffer.give(demand(0))
+    setup.generators.script |= {(0, 0): cut, (0, 1): cut, (0, 2): gate}
+    setup.buffer.give(make.demand(0))
+    run = asyncio.create_task(setup.loop.run())
+    await until(lambda: len(setup.buffer.lost) == 2)
+    await setup.loop.restore(None, 0)
+    setup.buffer.lost.clear()
+    setup.generators.script = {(0, attempt): cut for attempt in range(MAX_REJECTED + 1)}
+    setup.buffer.expected = 1
+    setup.buffer.give(make.demand(0))
     await asyncio.wait_for(run, SOON)
-    assert house.buffer.lost == [0] * MAX_REJECTED
+    assert setup.buffer.lost == [0] * MAX_REJECTED
 
 
 @pytest.mark.parametrize(("published", "rewinds"), [(4, False), (5, True), (None, False)])
-async def test_generators_go_back_only_if_they_hold_weights_that_no_longer_exist(
+async def test_generators_are_rewound_only_if_they_hold_weights_that_no_longer_exist(
     published: int | None, rewinds: bool
 ) -> None:
-    house = House()
+    setup = Setup()
     if published is not None:
-        await house.loop.publish(weights(published))
-        await until(lambda: f"weights {published}" in house.events)
-    house.events.clear()
-    await house.loop.restore(b"state", 4)
-    assert house.events == (["rewind"] if rewinds else []) + ["restore to 4"]
-    await house.loop.restore(b"state", 4)
-    assert house.events.count("rewind") == rewinds, "once is enough"
+        await setup.loop.publish(make.weights(published))
+        await until(lambda: f"weights {published}" in setup.events)
+    setup.events.clear()
+    await setup.loop.restore(b"state", 4)
+    assert setup.events == (["rewind"] if rewinds else []) + ["restore to 4"]
+    await setup.loop.restore(b"state", 4)
+    assert setup.events.count("rewind") == rewinds, "once is enough"
 
 
 # ---- clocks -------------------------------------------------------------------------------------
@@ -465,11 +447,11 @@ def test_a_busy_clock_counts_overlapping_work_once(monkeypatch: pytest.MonkeyPat
     assert clock.seconds == 10.0
 
 
-async def test_waiting_for_nothing_is_not_counted_as_work() -> None:
-    house = House()
-    run = asyncio.create_task(house.loop.run())
+async def test_an_idle_loop_counts_no_seconds_of_work() -> None:
+    setup = Setup()
+    run = asyncio.create_task(setup.loop.run())
     await asyncio.sleep(0.05)
-    counters = house.loop.counters()
+    counters = setup.loop.counters()
     assert (counters.generate_seconds, counters.score_seconds) == (0.0, 0.0)
-    house.finish()
+    setup.finish()
     await asyncio.wait_for(run, SOON)

@@ -1,4 +1,4 @@
-"""How long a learner waits for the roles that it talks to."""
+"""The limits of a learner's calls to the orchestrator."""
 
 from __future__ import annotations
 
@@ -10,22 +10,13 @@ import pytest
 from distillm_ray.cluster import orchestrator
 from distillm_ray.cluster.orchestrator import OrchestratorClient
 from distillm_ray.cluster.rollout import TIMEOUTS_PER_CALL
-from distillm_ray.config import Config
+from tests import make
 
 
-def test_a_publish_and_a_probe_wait_longer_than_the_pool_needs_to_replace_a_generator(
+def test_a_publish_and_a_probe_may_take_as_long_as_the_pool_needs_to_replace_a_generator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = Config.model_validate(
-        {
-            "run": {"directory": "runs/x", "startup_timeout_s": 30.0},
-            "teacher": {"model": "models/teacher"},
-            "student": {"model": "models/student"},
-            "data": {"train": ["data/train.jsonl"]},
-            "learner": {"steps": 10, "batch_size": 8},
-            "rollout": {"timeout_s": 70.0},
-        }
-    )
+    config = make.config(run={"startup_timeout_s": 30.0}, rollout={"timeout_s": 70.0})
     waited: list[float] = []
 
     def ask(call: object, what: str, *, timeout_s: float) -> list[Any]:

@@ -20,7 +20,6 @@ from transformers import (
     GPT2Config,
     GPT2Model,
     Lfm2Config,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     Phi3Config,
@@ -36,27 +35,18 @@ from distillm_ray.models.heads import FrozenHead, load_frozen_head
 from distillm_ray.models.packed import PackedModel, check_head, load_packed_model
 from distillm_ray.models.row_path import backbone_of, refuse_by_config
 from distillm_ray.teacher.scorer import Scorer
-from distillm_ray.types import FinishReason, Rollout, Source
+from distillm_ray.types import Source
+from tests import make
 
 CPU = torch.device("cpu")
 VOCABULARY_SIZE = 60  # of the tokenizer; the models have 64 rows
 LENGTHS = (6, 1, 9)
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "initializer_range": 0.3,  # logits far enough from 0 for differences to matter
-}
+SPREAD: dict[str, Any] = {"initializer_range": 0.3}  # spreads the logits, so that errors show
 CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SMALL, tie_word_embeddings=False),
-    "gpt2": GPT2Config(
-        vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3
-    ),
+    "llama": make.llama_config(**SPREAD, tie_word_embeddings=False),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32, **SPREAD),
     # The convolution of its first layer reads over the sequence boundary.
-    "lfm2": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    "lfm2": Lfm2Config(**make.SMALL, **SPREAD, layer_types=["conv", "full_attention"]),
 }
 ROLES = ("student", "teacher")
 
@@ -126,7 +116,7 @@ def test_a_model_that_keeps_packed_sequences_apart_is_accepted(
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_check_turns_dropout_off_and_leaves_the_mode_as_it_was(training: bool) -> None:
+def test_the_check_turns_dropout_off_and_restores_the_mode(training: bool) -> None:
     config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5)
     model = AutoModelForCausalLM.from_config(config).train(training)
     head = FrozenHead(weight_VD=model.get_output_embeddings().weight)
@@ -140,15 +130,12 @@ def test_the_held_out_loss_is_the_mean_cross_entropy_of_each_sequence_alone(
 ) -> None:
     numbers = np.random.default_rng(0)
     demonstrations = [
-        Rollout(
-            rollout_id=f"r{length}",
-            prompt_id=f"p{length}",
-            prompt_ids=numbers.integers(0, 60, 4).astype(np.int32),
-            response_ids=numbers.integers(0, 60, length).astype(np.int32),
-            loss_mask=np.arange(length) != 1,
+        make.rollout(
+            f"r{length}",
+            prompt=numbers.integers(0, 60, 4),
+            response=numbers.integers(0, 60, length),
+            mask=np.arange(length) != 1,
             source=Source.DATASET,
-            version=0,
-            finish_reason=FinishReason.STOP,
         )
         for length in (5, 1, 8)
     ]
@@ -232,7 +219,7 @@ def test_a_rope_that_depends_on_the_rows_longest_sequence_packs_up_to_its_limit(
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
     config = Phi3Config(
-        **SMALL,
+        **make.SMALL,
         rope_parameters={**rope, "original_max_position_embeddings": 8},
         original_max_position_embeddings=8,
         max_position_embeddings=32,

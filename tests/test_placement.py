@@ -1,4 +1,4 @@
-"""What each phase asks for, and the refusal of what a cluster does not have."""
+"""The resources of each phase, and the refusal of what a cluster does not have."""
 
 from __future__ import annotations
 
@@ -19,21 +19,9 @@ from distillm_ray.cluster.placement import (
 )
 from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError
+from tests import make
 
 GIB = 2**30
-
-
-def make_config(**sections: dict[str, Any]) -> Config:
-    tree: dict[str, dict[str, Any]] = {
-        "run": {"directory": "runs/x"},
-        "teacher": {"model": "models/teacher"},
-        "student": {"model": "models/student"},
-        "data": {"train": ["data/train.jsonl"]},
-        "learner": {"steps": 10, "batch_size": 8},
-    }
-    for name, values in sections.items():
-        tree.setdefault(name, {}).update(values)
-    return Config.model_validate(tree)
 
 
 def training(config: Config, device: Any) -> Phase:
@@ -47,7 +35,7 @@ def refusal(config: Config, device: Any, available: Available) -> str:
 
 
 def test_the_defaults_ask_for_one_cpu_a_role_and_no_gpu_on_a_cpu() -> None:
-    asked = training(make_config(), "cpu")
+    asked = training(make.config(), "cpu")
     roles = {role.role: (role.count, role.cpus, role.gpus) for role in asked.roles}
     assert roles == {"learner": (1, 1, 0), "generator": (1, 1, 0), "scorer": (1, 1, 0)}
     assert (asked.cpus, asked.gpus) == (3.0, 0.0)
@@ -55,7 +43,7 @@ def test_the_defaults_ask_for_one_cpu_a_role_and_no_gpu_on_a_cpu() -> None:
 
 
 def test_on_gpus_a_pool_asks_for_its_tensor_parallel_ranks() -> None:
-    config = make_config(
+    config = make.config(
         rollout={"actors": 3, "tensor_parallel": 2, "num_cpus": 0.5},
         teacher={"tensor_parallel": 4},
         learner={"workers": 8},
@@ -67,7 +55,7 @@ def test_on_gpus_a_pool_asks_for_its_tensor_parallel_ranks() -> None:
 
 
 def test_fractions_of_a_gpu_are_taken_from_the_config() -> None:
-    config = make_config(
+    config = make.config(
         rollout={"num_gpus": 0.25}, teacher={"num_gpus": 0.25}, learner={"num_gpus": 0.5}
     )
     asked = training(config, "cuda")
@@ -76,7 +64,7 @@ def test_fractions_of_a_gpu_are_taken_from_the_config() -> None:
 
 
 def test_a_run_without_teacher_or_generation_asks_for_neither() -> None:
-    config = make_config(
+    config = make.config(
         loss={"terms": [{"type": "cross_entropy"}]},
         schedule={"type": "fixed", "phi": 0.0},
         validation={"probe_prompts": 0},
@@ -88,37 +76,37 @@ def test_a_run_without_teacher_or_generation_asks_for_neither() -> None:
 
 
 def test_the_evaluation_at_the_end_needs_a_generator_even_without_rollouts() -> None:
-    config = make_config(schedule={"type": "fixed", "phi": 0.0}, validation={"probe_prompts": 0})
+    config = make.config(schedule={"type": "fixed", "phi": 0.0}, validation={"probe_prompts": 0})
     assert "generator" in {role.role for role in training(config, "cpu").roles}
 
 
 def test_what_fits_exactly_is_accepted() -> None:
-    check(train_phases(make_config(), "cpu"), Available(nodes=(Node(cpus=2), Node(cpus=1))))
+    check(train_phases(make.config(), "cpu"), Available(nodes=(Node(cpus=2), Node(cpus=1))))
 
 
-def test_too_few_cpus_names_what_is_asked_what_is_there_and_the_keys() -> None:
-    config = make_config(rollout={"actors": 4})
+def test_too_few_cpus_are_reported_with_the_demand_the_supply_and_the_keys() -> None:
+    config = make.config(rollout={"actors": 4})
     message = refusal(config, "cpu", Available(nodes=(Node(cpus=2),)))
     assert "6 CPUs asked for (1 learner x 1, 4 generator x 1, 1 scorer x 1)" in message
     assert "2 in the cluster" in message
     assert "lower learner.num_cpus, rollout.actors, rollout.num_cpus or teacher.num_cpus" in message
 
 
-def test_too_few_gpus_names_the_keys_that_count_them() -> None:
-    config = make_config(learner={"workers": 4}, rollout={"num_gpus": 0}, teacher={"num_gpus": 0})
+def test_too_few_gpus_are_reported_with_the_keys_that_count_them() -> None:
+    config = make.config(learner={"workers": 4}, rollout={"num_gpus": 0}, teacher={"num_gpus": 0})
     message = refusal(config, "cuda", Available(nodes=(Node(cpus=64, gpus=2),)))
     assert "4 GPUs asked for (4 learner x 1), 2 in the cluster" in message
     assert message.endswith("lower learner.workers or learner.num_gpus")
 
 
-def test_both_shortages_are_told_at_once() -> None:
-    message = refusal(make_config(), "cuda", Available(nodes=(Node(cpus=1),)))
+def test_both_shortages_are_reported_at_once() -> None:
+    message = refusal(make.config(), "cuda", Available(nodes=(Node(cpus=1),)))
     assert "3 CPUs asked for" in message
     assert "3 GPUs asked for" in message
 
 
 def test_more_tensor_parallel_ranks_than_devices_on_a_node_are_refused() -> None:
-    config = make_config(rollout={"tensor_parallel": 4})
+    config = make.config(rollout={"tensor_parallel": 4})
     nodes = (Node(cpus=8, gpus=2),) * 4
     message = refusal(config, "cuda", Available(nodes=nodes))
     assert (
@@ -128,7 +116,7 @@ def test_more_tensor_parallel_ranks_than_devices_on_a_node_are_refused() -> None
 
 
 def test_an_actor_is_not_split_over_nodes() -> None:
-    config = make_config(learner={"num_cpus": 2}, rollout={"num_cpus": 2}, teacher={"num_cpus": 2})
+    config = make.config(learner={"num_cpus": 2}, rollout={"num_cpus": 2}, teacher={"num_cpus": 2})
     check(train_phases(config, "cpu"), Available(nodes=(Node(cpus=2), Node(cpus=4))))
     message = refusal(config, "cpu", Available(nodes=(Node(cpus=3), Node(cpus=3))))
     assert "only 0 of 1 scorer processes fit" in message
@@ -136,7 +124,7 @@ def test_an_actor_is_not_split_over_nodes() -> None:
 
 
 def test_targets_beyond_the_object_store_are_refused() -> None:
-    config = make_config(targets={"max_bytes": 4 * GIB})
+    config = make.config(targets={"max_bytes": 4 * GIB})
     available = Available(nodes=(Node(cpus=8),), object_store_bytes=GIB)
     message = refusal(config, "cpu", available)
     assert "targets.max_bytes is 4,294,967,296" in message
@@ -145,7 +133,7 @@ def test_targets_beyond_the_object_store_are_refused() -> None:
 
 
 def test_show_prints_a_tree_that_loads_again_and_the_sums() -> None:
-    config = make_config(rollout={"actors": 3})
+    config = make.config(rollout={"actors": 3})
     shown = render_show(config, "cpu")
     tree, _, table = shown.partition("\n\n")
     assert Config.model_validate(yaml.safe_load(tree)) == config
@@ -157,8 +145,8 @@ def test_show_prints_a_tree_that_loads_again_and_the_sums() -> None:
     assert "\x1b" not in shown
 
 
-def test_every_phase_has_numbers_of_its_own() -> None:
-    config = make_config(
+def test_every_phase_has_its_own_resources() -> None:
+    config = make.config(
         rollout={"tensor_parallel": 2},
         teacher={"tensor_parallel": 1, "num_gpus": 3},
         learner={"workers": 5},
@@ -185,7 +173,7 @@ def test_every_phase_has_numbers_of_its_own() -> None:
 
 
 def test_a_later_phase_that_does_not_fit_is_refused_before_the_first() -> None:
-    config = make_config(evaluation={"teacher": {"tensor_parallel": 8}})
+    config = make.config(evaluation={"teacher": {"tensor_parallel": 8}})
     message = refusal(config, "cuda", Available(nodes=(Node(cpus=16, gpus=4),)))
     assert "evaluation of the teacher: 8 GPUs asked for (1 teacher generator x 8)" in message
     assert message.endswith("lower evaluation.teacher.tensor_parallel")
@@ -193,16 +181,16 @@ def test_a_later_phase_that_does_not_fit_is_refused_before_the_first() -> None:
 
 
 def test_a_run_without_teacher_evaluates_none() -> None:
-    tree = make_config().model_dump() | {
-        "teacher": None,
-        "loss": {"terms": [{"type": "cross_entropy"}]},
-        "schedule": {"type": "fixed", "phi": 0.0},
-    }
-    names = [phase.name for phase in train_phases(Config.model_validate(tree), "cpu")]
+    config = make.config(
+        teacher=None,
+        loss={"terms": [{"type": "cross_entropy"}]},
+        schedule={"type": "fixed", "phi": 0.0},
+    )
+    names = [phase.name for phase in train_phases(config, "cpu")]
     assert names == ["training", "evaluation of the student", "held-out loss of the student"]
 
 
-def test_threads_follow_the_cpus_unless_they_are_named() -> None:
-    config = make_config(rollout={"num_cpus": 3.5}, learner={"num_cpus": 0, "num_threads": 2})
+def test_threads_follow_the_cpus_unless_they_are_set() -> None:
+    config = make.config(rollout={"num_cpus": 3.5}, learner={"num_cpus": 0, "num_threads": 2})
     threads = {role.role: role.num_threads for role in training(config, "cpu").roles}
     assert threads == {"learner": 2, "generator": 3, "scorer": 1}

@@ -31,24 +31,17 @@ from distillm_ray.preflight import (
     train_engines,
 )
 from distillm_ray.teacher.target_key import TargetIdentity
+from tests import make
 
 
 def make_config(directory: Path) -> Config:
-    return Config.model_validate(
-        {
-            "run": {"directory": directory},
-            "teacher": {"model": "t"},
-            "student": {"model": "s"},
-            "data": {"train": ["d.jsonl"]},
-            "learner": {"steps": 4, "batch_size": 2},
-        }
-    )
+    return make.config(run={"directory": directory}, learner={"steps": 4})
 
 
 def test_a_run_directory_inside_of_an_uploaded_working_directory_is_refused(
     tmp_path: Path,
 ) -> None:
-    """A relative `run.directory` in a Ray job is one."""
+    """A relative `run.directory` in a Ray job lies there."""
     uploaded = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
     uploaded.mkdir(parents=True)
     with pytest.raises(RunDirectoryError, match="give an absolute path") as caught:
@@ -63,7 +56,7 @@ def test_a_new_and_an_empty_directory_begin_a_run(tmp_path: Path) -> None:
     assert check_run_directory(make_config(tmp_path)) is None
 
 
-def test_a_directory_with_something_else_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_directory_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RunDirectoryError, match="not a distillm-ray run; refusing to overwrite it"):
         check_run_directory(make_config(tmp_path))
@@ -71,7 +64,7 @@ def test_a_directory_with_something_else_is_not_overwritten(tmp_path: Path) -> N
         check_run_directory(make_config(tmp_path / "thesis.tex"))
 
 
-def test_a_run_made_shorter_than_what_it_has_done_is_refused(tmp_path: Path) -> None:
+def test_fewer_steps_than_the_run_has_completed_are_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run")
     directory = config.run.directory
     directory.mkdir()
@@ -92,7 +85,7 @@ def test_a_scorer_on_several_devices_is_refused_before_anything_starts(tmp_path:
         check(config.model_copy(update={"teacher": teacher}))
 
 
-def test_vllm_is_looked_for_in_every_pool_of_the_run_before_anything_starts(
+def test_every_pool_of_the_run_is_checked_for_vllm_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(tmp_path)
@@ -107,22 +100,21 @@ def test_vllm_is_looked_for_in_every_pool_of_the_run_before_anything_starts(
     check_engines({"rollout": other})
 
 
-def test_without_at_end_and_rollouts_no_engine_is_needed(tmp_path: Path) -> None:
-    tree = make_config(tmp_path).model_dump()
-    tree |= {
-        "teacher": None,
-        "loss": {"terms": [{"type": "cross_entropy"}]},
-        "schedule": {"type": "fixed", "phi": 0.0},
-    }
-    tree["evaluation"]["at_end"] = False
-    assert train_engines(Config.model_validate(tree)) == {}
+def test_without_at_end_and_rollouts_no_engine_is_needed() -> None:
+    config = make.config(
+        teacher=None,
+        loss={"terms": [{"type": "cross_entropy"}]},
+        schedule={"type": "fixed", "phi": 0.0},
+        evaluation={"at_end": False},
+    )
+    assert train_engines(config) == {}
 
 
 def facts(path: Path) -> ModelFacts:
     return cast(ModelFacts, SimpleNamespace(path=path))
 
 
-def test_the_identity_of_targets_names_what_only_a_scorer_can_resolve(
+def test_the_identity_of_targets_holds_a_dtype_that_only_a_scorer_can_resolve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "model_identity", lambda path: f"digest of {path.name}")

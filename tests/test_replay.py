@@ -1,4 +1,4 @@
-"""The replay buffer under random but legal orders of events, and each of its rules alone."""
+"""The replay buffer under random but valid orders of events, and each of its rules alone."""
 
 from __future__ import annotations
 
@@ -26,35 +26,16 @@ from distillm_ray.types import (
     Source,
     Validation,
 )
-
-IDS = np.array([5, 6], dtype=np.int32)
+from tests import make
 
 
 def make_prompts(count: int) -> list[Prompt]:
-    return [
-        Prompt(
-            prompt_id=f"p{index}",
-            token_ids=IDS,
-            reference_ids=(IDS,),
-            text="question",
-            references=("response",),
-        )
-        for index in range(count)
-    ]
+    return [make.prompt(f"p{index}") for index in range(count)]
 
 
 def make_demonstrations(count: int) -> list[Rollout]:
     return [
-        Rollout(
-            rollout_id=f"dataset-p{index}",
-            prompt_id=f"p{index}",
-            prompt_ids=IDS,
-            response_ids=IDS,
-            loss_mask=np.ones(2, dtype=np.bool_),
-            source=Source.DATASET,
-            version=0,
-            finish_reason=FinishReason.STOP,
-        )
+        make.rollout(f"dataset-p{index}", prompt_id=f"p{index}", source=Source.DATASET)
         for index in range(count)
     ]
 
@@ -63,16 +44,14 @@ def rollout_of(demand: Demand, version: int | None = None) -> Rollout:
     """A rollout whose tokens and log-probabilities depend on the ordinal."""
     ordinal = demand.ordinal
     num_tokens = 1 + ordinal % 3
-    return Rollout(
-        rollout_id=f"student-{ordinal}",
+    return make.rollout(
+        f"student-{ordinal}",
         prompt_id=demand.prompt.prompt_id,
-        prompt_ids=demand.prompt.token_ids,
-        response_ids=np.arange(ordinal, ordinal + num_tokens, dtype=np.int32),
-        loss_mask=np.ones(num_tokens, dtype=np.bool_),
-        source=Source.STUDENT,
+        prompt=demand.prompt.token_ids,
+        response=np.arange(ordinal, ordinal + num_tokens),
         version=demand.min_version if version is None else version,
-        finish_reason=FinishReason.LENGTH if ordinal % 2 else FinishReason.STOP,
-        logprobs=None if ordinal % 5 == 4 else np.full(num_tokens, -0.25, dtype=np.float32),
+        finish=FinishReason.LENGTH if ordinal % 2 else FinishReason.STOP,
+        logprobs=None if ordinal % 5 == 4 else np.full(num_tokens, -0.25),
         ordinal=ordinal,
         text=f"text {ordinal}",
     )
@@ -198,7 +177,7 @@ class World:
         self.saved = self.buffer.state(0)
 
     def play(self) -> list[Draw]:
-        """Run until the last step is completed. No possible event means a deadlock."""
+        """Run until the last step is completed. If no event is possible, the run is deadlocked."""
         while self.completed < self.run.total_steps:
             events = [event for event in self.possible() for _ in range(WEIGHTS[event])]
             assert events, self.buffer.waiting_for(len(self.draws))
@@ -295,7 +274,7 @@ class World:
         counters = self.buffer.counters
         assert counters.replay <= self.run.capacity
         drawn = sum(draw.mix.fresh for draw in self.draws.values())
-        # What is in flight or finished is exactly what is demanded and not drawn.
+        # Each demanded rollout that is not drawn is in flight or finished.
         assert counters.outstanding + counters.fresh == counters.demanded - drawn
         assert counters.late == 0
 
@@ -328,7 +307,7 @@ def test_no_sequence_of_events_deadlocks_and_each_ordinal_is_fresh_exactly_once(
     assert (counters.demanded, counters.outstanding, counters.fresh) == (len(fresh), 0, 0)
     for draw in draws:
         check_draw(run, draw)
-    # The order of events, restarts and prefetching do not change what is trained on.
+    # Neither the order of events nor restarts nor prefetching change the draws.
     assert [slots(draw) for draw in draws] == [slots(draw) for draw in play(run)]
 
 
@@ -371,7 +350,7 @@ def check_draw(run: Run, draw: Draw) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(run=runs.filter(lambda run: run.increment == 0.0))
-def test_while_phi_stays_the_demand_is_what_a_slot_by_slot_computation_says(run: Run) -> None:
+def test_while_phi_stays_the_demand_equals_a_slot_by_slot_computation(run: Run) -> None:
     buffer = run.buffer()
     seen = 0
     num_fresh: list[int] = []
@@ -486,7 +465,7 @@ def test_replay_samples_uniformly_from_the_shelf() -> None:
     assert np.all(np.abs(counts - expected) < 5 * np.sqrt(expected))
 
 
-def test_step_t_takes_the_next_ordinals_whichever_finished_first() -> None:
+def test_a_step_takes_the_next_ordinals_in_any_order_of_completion() -> None:
     run = Run(phi=1.0, ratio="none")
     buffer = run.buffer()
     buffer.report(run.validation(0))
@@ -597,7 +576,7 @@ def test_a_rise_of_phi_leaves_every_demanded_rollout_in_its_window() -> None:
             assert fresh == u[: len(fresh)].tolist()
             surplus += on_shelf >= 6 and len(fresh) > np.count_nonzero(u < draw.psi)
             on_shelf += len(fresh)
-    assert surplus > 0, "the case did not occur, so this test shows nothing"
+    assert surplus > 0, "no seed led to this case"
 
 
 def test_a_rollout_older_than_the_bound_is_trained_on_and_counted() -> None:
@@ -631,7 +610,7 @@ def test_weights_are_wanted_while_a_generation_can_still_start() -> None:
     assert wanted == [True, True, False]
 
 
-def test_prompts_and_data_are_shuffled_independently_and_anew_each_epoch() -> None:
+def test_prompts_and_data_are_shuffled_independently_and_again_in_each_epoch() -> None:
     prompts = EpochOrder(seed=1, stream=Stream.PROMPTS, size=50)
     data = EpochOrder(seed=1, stream=Stream.DEMONSTRATIONS, size=50)
     first, second = prompts.indices(0, 50), prompts.indices(50, 100)
@@ -675,7 +654,7 @@ def same(one: Rollout, other: Rollout) -> bool:
     )
 
 
-def test_what_was_in_flight_at_a_checkpoint_is_demanded_again() -> None:
+def test_requests_in_flight_at_a_checkpoint_are_demanded_again() -> None:
     run = Run(phi=1.0, ratio="none", lookahead=2)
     buffer = run.buffer()
     demands = buffer.take_demand()
@@ -746,7 +725,7 @@ def test_other_prompts_than_the_saved_ones_are_refused() -> None:
     run = Run(phi=1.0)
     data = BufferState.from_bytes(run.buffer().state(0))
     ordinal, _, version, attempt = data.outstanding[0]
-    changed = replace(data, outstanding=((ordinal, "someone else's", version, attempt),))
+    changed = replace(data, outstanding=((ordinal, "another prompt", version, attempt),))
     with pytest.raises(ValueError, match="the prompts must be those of the saved buffer"):
         run.buffer().restore(changed.to_bytes())
 

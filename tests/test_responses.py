@@ -4,47 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distillm_ray.config import FilterConfig
 from distillm_ray.rollout.responses import response_facts, verdict
-from distillm_ray.types import FinishReason, Rollout, Source
+from distillm_ray.types import FinishReason, Rollout
+from tests import make
 
 END = 99
 
 
-def rollout(tokens: Sequence[int], finish_reason: FinishReason = FinishReason.LENGTH) -> Rollout:
-    return Rollout(
-        rollout_id="r",
-        prompt_id="p",
-        prompt_ids=np.array([1], dtype=np.int32),
-        response_ids=np.array(tokens, dtype=np.int32),
-        loss_mask=np.ones(len(tokens), dtype=np.bool_),
-        source=Source.STUDENT,
-        version=0,
-        finish_reason=finish_reason,
-    )
+def rollout(tokens: Sequence[int], finish: FinishReason = FinishReason.LENGTH) -> Rollout:
+    return make.rollout(response=tokens, finish=finish)
 
 
 def is_looping(one: Rollout) -> bool:
     return response_facts(one).looping
 
 
-def test_a_page_of_one_token_loops_and_a_short_run_does_not() -> None:
+def test_32_repetitions_of_a_token_are_a_loop_and_31_are_not() -> None:
     assert is_looping(rollout([1, 2, 3] + [7] * 32))
     assert not is_looping(rollout([1, 2, 3] + [7] * 31))
 
 
-def test_a_sentence_loops_from_its_fourth_repetition_on() -> None:
+def test_a_sentence_is_a_loop_from_its_fourth_repetition_on() -> None:
     sentence = list(range(20))
     assert is_looping(rollout([50, 51] + sentence * 4))
     assert not is_looping(rollout([50, 51] + sentence * 3))
     assert is_looping(rollout(sentence * 4 + sentence[:7]))  # cut off in the middle
 
 
-def test_a_repetition_that_ends_before_the_response_does_is_no_loop() -> None:
+def test_a_repetition_that_ends_before_the_response_is_not_a_loop() -> None:
     assert not is_looping(rollout([7] * 60 + [1, 2, 3]))
 
 
@@ -57,7 +48,7 @@ def test_the_end_token_does_not_hide_a_loop() -> None:
     st.lists(st.integers(0, 2), min_size=1, max_size=40),
     st.integers(1, 50),
 )
-def test_looping_is_what_trying_every_ngram_finds(
+def test_looping_agrees_with_a_search_over_all_ngrams(
     start: list[int], ngram: list[int], repeats: int
 ) -> None:
     tokens = start + ngram * repeats

@@ -1,4 +1,4 @@
-"""Which weights the scores at the end of a run are of, and how the three models are loaded."""
+"""Which weights are scored at the end of a run, and how the three models are loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import pytest
 
 from distillm_ray.config import Config, SamplingConfig
@@ -19,32 +18,22 @@ from distillm_ray.evaluation.run_evaluator import RunEvaluator
 from distillm_ray.log.metrics import MetricsLog
 from distillm_ray.log.records import ValidationRecord
 from distillm_ray.models.directory import ModelFacts
-from distillm_ray.types import FinishReason, Prompt, Rollout, Source
+from distillm_ray.types import Prompt, Rollout, Source
+from tests import make
 
 STEPS = 10
 
 
-def make_prompt(name: str) -> Prompt:
-    ids = np.array([1, 2], np.int32)
-    return Prompt(
-        prompt_id=name, token_ids=ids, reference_ids=(ids,), text=name, references=(f"to {name}",)
-    )
-
-
-PROMPTS = (make_prompt("a"), make_prompt("b"))
+PROMPTS = tuple(make.prompt(name, text=name, references=(f"to {name}",)) for name in ("a", "b"))
 
 
 def responses(prompts: Sequence[Prompt], version: int, seed: int) -> list[Rollout]:
     return [
-        Rollout(
-            rollout_id=f"{prompt.prompt_id}-{seed}",
+        make.rollout(
+            f"{prompt.prompt_id}-{seed}",
             prompt_id=prompt.prompt_id,
-            prompt_ids=prompt.token_ids,
-            response_ids=np.array([version], np.int32),
-            loss_mask=np.ones(1, np.bool_),
-            source=Source.STUDENT,
+            response=[version],
             version=version,
-            finish_reason=FinishReason.STOP,
             text=str(version),
         )
         for prompt in prompts
@@ -69,7 +58,7 @@ def responder(versions: dict[int, int]) -> Responder:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[ServedModel]:
-    """The models that were scored from their directories."""
+    """Records the models that are scored from their directories."""
     found: list[ServedModel] = []
 
     def score_model(
@@ -84,21 +73,17 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServedModel]:
 
 @pytest.fixture
 def evaluator(tmp_path: Path) -> RunEvaluator:
-    config = Config.model_validate(
-        {
-            "run": {"directory": str(tmp_path)},
-            "teacher": {"model": "models/teacher", "trust_remote_code": True},
-            "student": {"model": "models/student"},
-            "data": {"train": ["data/train.jsonl"]},
-            "learner": {"steps": STEPS, "batch_size": 8},
-            "rollout": {"actors": 7, "dtype": "float32"},
-            "evaluation": {
-                "seeds": [1, 2],
-                "sampling": {"temperature": 1.0},
-                "student": {"actors": 2},
-                "teacher": {"actors": 3, "num_cpus": 4},
-            },
-        }
+    config = make.config(
+        run={"directory": str(tmp_path)},
+        teacher={"trust_remote_code": True},
+        learner={"steps": STEPS},
+        rollout={"actors": 7, "dtype": "float32"},
+        evaluation={
+            "seeds": [1, 2],
+            "sampling": {"temperature": 1.0},
+            "student": {"actors": 2},
+            "teacher": {"actors": 3, "num_cpus": 4},
+        },
     )
     log = MetricsLog(tmp_path, commit="", command="", tensorboard=False)
     log.add(ValidationRecord(step=0, loss=4.0, tokens=10, phi=0.0))
@@ -113,7 +98,7 @@ def before(evaluator: RunEvaluator) -> Evaluation:
     return evaluator.before(responder({1: 0, 2: 0}))
 
 
-def test_the_student_after_has_the_losses_of_the_log_and_the_last_weights(
+def test_the_trained_student_has_the_losses_of_the_log_and_the_last_weights(
     evaluator: RunEvaluator,
 ) -> None:
     after = evaluator.after(responder({1: STEPS, 2: STEPS}), before(evaluator))
@@ -130,7 +115,7 @@ def test_a_generator_that_lost_the_last_weights_gives_no_scores(
     assert evaluator.after(responder(versions), before(evaluator)) is None
 
 
-def test_the_exported_student_is_scored_in_their_place(
+def test_the_exported_student_is_scored_instead_of_the_generators_weights(
     evaluator: RunEvaluator,
     served: list[ServedModel],
     tmp_path: Path,
@@ -151,7 +136,7 @@ def test_the_exported_student_is_scored_in_their_place(
     assert not student.model.trust_remote_code
 
 
-def test_the_teacher_is_scored_with_its_own_pool_and_its_own_trust(
+def test_the_teacher_is_scored_with_its_own_pool_and_trust_setting(
     evaluator: RunEvaluator, served: list[ServedModel]
 ) -> None:
     facts = cast(ModelFacts, SimpleNamespace(vocabulary_size=9))

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from distillm_ray.config import LoraConfig, StudentConfig
 from distillm_ray.errors import ConfigError, ModelError
 from distillm_ray.learner.student_model import load_student
+from tests import make
 
 CPU = torch.device("cpu")
 
@@ -16,15 +16,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("student")
-    config = LlamaConfig(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    make.llama().save_pretrained(path)
     return path
 
 

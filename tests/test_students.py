@@ -19,7 +19,9 @@ from transformers import (
 from distillm_ray.errors import ModelError
 from distillm_ray.models.directory import check_model_directory
 from distillm_ray.models.students import init_student
-from tests.test_models import WORDS, write_tokenizer
+from tests import make
+
+TOKENIZER = make.tokenizer(["<unk>", "<s>", "</s>"], ["red", "green", "blue"])
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_window_layers=2,
     )
     Qwen2ForCausalLM(config).bfloat16().save_pretrained(directory)
-    write_tokenizer(directory, WORDS)
+    TOKENIZER.save_pretrained(directory)
     return directory
 
 
@@ -50,11 +52,11 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("teachers") / "gpt2"
     config = GPT2Config(vocab_size=8, n_embd=8, n_layer=3, n_head=2, n_positions=32, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(directory)
-    write_tokenizer(directory, WORDS)
+    TOKENIZER.save_pretrained(directory)
     return directory
 
 
-def test_the_chosen_layers_and_everything_around_them_are_the_teachers(
+def test_the_chosen_layers_and_all_other_parameters_equal_the_teachers(
     qwen: Path, tmp_path: Path
 ) -> None:
     summary = init_student(qwen, tmp_path / "student", [0, 3])
@@ -119,7 +121,7 @@ def test_wrong_layer_numbers_are_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_directory_is_left_alone(qwen: Path, tmp_path: Path) -> None:
+def test_an_existing_directory_is_not_touched(qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="exists: name a new directory"):
         init_student(qwen, tmp_path, [0])
 

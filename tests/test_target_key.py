@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from distillm_ray.teacher.target_key import TargetIdentity, target_key
 from distillm_ray.types import FinishReason, Rollout, Source
+from tests import make
 
 token_ids = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=12)
 TOP_K = TargetIdentity(teacher="a1", kind="top_k", k=64, dtype="bfloat16")
@@ -20,24 +21,11 @@ HIDDEN = TargetIdentity(teacher="a1", kind="hidden", dtype="bfloat16")
 identities = st.sampled_from([TOP_K, HIDDEN])
 
 
-def make_rollout(prompt: list[int], response: list[int], mask: list[bool] | None = None) -> Rollout:
-    return Rollout(
-        rollout_id="r",
-        prompt_id="p",
-        prompt_ids=np.array(prompt, np.int32),
-        response_ids=np.array(response, np.int32),
-        loss_mask=np.ones(len(response), bool) if mask is None else np.array(mask),
-        source=Source.DATASET,
-        version=0,
-        finish_reason=FinishReason.STOP,
-    )
-
-
 @st.composite
 def rollouts(draw: st.DrawFn) -> Rollout:
     response = draw(token_ids)
     mask = draw(st.lists(st.booleans(), min_size=len(response), max_size=len(response)))
-    return make_rollout(draw(token_ids), response, mask)
+    return make.rollout(prompt=draw(token_ids), response=response, mask=mask)
 
 
 @given(identities, rollouts(), st.text(max_size=8), st.integers(0, 9))
@@ -106,12 +94,15 @@ def test_the_boundary_between_prompt_and_response_is_part_of_the_key(
     cuts = st.integers(1, len(tokens) - 1)
     one, two = data.draw(cuts), data.draw(cuts)
     assume(one != two)
-    keys = {target_key(HIDDEN, make_rollout(tokens[:cut], tokens[cut:])) for cut in (one, two)}
+    keys = {
+        target_key(HIDDEN, make.rollout(prompt=tokens[:cut], response=tokens[cut:]))
+        for cut in (one, two)
+    }
     assert len(keys) == 2
 
 
 def test_fields_cannot_run_into_each_other() -> None:
-    rollout = make_rollout([1], [2])
+    rollout = make.rollout(prompt=[1], response=[2])
     one = TargetIdentity(teacher="ahidden", kind="hidden", dtype="float32")
     two = TargetIdentity(teacher="a", kind="hidden", dtype="float32")
     assert target_key(one, rollout) != target_key(two, rollout)
@@ -129,7 +120,8 @@ def test_a_key_is_a_digest_of_length_prefixed_little_endian_fields() -> None:
     ]
     content = b"".join(struct.pack("<Q", len(part)) + part for part in parts)
     expected = hashlib.blake2b(content, digest_size=16).hexdigest()
-    assert target_key(HIDDEN, make_rollout([1, 2], [3, 4, 5], [True, False, True])) == expected
+    rollout = make.rollout(prompt=[1, 2], response=[3, 4, 5], mask=[True, False, True])
+    assert target_key(HIDDEN, rollout) == expected
 
 
 def test_k_belongs_to_top_k_only() -> None:

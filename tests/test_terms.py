@@ -1,4 +1,4 @@
-"""Which token weighs what in which term, and the loss of several terms in one walk.
+"""The weight of each token in each term, and the loss of several terms in one walk.
 
 Axes: N loss positions, D hidden size, V vocabulary.
 """
@@ -51,21 +51,19 @@ from distillm_ray.types import (
     Shelf,
     Source,
 )
+from tests import make
 
 FIXTURE = Path(__file__).parent / "fixtures" / "loss_of_two_weights.npz"
 SOURCES = list(Source)
 
 
 def rollout(name: str, source: Source, num_response: int, *, num_prompt: int = 2) -> Rollout:
-    return Rollout(
-        rollout_id=name,
-        prompt_id=name,
-        prompt_ids=np.full(num_prompt, 7, dtype=np.int32),
-        response_ids=np.full(num_response, 9, dtype=np.int32),
-        loss_mask=np.ones(num_response, dtype=np.bool_),
+    return make.rollout(
+        name,
+        prompt=[7] * num_prompt,
+        response=[9] * num_response,
         source=source,
-        version=0,
-        finish_reason=FinishReason.LENGTH,
+        finish=FinishReason.LENGTH,
     )
 
 
@@ -89,7 +87,7 @@ def test_source_weighs_each_source_by_its_slots_and_its_tokens_evenly() -> None:
         np.testing.assert_array_equal(one, np.full(len(one), weight, dtype=np.float32))
 
 
-def test_source_with_unequal_slots_is_the_hand_computation() -> None:
+def test_source_with_unequal_slots_agrees_with_a_computation_by_hand() -> None:
     weights = token_weights(MIXED[:3], "source")
     # 2 of 3 slots over 4 tokens, 1 of 3 over 2.
     assert weights[1].tolist() == [np.float32(2 / 3 / 4)] * 3
@@ -106,17 +104,8 @@ def test_sequence_is_the_mean_of_the_sequences_means() -> None:
         np.testing.assert_array_equal(one, np.full(len(one), 1 / 4 / len(one), dtype=np.float32))
 
 
-def test_a_sequence_without_a_loss_token_is_no_slot() -> None:
-    silent = Rollout(
-        rollout_id="silent",
-        prompt_id="silent",
-        prompt_ids=np.ones(1, dtype=np.int32),
-        response_ids=np.ones(1, dtype=np.int32),
-        loss_mask=np.zeros(1, dtype=np.bool_),
-        source=Source.DATASET,
-        version=0,
-        finish_reason=FinishReason.LENGTH,
-    )
+def test_a_sequence_without_a_loss_token_does_not_count_as_a_slot() -> None:
+    silent = make.rollout(response=[1], mask=[False], source=Source.DATASET)
     for normalize in get_args(Normalize):
         weights = token_weights([*MIXED, silent], normalize)
         assert len(weights[-1]) == 0
@@ -132,13 +121,13 @@ def test_a_sequence_without_a_loss_token_is_no_slot() -> None:
 def weights_of(
     terms: Sequence[Term], rollouts: list[Rollout] = MIXED, normalize: Normalize = "source"
 ) -> list[list[list[float]]]:
-    """By term and rollout."""
+    """The weights of all tokens, by term and rollout."""
     loss = LossConfig(terms=tuple(terms), normalize=normalize)
     by_rollout = term_weights(rollouts, loss)
     return [[weights.tolist() for weights in of_term] for of_term in zip(*by_rollout, strict=True)]
 
 
-def test_a_divergence_has_the_token_weights_times_its_own_and_zero_outside_of_its_text() -> None:
+def test_a_divergence_scales_the_token_weights_and_is_zero_outside_its_text() -> None:
     [on_all, on_data] = weights_of([SkewKL(weight=2.0), ReverseKL(on="dataset", weight=0.5)])
     twelfth = float(np.float32(1 / 12))
     assert on_all == [[0.25], [0.25] * 3, [twelfth] * 2, [twelfth] * 10]
@@ -237,15 +226,7 @@ def test_terms_are_named_by_type_and_text_and_by_parameters_where_that_is_not_un
 
 
 def refusal(terms: list[dict[str, Any]], schedule: dict[str, Any] | None = None) -> str:
-    values = {
-        "run": {"directory": "runs/x"},
-        "teacher": {"model": "models/teacher"},
-        "student": {"model": "models/student"},
-        "data": {"train": ["data/train.jsonl"]},
-        "learner": {"steps": 10, "batch_size": 8},
-        "loss": {"terms": terms},
-        "schedule": schedule or {"type": "adaptive"},
-    }
+    values = make.tree(loss={"terms": terms}, schedule=schedule or {"type": "adaptive"})
     with pytest.raises(ConfigError) as caught:
         parse_config(values, name="x.yaml")
     return str(caught.value).removeprefix("x.yaml:\n").strip()
@@ -354,15 +335,12 @@ class Problem:
     def __init__(self) -> None:
         rng = np.random.default_rng(4)
         self.rollouts = [
-            Rollout(
-                rollout_id=str(index),
-                prompt_id=str(index),
-                prompt_ids=rng.integers(0, V, prompt).astype(np.int32),
-                response_ids=rng.integers(0, V, response).astype(np.int32),
-                loss_mask=np.ones(response, dtype=np.bool_),
+            make.rollout(
+                str(index),
+                prompt=rng.integers(0, V, prompt),
+                response=rng.integers(0, V, response),
                 source=Source.STUDENT if index % 2 else Source.DATASET,
-                version=0,
-                finish_reason=FinishReason.LENGTH,
+                finish=FinishReason.LENGTH,
             )
             for index, (prompt, response) in enumerate(LENGTHS)
         ]
@@ -379,15 +357,7 @@ class Problem:
         return TeacherHidden(values_ND=self.teacher_ND, head=FrozenHead(weight_VD=self.teacher_VD))
 
     def batch(self, loss: LossConfig) -> LearnerBatch:
-        sequences = tuple(
-            DrawnSequence(
-                rollout=one,
-                shelf=Shelf.FRESH if one.source is Source.STUDENT else Shelf.DATASET,
-                age=0,
-            )
-            for one in self.rollouts
-        )
-        draw = Draw(step=0, phi=0.5, psi=0.5, mix=Mix(fresh=3, dataset=3), sequences=sequences)
+        draw = make.draw(self.rollouts)
         [[row]] = plan_step(draw, num_ranks=1, max_micro_batch_tokens=100, loss=loss).ranks
         return pack(row, None)
 

@@ -1,4 +1,4 @@
-"""The learner's loop against roles and a learner that are plain objects."""
+"""The train loop with plain objects in place of the roles and the learner."""
 
 import errno
 import json
@@ -25,38 +25,30 @@ from distillm_ray.types import (
     TRAINING,
     Bucket,
     DrawFacts,
-    FinishReason,
     HiddenTargets,
     LearnerBatch,
     MicroBatchPlan,
     Mix,
-    PlannedSequence,
     Prompt,
     RankPlan,
     Rollout,
     RunStatus,
-    Shelf,
-    Source,
     TeacherTargets,
     TrainStep,
     Validation,
     Weights,
 )
+from tests import make
 
 
 def make_config(directory: Path, **learner: Any) -> Config:
-    return Config.model_validate(
-        {
-            "run": {"directory": directory},
-            "teacher": {"model": "teacher"},
-            "student": {"model": "student"},
-            "data": {"train": ["train.jsonl"]},
-            "learner": {"steps": 6, "batch_size": 1, "data_timeout_s": 30.0} | learner,
-            "rollout": {"sync_interval": 2, "lookahead": 2},
-            "validation": {"interval": 3},
-            "evaluation": {"at_end": False},
-            "checkpoint": {"interval": 2, "keep": 2},
-        }
+    return make.config(
+        run={"directory": directory},
+        learner={"steps": 6, "batch_size": 1, "data_timeout_s": 30.0} | learner,
+        rollout={"sync_interval": 2, "lookahead": 2},
+        validation={"interval": 3},
+        evaluation={"at_end": False},
+        checkpoint={"interval": 2, "keep": 2},
     )
 
 
@@ -66,26 +58,10 @@ def _quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_of(step: int) -> RankPlan:
-    rollout = Rollout(
-        rollout_id=f"student-{step}",
-        prompt_id=f"prompt-{step}",
-        prompt_ids=np.array([1, 2], dtype=np.int32),
-        response_ids=np.array([step + 3], dtype=np.int32),
-        loss_mask=np.ones(1, dtype=np.bool_),
-        source=Source.STUDENT,
-        version=0,
-        finish_reason=FinishReason.LENGTH,
-        ordinal=step,
-    )
-    sequence = PlannedSequence(
-        rollout=rollout,
-        shelf=Shelf.FRESH,
-        age=0,
-        term_weights=(np.ones(1, dtype=np.float32),),
-    )
+    rollout = make.rollout(f"student-{step}", response=[step + 3], ordinal=step)
     return RankPlan(
         facts=DrawFacts(phi=0.1 * step, psi=0.0, mix=Mix(fresh=1), fresh_ages=(0,)),
-        micro_batches=(MicroBatchPlan(sequences=(sequence,)),),
+        micro_batches=(MicroBatchPlan(sequences=(make.planned(rollout),)),),
     )
 
 
@@ -175,16 +151,12 @@ class Roles:
 
     def finish_probe(self) -> list[Rollout]:
         return [
-            Rollout(
-                rollout_id="student-probe",
-                prompt_id="probe",
-                prompt_ids=np.array([1], dtype=np.int32),
-                response_ids=np.array([2, 3], dtype=np.int32),
-                loss_mask=np.ones(2, dtype=np.bool_),
-                source=Source.STUDENT,
+            make.rollout(
+                "student-probe",
+                prompt=[1],
+                response=[2, 3],
                 version=self.completed,
-                finish_reason=FinishReason.STOP,
-                logprobs=np.array([-1.0, -1.0], dtype=np.float32),
+                logprobs=[-1.0, -1.0],
             )
         ]
 
@@ -206,7 +178,7 @@ class Roles:
 
 
 class FakeLearner:
-    """Its weights are one number: how many steps it took."""
+    """A learner whose only weight is the number of its steps."""
 
     rank = 0
 
@@ -257,13 +229,7 @@ class FakeLearner:
         return [value]
 
 
-PROBE = Prompt(
-    prompt_id="probe",
-    token_ids=np.array([1], dtype=np.int32),
-    reference_ids=(),
-    text="why",
-    references=("so",),
-)
+PROBE = make.prompt("probe", text="why", references=("so",))
 
 
 def run(roles: Roles, learner: FakeLearner, config: Config, *, resume: bool = False) -> int:
@@ -310,7 +276,7 @@ def test_published_weights_are_those_of_their_version(tmp_path: Path) -> None:
         assert weights.nbytes == 1
 
 
-def test_nothing_is_published_that_nobody_wants(tmp_path: Path) -> None:
+def test_weights_are_not_published_without_demand(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     roles = Roles(config)
     roles.wants = False
@@ -327,13 +293,13 @@ def test_the_last_weights_are_published_for_the_evaluation(tmp_path: Path) -> No
     assert [weights.version for weights in roles.published] == [6]
 
 
-def test_weights_go_out_late_where_a_validation_makes_phi_leave_zero(tmp_path: Path) -> None:
+def test_weights_are_published_late_if_a_validation_raises_phi_above_zero(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     roles = Roles(config)
     roles.wants = False
     roles.wants_from_validation = 3
     run(roles, FakeLearner(), config)
-    late = roles.calls.index(("publish", 3))  # the multiple of 2 before it was not wanted
+    late = roles.calls.index(("publish", 3))  # there was no demand at step 2, the multiple before
     assert roles.calls[late - 1 : late + 2] == [
         ("validation", 3),
         ("publish", 3),
@@ -341,13 +307,13 @@ def test_weights_go_out_late_where_a_validation_makes_phi_leave_zero(tmp_path: P
     ]
 
 
-def test_a_probe_measures_how_far_engine_and_learner_are_apart(tmp_path: Path) -> None:
+def test_a_probe_measures_the_log_probability_gap_of_engine_and_learner(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     roles = Roles(config)
     run(roles, FakeLearner(), config)
     probes = [record for record in roles.records if isinstance(record, ProbeRecord)]
-    assert [probe.step for probe in probes] == [0, 6]  # step 3 has no weights of its own
-    # The engine said -1 for each of the two tokens; the learner says -1.5 and -1.25.
+    assert [probe.step for probe in probes] == [0, 6]  # the weights of step 3 are not published
+    # The engine returns -1 for each of the two tokens, the learner -1.5 and -1.25.
     assert probes[0].logprob_gap == pytest.approx(0.375)
     assert probes[0].samples == (Sample(prompt="why", reference="so", response="as"),)
     warnings = [record for record in roles.records if isinstance(record, EventRecord)]
@@ -361,11 +327,11 @@ def test_checkpoints_hold_step_phi_and_the_newest_validation(tmp_path: Path) -> 
     kept = CheckpointDirectory(tmp_path / "checkpoints", keep=2).complete()
     assert [found.meta.step for found in kept] == [4, 6]
     assert kept[0].meta.validation == Validation(step=3, loss=2.7, tokens=10)
-    assert kept[0].meta.phi == pytest.approx(0.3)  # drawn with it
-    assert kept[1].meta.phi == 0.5  # what the validation after step 6 set
+    assert kept[0].meta.phi == pytest.approx(0.3)  # of draw 3, the last one before it
+    assert kept[1].meta.phi == 0.5  # set by the validation after step 6
 
 
-def test_a_stopped_run_leaves_a_checkpoint_and_goes_on_from_it(tmp_path: Path) -> None:
+def test_a_stopped_run_leaves_a_checkpoint_and_resumes_from_it(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     roles, learner = Roles(config), FakeLearner()
     roles.stop_at = 3
@@ -400,7 +366,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_ids(tmp_path: Pat
     assert json.loads(path.read_text())["rollout_ids_by_rank"] == [[["student-3"]]]
 
 
-def test_samples_that_never_come_end_the_wait_and_say_what_was_missing(tmp_path: Path) -> None:
+def test_samples_that_never_arrive_end_the_run_and_are_named(tmp_path: Path) -> None:
     config = make_config(tmp_path, data_timeout_s=0.2)
     roles = Roles(config)
     roles.missing_step = 1
@@ -410,7 +376,7 @@ def test_samples_that_never_come_end_the_wait_and_say_what_was_missing(tmp_path:
     assert "waiting for ordinal 1" in str(caught.value)
 
 
-def test_waiting_counts_in_the_training_phase_only(tmp_path: Path) -> None:
+def test_the_limit_of_a_wait_counts_in_the_training_phase_only(tmp_path: Path) -> None:
     """Evaluations before training may take longer than any step's samples."""
     config = make_config(tmp_path, data_timeout_s=0.2)
     roles = Roles(config)
@@ -467,14 +433,14 @@ def test_a_stop_before_the_first_step_leaves_nothing_behind(tmp_path: Path) -> N
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_failure_elsewhere_ends_a_learner_that_waits(tmp_path: Path) -> None:
+def test_a_failure_of_another_rank_ends_a_learner_that_waits(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     roles = Roles(config)
     roles.missing_step, roles.failure = 0, "another rank's disk is full"
     assert run(roles, FakeLearner(), config) == 0
 
 
-def test_what_a_learner_waits_for_is_told_and_taken_back(tmp_path: Path) -> None:
+def test_a_learner_reports_what_it_waits_for_and_clears_it(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     roles = Roles(config)
     roles.missing_step = 1
@@ -528,7 +494,7 @@ def test_the_prefetcher_draws_depth_steps_ahead_and_no_more(tmp_path: Path) -> N
     assert roles.drawn == [0, 1, 2, 3, 4, 5]
 
 
-def test_leaving_the_prefetcher_ends_its_thread_though_a_draw_is_pending(tmp_path: Path) -> None:
+def test_leaving_the_prefetcher_ends_its_thread_even_with_a_pending_draw(tmp_path: Path) -> None:
     roles = Roles(make_config(tmp_path))
     roles.completed, roles.validated, roles.missing_step = 100, 100, 1
     started = time.monotonic()

@@ -5,28 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from distillm_ray.config import LoraConfig
 from distillm_ray.learner.student_model import add_adapters
 from distillm_ray.weights.buckets import read_tensors, to_tensors
 from distillm_ray.weights.export import export_model
 from distillm_ray.weights.gather import gather
+from tests import make
 
 
 def tiny_model(*, tied: bool = True) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=37,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            tie_word_embeddings=tied,
-        )
-    )
+    return make.llama(tie_word_embeddings=tied)
 
 
 def gathered(

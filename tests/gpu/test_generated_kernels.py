@@ -86,7 +86,7 @@ def check(
 def compare(
     kernel: Any, wanted: token_losses.Recipe, given: token_losses.Rows, rtol: float
 ) -> None:
-    """The kernel's answer and gradient, and those of the operations one by one."""
+    """The kernel's results and gradient equal those of the operations one by one."""
     mine = given._replace(products_RV=given.products_RV.clone())
     actual = kernel(mine, None, None)
     expected = token_losses.elementwise(wanted, given, None, None)

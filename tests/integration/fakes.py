@@ -1,4 +1,4 @@
-"""Generators and scorers that misbehave on demand. Light to import: every actor does."""
+"""Generators and scorers that fail on demand. Every actor imports this module: keep it light."""
 
 from __future__ import annotations
 
@@ -14,51 +14,32 @@ from distillm_ray.config import SamplingConfig
 from distillm_ray.errors import ModelError
 from distillm_ray.types import (
     Demand,
-    FinishReason,
     HiddenTargets,
     Prompt,
     Rollout,
     ScoreReport,
-    Source,
     Weights,
 )
+from tests import make
 
-HIDDEN_SIZE = 50_000  # 200 kB a token: beyond what Ray keeps inside its replies
-
-
-def prompt(text: str = "") -> Prompt:
-    return Prompt(
-        prompt_id="p",
-        token_ids=np.array([1, 2], dtype=np.int32),
-        reference_ids=(),
-        text=text,
-        references=(),
-    )
+HIDDEN_SIZE = 50_000  # 200 kB a token: more than Ray sends inline with a reply
 
 
 def demand(text: str = "") -> Demand:
-    return Demand(ordinal=0, prompt=prompt(text), min_version=0)
+    """A demand whose prompt tells a fake actor what to do."""
+    return make.demand(of=make.prompt(text=text))
 
 
 def rollout(name: str, num_tokens: int = 1, *, text: str = "", version: int = 0) -> Rollout:
-    return Rollout(
-        rollout_id=name,
-        prompt_id="p",
-        prompt_ids=np.array([1, 2], dtype=np.int32),
-        response_ids=np.arange(num_tokens, dtype=np.int32),
-        loss_mask=np.ones(num_tokens, dtype=np.bool_),
-        source=Source.STUDENT,
-        version=version,
-        finish_reason=FinishReason.STOP,
-        text=text,
-    )
+    """A student's response with the token ids 0, 1, 2 and so on."""
+    return make.rollout(name, response=range(num_tokens), text=text, version=version)
 
 
 class Trouble(PooledActor):
-    """What a prompt's text can ask of an actor; the text of an answer is its process."""
+    """Fails as the text of its input says. The text of its responses is its process id."""
 
     async def obey(self, text: str) -> None:
-        action, _, only_once = text.partition(" once ")  # a file that remembers, across processes
+        action, _, only_once = text.partition(" once ")  # the file marks that it did
         if only_once and os.path.exists(only_once):
             return
         if only_once:
@@ -67,7 +48,7 @@ class Trouble(PooledActor):
             case "die":
                 os._exit(1)
             case "raise":
-                raise RuntimeError("out of memory, says the engine")
+                raise RuntimeError("out of memory")
             case "hang":
                 await asyncio.sleep(1000)
             case "refuse":
@@ -75,7 +56,7 @@ class Trouble(PooledActor):
 
 
 class FakeGenerator(Trouble):
-    """Holds a version. `seconds`: how long it takes to start and to take weights."""
+    """Holds a weights version. Its start and each weight update take `seconds`."""
 
     def __init__(self, seconds: float = 0.0, at_start: str = "") -> None:
         self.seconds = seconds
@@ -109,7 +90,7 @@ class FakeGenerator(Trouble):
 
 
 class FakeScorer(Trouble):
-    """Targets that tell the sequence's length; counts what it has scored, as the seconds."""
+    """Returns targets filled with the number of tokens of the sequence, and counts its calls."""
 
     def __init__(self) -> None:
         self.scored = 0
@@ -130,7 +111,7 @@ class FakeScorer(Trouble):
 
 
 class Publisher:
-    """A learner, as far as weights go."""
+    """A learner that publishes weights and does nothing else."""
 
     def publish(self, version: int) -> Weights:
-        return Weights(version=version, buckets=(ray.put(np.zeros(100_000)),), nbytes=800_000)
+        return make.weights(version, ray.put(np.zeros(100_000)), nbytes=800_000)

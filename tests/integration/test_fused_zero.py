@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distillm_ray.config import CrossEntropy, LearnerConfig, SkewKL
 from distillm_ray.learner.optimizer import build_optimizer
@@ -29,6 +29,7 @@ from distillm_ray.loss.teacher_tensors import TeacherHidden
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.packed import PackedModel
 from distillm_ray.models.row_path import RowPath
+from tests import make
 
 pytestmark = pytest.mark.integration
 
@@ -77,16 +78,7 @@ def build(weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-            tie_word_embeddings=weights == "tied",
-        )
+        make.llama_config(max_position_embeddings=64, tie_word_embeddings=weights == "tied")
     )
     with torch.no_grad():
         for parameter in model.parameters():

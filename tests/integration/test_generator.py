@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from distillm_ray.config import (
     RolloutConfig,
@@ -26,7 +26,8 @@ from distillm_ray.config import (
 from distillm_ray.rollout.generator import Generator, GeneratorJob
 from distillm_ray.rollout.transformers_engine import TransformersGenerator
 from distillm_ray.rollout.vllm_engine import VllmGenerator
-from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Source, Weights
+from distillm_ray.types import FinishReason, Prompt, Rollout, Source, Weights
+from tests import make
 
 pytestmark = [
     pytest.mark.integration,
@@ -48,21 +49,17 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
 
 
 def tiny_llama(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    return make.llama(
+        seed=seed,
         vocab_size=NUM_ROWS,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         max_position_embeddings=512,
         initializer_range=0.2,  # spreads the logits, so that greedy choices are not near ties
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=list(END_TOKENS),
-    )
-    return LlamaForCausalLM(config).eval()
+    ).eval()
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -70,14 +67,9 @@ def prompts(count: int) -> list[Prompt]:
     numbers = np.random.default_rng(0)
     shared = numbers.integers(10, VOCABULARY_SIZE, 130)
     return [
-        Prompt(
-            prompt_id=f"p{index}",
-            token_ids=np.concatenate(
-                [shared, numbers.integers(10, VOCABULARY_SIZE, 3 + index)]
-            ).astype(np.int32),
-            reference_ids=(),
-            text="",
-            references=(),
+        make.prompt(
+            f"p{index}",
+            token_ids=np.concatenate([shared, numbers.integers(10, VOCABULARY_SIZE, 3 + index)]),
         )
         for index in range(count)
     ]
@@ -93,7 +85,7 @@ def to_weights(model: LlamaForCausalLM, version: int) -> Weights:
     names = sorted(entries)
     buckets = ({n: entries[n] for n in names[:5]}, {n: entries[n] for n in names[5:]})
     nbytes = sum(array.nbytes for _, _, array in entries.values())
-    return Weights(version=version, buckets=buckets, nbytes=nbytes)
+    return make.weights(version, *buckets, nbytes=nbytes)
 
 
 def job(model: Path, *, max_prompt_tokens: int, max_response_tokens: int) -> GeneratorJob:
@@ -261,14 +253,11 @@ def test_requests_in_flight_during_an_update_all_finish(generator: Generator) ->
     old_version = update(generator, tiny_llama(1))
     model = tiny_llama(2)
     version = next(VERSIONS)
-    demands = [
-        Demand(ordinal=index, prompt=prompt, min_version=0)
-        for index, prompt in enumerate(prompts(12))
-    ]
+    demands = [make.demand(index, of=prompt) for index, prompt in enumerate(prompts(12))]
 
     async def work() -> tuple[list[Rollout], Rollout]:
         running = [asyncio.create_task(generator.generate(demand)) for demand in demands]
-        late = Demand(ordinal=99, prompt=demands[0].prompt, min_version=version)
+        late = make.demand(99, of=demands[0].prompt, min_version=version)
         waiting = asyncio.create_task(generator.generate(late))
         await asyncio.sleep(0.02)
         await generator.update_weights(to_weights(model, version), keep_in_flight=True)
@@ -309,7 +298,7 @@ def test_the_seed_is_a_function_of_run_ordinal_and_attempt(generator: Generator)
     prompt = prompts(1)[0]
 
     def tokens(ordinal: int, attempt: int) -> list[int]:
-        demand = Demand(ordinal=ordinal, prompt=prompt, min_version=0, attempt=attempt)
+        demand = make.demand(ordinal, of=prompt, attempt=attempt)
         return run(generator.generate(demand)).response_ids.tolist()
 
     first = tokens(1, 0)

@@ -1,7 +1,7 @@
-"""`ray job submit` on a cluster of our own: log, exit code, stopping and going on.
+"""`ray job submit` on a cluster of our own: log, exit code, stop and resume.
 
-The cluster has its own ports and its own folder, and only what this file started is ended: another
-Ray on this machine is left alone.
+The cluster has its own ports and its own folder. The tests end only the processes that they have
+started, so that they do not disturb another Ray on this machine.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Head:
     environment: dict[str, str]
 
     def job(self, *arguments: str) -> subprocess.Popen[str]:
-        """`ray job ...`, which goes to this cluster."""
+        """Run `ray job ...` against this cluster."""
         verb, *rest = arguments
         return subprocess.Popen(
             [str(BIN / "ray"), "job", verb, "--address", self.dashboard, *rest],
@@ -79,7 +79,7 @@ class Head:
         )
 
     def submit(self, name: str, directory: Path, *entrypoint: str) -> subprocess.Popen[str]:
-        """As the README says: the stop waits for a checkpoint."""
+        """Submit with the setting from the README that lets a stop wait for a checkpoint."""
         return self.job(
             "submit",
             *("--submission-id", name, "--working-dir", str(directory)),
@@ -89,7 +89,7 @@ class Head:
         )
 
     def roles(self) -> list[str]:
-        """Titles of the actors of ours that are alive."""
+        """The process titles of our living actors."""
         titles = [process.title for process in marked_processes(self.mark)]
         return [title for title in titles if any(role in title for role in ROLES)]
 
@@ -106,7 +106,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    # Ray's sockets lie in here, and a socket's path is short.
+    # Ray puts its sockets here, and the path of a socket must be short.
     folder = Path(tempfile.mkdtemp(prefix="dr"))
     port, dashboard, agent, metrics, client = free_ports(5)
     mark = uuid.uuid4().hex
@@ -115,7 +115,7 @@ def head() -> Iterator[Head]:
         MARK: mark,
         "RAY_AUTH_MODE": "disabled",
         "RAY_TMPDIR": str(folder),
-        # Ray's 60 and 30 s are too short on a machine that is busy.
+        # Ray's defaults, 60 and 30 s, are too short on a busy machine.
         "RAY_raylet_start_wait_time_s": "150",
         "RAY_agent_register_timeout_ms": "120000",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -151,7 +151,7 @@ def head() -> Iterator[Head]:
 
 
 def wait_until_started(folder: Path, dashboard: int, process: subprocess.Popen[bytes]) -> None:
-    """Jobs are taken, and other processes of this machine would find the cluster."""
+    """Return when the cluster accepts jobs and Ray lists it as the machine's current cluster."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, (folder / "head.log").read_text()
@@ -182,7 +182,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_config(tmp_path_factory.mktemp("job"), steps=STEPS, batch_size=8)
 
 
-def test_a_stopped_job_leaves_a_checkpoint_and_no_actor_and_goes_on_when_submitted_again(
+def test_a_stopped_job_leaves_a_checkpoint_and_no_actor_and_resumes_when_submitted_again(
     head: Head, config: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -251,7 +251,7 @@ def test_the_doctor_finds_the_cluster_and_its_dashboard(head: Head) -> None:
 def test_without_an_address_we_start_our_own_cluster_beside_a_running_one(
     head: Head, config: Path
 ) -> None:
-    """Ray itself would join the cluster that was started here last."""
+    """By default, Ray joins the cluster that was started last on a machine."""
     current = (head.folder / "ray" / "ray_current_cluster").read_text()
     assert current.rpartition(":")[2] == head.port
     found = subprocess.run(

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from distillm_ray.batching import pack, plan_step, plan_validation
 from distillm_ray.config import (
@@ -32,17 +32,13 @@ from distillm_ray.learner.optimizer import learning_rate_at
 from distillm_ray.loss.divergences import skew_kl
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.types import (
-    Draw,
-    DrawnSequence,
-    FinishReason,
     HiddenTargets,
     LearnerBatch,
-    Mix,
     Rollout,
-    Shelf,
     Source,
 )
 from distillm_ray.weights.buckets import to_tensors
+from tests import make
 
 pytestmark = pytest.mark.integration
 
@@ -73,17 +69,14 @@ def rollouts(step: int) -> list[Rollout]:
     for index, (num_prompt, num_response) in enumerate(LENGTHS):
         student = index % 2 == 1
         made.append(
-            Rollout(
-                rollout_id=f"{step}-{index}",
-                prompt_id=str(index),
-                prompt_ids=rng.integers(0, VOCABULARY, num_prompt, dtype=np.int32),
-                response_ids=rng.integers(0, VOCABULARY, num_response, dtype=np.int32),
-                loss_mask=np.ones(num_response, dtype=np.bool_),
+            make.rollout(
+                f"{step}-{index}",
+                prompt=rng.integers(0, VOCABULARY, num_prompt, dtype=np.int32),
+                response=rng.integers(0, VOCABULARY, num_response, dtype=np.int32),
                 source=Source.STUDENT if student else Source.DATASET,
                 version=step,
-                finish_reason=FinishReason.STOP,
                 ordinal=index if student else None,
-                logprobs=np.full(num_response, -3.0, dtype=np.float32) if student else None,
+                logprobs=np.full(num_response, -3.0) if student else None,
             )
         )
     return made
@@ -101,15 +94,7 @@ def teacher_head() -> FrozenHead:
 
 
 def plans(step: int, num_ranks: int):
-    sequences = tuple(
-        DrawnSequence(
-            rollout=rollout,
-            shelf=Shelf.FRESH if rollout.source is Source.STUDENT else Shelf.DATASET,
-            age=0,
-        )
-        for rollout in rollouts(step)
-    )
-    draw = Draw(step=step, phi=0.5, psi=0.5, mix=Mix(fresh=3, dataset=3), sequences=sequences)
+    draw = make.draw(rollouts(step), step=step)
     plan = plan_step(draw, num_ranks=num_ranks, max_micro_batch_tokens=16, loss=LOSS)
     return plan.ranks
 
@@ -125,19 +110,12 @@ def validation_batches(rank: int, num_ranks: int) -> list[LearnerBatch]:
 
 
 def tiny_student(directory: Path) -> None:
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY + 3,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            tie_word_embeddings=True,
-            initializer_range=0.3,
-            eos_token_id=3,
-        )
+    make.llama(
+        vocab_size=VOCABULARY + 3,
+        intermediate_size=24,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        eos_token_id=3,
     ).save_pretrained(directory)
     (directory / "tokenizer.json").write_text('{"a": "tokenizer"}')
     (directory / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')

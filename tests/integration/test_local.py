@@ -71,7 +71,7 @@ class Pair:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_config(tmp_path_factory.mktemp("tiny"), steps=STEPS, batch_size=BATCH_SIZE)
-    # Freshly initialized, both models repeat the last token whatever they have learned. With larger
+    # With their initial weights, both models repeat the last token even after training. With larger
     # weights their greedy responses change from step to step.
     for name in ("teacher", "student"):
         model = LlamaForCausalLM.from_pretrained(path.parent / name)

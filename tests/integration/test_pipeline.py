@@ -1,8 +1,8 @@
-"""Whole runs of tiny models by the command line: undisturbed, with two of everything, disturbed.
+"""Whole runs of tiny models by the command line: undisturbed, with two of each role, disturbed.
 
-The disturbed one has the config of the first. Its driver is killed, its next driver is told to
-stop, and the third loses a generator, a learner, the replay buffer and the controller of the
-learners. What all of them draw must be the same.
+The disturbed run has the config of the undisturbed one. Its first driver is killed and its second
+is told to stop. The third loses a generator, a learner, the replay buffer and the controller of the
+learners. All runs must draw the same sequences.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(4 *
 
 STEPS, BATCH_SIZE = 48, 8
 SCALED_STEPS = 12
-# Without their node they first try for minutes to report that it died, and then end.
+# After their node has died, they try for minutes to report it before they end.
 RAYS_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 POOLS = ("GeneratorActor", "ScorerActor", "TargetStoreActor", "RayTrainWorker")
 VLLM = ("rollout.engine={type: vllm, max_num_seqs: 8}",)
@@ -68,15 +68,15 @@ class Scaled:
 
 @dataclass(frozen=True, slots=True)
 class Disturbed:
-    """What was seen on the way of the other one."""
+    """What was observed during the disturbed run."""
 
     run: Path
-    held_while_running: bool  # the run directory
+    held_while_running: bool  # whether the run directory was locked
     left_by_the_killed: list[Process]
     agents_left_by_the_killed: list[Process]
     step_of_the_killed: int
     code_of_the_stopped: int
-    steps_of_the_stopped: tuple[int, int]  # that it trained: first, last
+    steps_of_the_stopped: tuple[int, int]  # the first and the last that it trained
     checkpoint_of_the_stopped: int
     code_of_the_last: int
 
@@ -108,7 +108,7 @@ def scaled(config: Path) -> Scaled:
 
 
 def count(titles: list[str], name: str) -> int:
-    """Ray's processes of that actor, whatever they were doing."""
+    """The number of Ray's processes for that actor, idle ones included."""
     return sum(title.startswith("ray::") and name in title for title in titles)
 
 
@@ -195,7 +195,7 @@ def test_every_step_is_logged_once_with_what_was_drawn(whole: Whole) -> None:
     assert 0.6 * 320 - 35 < sum(r.mix.fresh + r.mix.replay for r in steps) < 0.6 * 320 + 35
     assert sum(record.mix.replay for record in steps) > 50
     early, late = (sum(record.loss for record in part) for part in (steps[:5], steps[-5:]))
-    assert late < early / 10, "the student comes close to the teacher"
+    assert late < early / 10, "the student learns to match the teacher"
 
 
 def test_fresh_ordinals_are_consumed_in_order_and_replays_were_fresh_before(whole: Whole) -> None:
@@ -207,7 +207,7 @@ def test_fresh_ordinals_are_consumed_in_order_and_replays_were_fresh_before(whol
         seen.update(record.rollout_ids["fresh"])
 
 
-def test_every_visit_after_the_first_finds_its_targets(whole: Whole) -> None:
+def test_each_sequence_is_scored_at_its_first_visit_only(whole: Whole) -> None:
     steps = records(whole.run, StepRecord)
     visits = [name for record in steps for name in record.rollout_ids["dataset"]]
     assert len(visits) > 2 * len(set(visits)), "the data set is visited more than twice"
@@ -216,12 +216,12 @@ def test_every_visit_after_the_first_finds_its_targets(whole: Whole) -> None:
     assert sum(record.work.target_evictions for record in steps) == 0
 
 
-def test_weights_go_out_every_sync_interval(whole: Whole) -> None:
+def test_weights_are_published_every_sync_interval(whole: Whole) -> None:
     published = [record.step for record in records(whole.run, PublishRecord)]
     assert [step for step in published if step > 0] == list(range(2, STEPS + 1, 2))
 
 
-def test_summary_and_evaluation_say_what_happened(whole: Whole) -> None:
+def test_summary_and_evaluation_agree_with_the_log(whole: Whole) -> None:
     summary = json.loads((whole.run / "summary.json").read_text())
     assert summary["status"] == "complete"
     assert summary["steps"] == STEPS
@@ -277,50 +277,50 @@ model, prompts, length = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 engine = LLM(model=model, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=8)
 sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
 outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
-print("ANSWERS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+print("RESPONSES", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
 """
 
 
-def test_the_model_answers_in_plain_vllm_as_in_plain_transformers(whole: Whole) -> None:
+def test_the_model_responds_in_plain_vllm_as_in_plain_transformers(whole: Whole) -> None:
     directory, length = whole.run / "model", 8
     prompts = [[1, 16, 17, 4 + start, 2] for start in range(8)]
-    answer = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", PLAIN_VLLM, str(directory), json.dumps(prompts), str(length)],
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
     )
-    assert answer.returncode == 0, answer.stderr
-    (line,) = [line for line in answer.stdout.splitlines() if line.startswith("ANSWERS ")]
-    answers = torch.tensor(json.loads(line.removeprefix("ANSWERS ")))
-    assert answers.shape == (len(prompts), length)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESPONSES ")]
+    responses = torch.tensor(json.loads(line.removeprefix("RESPONSES ")))
+    assert responses.shape == (len(prompts), length)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
-        logits = model(torch.cat([torch.tensor(prompts), answers], dim=1)).logits
-    assert torch.equal(answers, logits[:, len(prompts[0]) - 1 : -1].argmax(-1))
+        logits = model(torch.cat([torch.tensor(prompts), responses], dim=1)).logits
+    assert torch.equal(responses, logits[:, len(prompts[0]) - 1 : -1].argmax(-1))
 
 
-def test_the_same_command_on_a_complete_run_says_so(whole: Whole, config: Path) -> None:
+def test_a_complete_run_is_reported_and_not_run_again(whole: Whole, config: Path) -> None:
     with Driver(*whole.command, log=config.parent / "again.log") as driver:
         assert driver.wait(LIMIT_S) == 0, driver.output()
         assert f"The run in {whole.run} is complete." in driver.output()
     assert len(records(whole.run, DoneRecord)) == 1
 
 
-# ---- two of everything ---------------------------------------------------------------------------
+# ---- two of each role ----------------------------------------------------------------------------
 
 
-def test_every_role_runs_as_often_as_its_number_says(scaled: Scaled) -> None:
+def test_every_role_runs_in_as_many_processes_as_configured(scaled: Scaled) -> None:
     assert scaled.processes == dict.fromkeys(POOLS, 2)
 
 
-def test_more_actors_change_nothing_in_what_is_drawn(whole: Whole, scaled: Scaled) -> None:
+def test_more_actors_do_not_change_the_draws(whole: Whole, scaled: Scaled) -> None:
     expected, got = drawn(whole.run), drawn(scaled.run)
     assert got == {step: expected[step] for step in range(1, SCALED_STEPS + 1)}
 
 
-def test_two_ranks_see_the_loss_that_one_sees(whole: Whole, scaled: Scaled) -> None:
+def test_two_ranks_report_the_loss_and_gradient_norm_of_one(whole: Whole, scaled: Scaled) -> None:
     one, two = (records(run, StepRecord)[0] for run in (whole.run, scaled.run))
     assert two.tokens == one.tokens
     assert two.loss == pytest.approx(one.loss, rel=1e-4)
@@ -330,13 +330,13 @@ def test_two_ranks_see_the_loss_that_one_sees(whole: Whole, scaled: Scaled) -> N
 # ---- the disturbed run ---------------------------------------------------------------------------
 
 
-def test_a_run_directory_is_held_while_its_job_is_at_work(disturbed: Disturbed) -> None:
+def test_a_run_directory_is_locked_while_its_job_runs(disturbed: Disturbed) -> None:
     assert disturbed.held_while_running
     with locked(disturbed.run) as free:
         assert free
 
 
-def test_nothing_is_left_of_a_run_whose_driver_is_killed(disturbed: Disturbed) -> None:
+def test_no_process_is_left_of_a_run_whose_driver_is_killed(disturbed: Disturbed) -> None:
     assert disturbed.left_by_the_killed == []
     assert disturbed.agents_left_by_the_killed == []
 
@@ -350,7 +350,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step_and_exit_code_3(
     assert disturbed.checkpoint_of_the_stopped == last
 
 
-def test_a_run_that_lost_everything_once_ends_with_the_same_number_of_steps(
+def test_a_run_that_lost_each_role_once_ends_with_the_same_number_of_steps(
     disturbed: Disturbed,
 ) -> None:
     assert disturbed.code_of_the_last == 0

@@ -13,22 +13,21 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from distillm_ray.config import TargetsConfig, TeacherConfig
 from distillm_ray.errors import ConfigError
 from distillm_ray.models.packed import PackedModel
 from distillm_ray.teacher.scorer import Scorer, to_numpy
 from distillm_ray.types import (
-    FinishReason,
     HiddenTargets,
     LogitTargets,
     Rollout,
     ScoreReport,
-    Source,
     TeacherTargets,
     TopKTargets,
 )
+from tests import make
 
 pytestmark = pytest.mark.integration
 
@@ -39,17 +38,14 @@ PADDED_SIZE = 64
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM]:
     """A teacher whose vocabulary is padded beyond the tokenizer's 50 ids, and its directory."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    model = make.llama(
         vocab_size=PADDED_SIZE,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        num_key_value_heads=2,
         initializer_range=0.2,
         tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).eval()
+    ).eval()
     directory = tmp_path_factory.mktemp("teacher")
     model.save_pretrained(directory)
     return directory, model
@@ -63,15 +59,11 @@ def rollouts(count: int) -> list[Rollout]:
         mask = numbers.random(length) < 0.7
         mask[-1] = True
         made.append(
-            Rollout(
-                rollout_id=f"r{index}",
-                prompt_id=f"p{index}",
-                prompt_ids=numbers.integers(0, 50, int(numbers.integers(1, 20))).astype(np.int32),
-                response_ids=numbers.integers(0, 50, length).astype(np.int32),
-                loss_mask=mask,
-                source=Source.STUDENT,
-                version=0,
-                finish_reason=FinishReason.STOP,
+            make.rollout(
+                f"r{index}",
+                prompt=numbers.integers(0, 50, int(numbers.integers(1, 20))),
+                response=numbers.integers(0, 50, length),
+                mask=mask,
             )
         )
     return made
@@ -221,16 +213,7 @@ def test_a_failed_forward_pass_raises_in_its_callers_and_the_scorer_continues(
     directory, _ = teacher
     scorer = scorer_for(directory)
     good = rollouts(1)[0]
-    bad = Rollout(
-        rollout_id="bad",
-        prompt_id="bad",
-        prompt_ids=np.array([PADDED_SIZE + 5], dtype=np.int32),
-        response_ids=good.response_ids,
-        loss_mask=good.loss_mask,
-        source=Source.STUDENT,
-        version=0,
-        finish_reason=FinishReason.STOP,
-    )
+    bad = make.rollout("bad", prompt=[PADDED_SIZE + 5])
 
     async def work() -> None:
         await scorer.start()

@@ -1,4 +1,4 @@
-"""A whole system that starts in seconds: two tiny Llamas, a few rows of data, and the command line.
+"""A complete job that starts in seconds: two tiny Llamas, a few rows of data, the command line.
 
 Every process that a `Driver` starts, directly or through Ray, carries a mark in its environment, so
 that a test can find and count its own processes and no others.
@@ -18,19 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distillm_ray.log.metrics import FILE_NAME, read_records
 from distillm_ray.log.records import CheckpointRecord, Record, StepRecord
+from tests import make
 
 MARK = "DISTILLM_TEST_MARK"
 POLL_S = 0.05
-LIMIT_S = 400  # of anything; a run takes a tenth of it on an idle machine
-SPECIAL = ("<unk>", "<user>", "<assistant>", "<end>")
+LIMIT_S = 400  # of any wait; a run takes a tenth of it on an idle machine
+END = "<end>"
+SPECIAL = ("<unk>", "<user>", "<assistant>", END)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = (*NUMBERS, "and", "then", "is", "what", "follows")
 CHAT = (
@@ -42,39 +40,29 @@ NUM_TRAIN = 24
 
 def make_model(directory: Path, *, seed: int) -> None:
     """A Llama of two layers, width 32, with a tokenizer of one id a word."""
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *WORDS))}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")  # type: ignore[assignment]
-    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<end>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(directory)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
+    make.tokenizer(SPECIAL, WORDS, end=END, chat_template=CHAT).save_pretrained(directory)
+    make.llama(
+        seed=seed,
+        vocab_size=len(SPECIAL) + len(WORDS),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
         num_attention_heads=1,  # vLLM's CPU attention wants heads of 32
         num_key_value_heads=1,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=vocabulary["<end>"],
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+        eos_token_id=SPECIAL.index(END),
+    ).save_pretrained(directory)
 
 
 def make_rows(path: Path, count: int, *, start: int) -> None:
-    """Questions whose answers are the numbers that come next."""
+    """Prompts of number words. The response to each is the words of the numbers that come next."""
     rows = []
     for index in range(start, start + count):
         asked = [NUMBERS[(index // 7**place + place) % 10] for place in range(2 + index % 3)]
-        answer = [NUMBERS[(NUMBERS.index(word) + 1) % 10] for word in asked]
+        response = [NUMBERS[(NUMBERS.index(word) + 1) % 10] for word in asked]
         prompt = f"what follows {' and '.join(asked)}"
-        rows.append({"id": f"q{index}", "prompt": prompt, "response": " then ".join(answer)})
+        rows.append({"id": f"q{index}", "prompt": prompt, "response": " then ".join(response)})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -94,7 +82,7 @@ def make_config(directory: Path, *, steps: int, batch_size: int) -> Path:
             "max_prompt_tokens": 24,
             "max_response_tokens": 16,
         },
-        # Nothing in what is drawn depends on a loss, so that two runs can be compared.
+        # The draws do not depend on any loss, so that two runs can be compared.
         "schedule": {"type": "fixed", "phi": 0.6, "replay_ratio": "constant"},
         "rollout": {
             "engine": {"type": "transformers"},
@@ -129,7 +117,7 @@ def make_config(directory: Path, *, steps: int, batch_size: int) -> Path:
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours, without what would lead Ray elsewhere."""
+    """The environment of this process without the variables that would point Ray to a cluster."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -139,14 +127,14 @@ def clean_environment() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of a test's own, by pid; the start time tells it from a successor's pid."""
+    """A process that a test has started."""
 
     pid: int
     title: str
 
 
 def marked_processes(mark: str) -> list[Process]:
-    """Every living process with this mark, whoever its parent is by now."""
+    """Every living process with this mark, also those whose parent has ended."""
     found = []
     for directory in Path("/proc").iterdir():
         if not directory.name.isdigit():
@@ -155,14 +143,14 @@ def marked_processes(mark: str) -> list[Process]:
             if f"{MARK}={mark}".encode() not in (directory / "environ").read_bytes().split(b"\0"):
                 continue
             title = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:  # gone in between, or a kernel's own
+        except OSError:  # it has ended, or belongs to the kernel
             continue
         found.append(Process(pid=int(directory.name), title=title.strip()))
     return found
 
 
 class Driver:
-    """A command of `distillm-ray` in a process of its own; killed with all of its kin at exit."""
+    """A `distillm-ray` command in its own process, killed at exit with all processes it started."""
 
     def __init__(self, *arguments: str, log: Path, environment: Mapping[str, str] | None = None):
         self.mark = uuid.uuid4().hex
@@ -184,18 +172,18 @@ class Driver:
         self._process.wait()
 
     def send(self, number: signal.Signals) -> None:
-        """A signal to the driver alone."""
+        """Send a signal to the driver alone."""
         self._process.send_signal(number)
 
     def wait(self, timeout_s: float) -> int:
-        """The exit code."""
+        """Wait for the end; returns the exit code."""
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout_s:g} s:\n{self.output()}") from None
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float) -> None:
-        """Until it holds, while the driver lives."""
+        """Wait until the condition holds; fails if the driver ends before."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self._process.poll() is None, f"ended before:\n{self.output()}"
@@ -203,18 +191,18 @@ class Driver:
             time.sleep(POLL_S)
 
     def output(self) -> str:
-        """All that it printed."""
+        """Everything that it has printed."""
         return self.log.read_text(errors="replace")
 
     def find(self, title: str) -> Process:
-        """Its one process with this in its title."""
+        """Its only process whose title contains this."""
         found = [process for process in marked_processes(self.mark) if title in process.title]
         assert len(found) == 1, [process.title for process in marked_processes(self.mark)]
         return found[0]
 
 
 def kill_marked(mark: str) -> None:
-    """SIGKILL to every process with the mark."""
+    """Send SIGKILL to every process with the mark."""
     for process in marked_processes(mark):
         try:
             os.kill(process.pid, signal.SIGKILL)
@@ -223,7 +211,7 @@ def kill_marked(mark: str) -> None:
 
 
 def wait_until_gone(mark: str, grace_s: float, *, besides: tuple[str, ...] = ()) -> list[Process]:
-    """What is left of the marked processes after at most `grace_s`, besides some by title."""
+    """The marked processes that are left after `grace_s`, without those titled `besides`."""
     deadline = time.monotonic() + grace_s
     while True:
         left = [process for process in marked_processes(mark) if process.title not in besides]
@@ -238,19 +226,19 @@ def checkpointed(run: Path, step: int) -> bool:
 
 
 def records(run: Path, kind: type[Any] = object) -> list[Any]:
-    """The records of a run that still count, of one kind."""
+    """The records of one kind in a run, without superseded ones."""
     log: list[Record] = read_records(run / FILE_NAME)
     return [record for record in log if isinstance(record, kind)]
 
 
 def drawn(run: Path) -> dict[int, tuple[Any, ...]]:
-    """What every step drew: the mix and the ids by shelf. Each step is there once."""
+    """Mix and rollout ids by shelf of every step. Each step must be logged once."""
     steps = records(run, StepRecord)
     assert len({record.step for record in steps}) == len(steps)
     return {record.step: (record.mix, record.rollout_ids) for record in steps}
 
 
 def fresh_ordinals(run: Path) -> Iterator[int]:
-    """The ordinals that the steps consumed, in the steps' order."""
+    """The ordinals that the steps consumed, in the order of the steps."""
     for record in records(run, StepRecord):
         yield from (int(name.removeprefix("student-")) for name in record.rollout_ids["fresh"])
