@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import ray
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """One Ray for the whole session. Its CPUs are claims, not cores: actors of tests ask for 0."""
+    """One Ray for the whole session. It has more CPUs than the machine; test actors ask for 0."""
     ray.init(
         num_cpus=16,
         object_store_memory=150 * 2**20,

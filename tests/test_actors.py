@@ -1,4 +1,4 @@
-"""What a role's process finds in its environment."""
+"""The environment variables of a role's process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from distillm_ray.cluster.actors import thread_settings
 
 
-def test_huge_pages_are_asked_for_on_the_cpu_beside_what_the_user_tunes(
+def test_huge_pages_are_requested_on_the_cpu_in_addition_to_the_users_tunables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)

@@ -1,4 +1,4 @@
-"""The commit that a run names is the one of this package, not of the directory around it."""
+"""The commit of a run is that of this package, not of a repository around its directory."""
 
 from __future__ import annotations
 

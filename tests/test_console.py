@@ -80,7 +80,7 @@ def printed(stream: io.StringIO) -> list[str]:
     return [text.split("  ", 1)[1] for text in stream.getvalue().splitlines()]
 
 
-def test_a_step_line_tells_loss_schedule_mix_and_waiting() -> None:
+def test_a_step_line_shows_loss_schedule_mix_and_waiting() -> None:
     text = line(step_record(7), 100)
     for part in ("step 7/100", "loss 1.2500", "phi 0.30", "mix 4/2/10", "replay 30", "waited 0.5"):
         assert part in text
@@ -122,7 +122,7 @@ def test_every_kind_of_record_has_a_line() -> None:
         (math.nan, "-"),
     ],
 )
-def test_durations_read_as_a_person_says_them(seconds: float, text: str) -> None:
+def test_durations_are_shown_in_readable_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
@@ -165,14 +165,14 @@ def test_the_remaining_time_follows_the_pace_of_the_steps() -> None:
     assert view.eta_seconds == pytest.approx(3.2 * 96)
 
 
-def test_a_step_that_is_repeated_after_a_restart_does_not_upset_the_pace() -> None:
+def test_a_step_that_is_repeated_after_a_restart_does_not_change_the_pace() -> None:
     view = View(total_steps=100).after(step_record(9), 10.0).after(step_record(10), 12.0)
     view = view.after(step_record(6), 60.0)
     assert view.step_seconds == 2.0
     assert view.completed == 6
 
 
-def test_the_screen_shows_phase_numbers_mix_buffer_and_what_is_awaited() -> None:
+def test_the_screen_shows_phase_numbers_mix_buffer_and_the_current_wait() -> None:
     view = View(total_steps=100, phase="training", phase_started=5.0)
     view = view.after(ValidationRecord(step=0, loss=3.5, phi=0.3), 6.0)
     view = view.after(step_record(1), 7.0).after(step_record(2), 9.0)
@@ -217,7 +217,7 @@ def test_only_the_newest_events_stay_on_the_screen() -> None:
     assert [event.split()[0] for event in view.events] == [f"event-{n}" for n in range(5, 9)]
 
 
-def test_text_of_a_model_is_never_taken_for_markup() -> None:
+def test_text_of_a_model_is_never_parsed_as_markup() -> None:
     sample = Sample(prompt="[bold]x[/bold]", reference="", response="[/red]")
     text = screen(View(total_steps=1).after(ProbeRecord(step=1, samples=(sample,)), 0.0), 0.0)
     assert "[bold]x[/bold] -> [/red]" in text
@@ -243,7 +243,7 @@ def test_a_log_gets_a_step_line_every_few_seconds_and_the_last_one_always() -> N
     assert steps == [*range(1, 100, 5), 100]
 
 
-def test_a_skipped_step_is_always_told() -> None:
+def test_a_skipped_step_is_always_logged() -> None:
     view, stream = plain_view(Clock())
     view.update(step_record(1))
     view.update(step_record(2))
@@ -251,7 +251,7 @@ def test_a_skipped_step_is_always_told() -> None:
     assert len(printed(stream)) == 2
 
 
-def test_a_long_wait_gives_signs_of_life() -> None:
+def test_a_long_wait_is_logged_from_time_to_time() -> None:
     clock = Clock()
     view, stream = plain_view(clock, heartbeat_s=30.0)
     view.start("starting generators")

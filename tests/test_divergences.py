@@ -298,7 +298,7 @@ def test_an_id_that_only_the_student_can_produce_makes_reverse_kl_infinite(logit
         assert divergence(student, teacher).isfinite().all()
 
 
-def test_a_token_of_infinite_divergence_has_gradient_zero_and_leaves_the_others_alone() -> None:
+def test_a_token_of_infinite_divergence_has_gradient_zero_and_does_not_affect_the_others() -> None:
     student, teacher = logits(2, 20, seed=24), logits(2, 20, seed=25)
     alone = gradient(forward_kl, student[1:], teacher[1:])
     student[0, 4] = -INFINITY

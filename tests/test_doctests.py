@@ -21,7 +21,7 @@ MODULES = (
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of_a_module_give_what_they_show(name: str) -> None:
+def test_the_examples_of_a_module_give_the_results_that_they_show(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0, f"{name} has no example"
     assert result.failed == 0, "the difference is in the captured output"

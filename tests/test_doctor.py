@@ -1,4 +1,4 @@
-"""The doctor's probes on made-up machines."""
+"""The doctor's probes on simulated machines."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_a_directory_is_replaced_only_on_request(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next_replacement(tmp_path: Path) -> None:
+def test_files_left_by_a_killed_writer_are_removed_by_the_next_replacement(tmp_path: Path) -> None:
     killed = new_directory(tmp_path / "model", replace=True)
     (killed.__enter__() / "half").touch()
     with new_directory(tmp_path / "model", replace=True):

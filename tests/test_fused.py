@@ -378,7 +378,7 @@ def test_a_rank_without_loss_tokens_takes_part_with_gradients_of_zero(loss: Any)
     assert gradients["hidden_ND"].shape == (0, D)
 
 
-def test_the_gradients_are_handed_out_once() -> None:
+def test_backward_of_a_fused_loss_can_be_called_only_once() -> None:
     c = case()
     hidden_ND = c.hidden_ND.clone().requires_grad_()
     result = fused_loss(

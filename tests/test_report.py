@@ -37,7 +37,7 @@ NUM_STEPS, BATCH = 200, 16
 
 
 class Clock:
-    """Two seconds a reading."""
+    """A clock that advances by two seconds at every reading."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -48,7 +48,7 @@ class Clock:
 
 
 def write_run(directory: Path, *, num_steps: int = NUM_STEPS, start: float = 0.3) -> None:
-    """A log that looks like a run: losses fall, phi rises twice, the replay shelf fills up."""
+    """The log of a synthetic run: losses fall, phi rises twice, the replay shelf fills up."""
     random = np.random.default_rng(0)
     log = MetricsLog(
         directory,
@@ -166,7 +166,7 @@ def test_the_mean_age_is_over_fresh_samples_not_over_steps(tmp_path: Path) -> No
     assert summary.status == "running"
 
 
-def test_the_report_leaves_summary_samples_and_pictures(finished: Path) -> None:
+def test_the_report_writes_summary_samples_and_figures(finished: Path) -> None:
     text = printed(write_report(finished))
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["totals"]["steps"] == 60
@@ -216,7 +216,7 @@ def test_a_run_to_compare_with_needs_an_evaluation(finished: Path, tmp_path: Pat
         write_report(finished, compare=[tmp_path])
 
 
-def test_a_neighbour_is_compared_with_once_its_student_is_trained(
+def test_a_neighbouring_run_is_compared_with_after_its_student_is_trained(
     finished: Path, tmp_path: Path
 ) -> None:
     assert has_trained_student(finished)
@@ -247,7 +247,7 @@ def test_an_evaluation_is_read_back_as_it_was_written(finished: Path) -> None:
     assert evaluation.seeds == (1, 2)
 
 
-def test_a_run_that_never_drew_an_sgo_says_so(tmp_path: Path) -> None:
+def test_a_run_that_never_drew_an_sgo_is_reported_as_such(tmp_path: Path) -> None:
     write_run(tmp_path, num_steps=5, start=0.0)
     run = read_run(tmp_path)
     assert "never drew a student-generated output" in summarize(run).notes[0]
@@ -272,14 +272,14 @@ def test_all_panels_are_drawn(finished: Path, tmp_path: Path) -> None:
     assert all(path.stat().st_size > 5000 for path in paths)
 
 
-def test_the_running_mean_leaves_out_what_was_not_measured() -> None:
+def test_the_running_mean_ignores_values_that_were_not_measured() -> None:
     values = [math.nan, 2.0, 4.0, math.nan, math.inf, 6.0]
     means = running_mean(values, 2)
     assert np.isnan(means[0]) and np.isnan(means[4])
     assert means[[1, 2, 3, 5]].tolist() == [2.0, 3.0, 4.0, 6.0]
 
 
-def test_samples_cannot_break_out_of_their_quotes(tmp_path: Path) -> None:
+def test_samples_cannot_end_their_quoted_block(tmp_path: Path) -> None:
     text = "# Title\n\n```\nend"
     sample = ComparedSample(prompt=text, reference="r", before="b", after="a")
     write_samples(tmp_path / "samples.md", [sample])

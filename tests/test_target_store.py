@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from distillm_ray.teacher.target_store import StoreCounters, TargetStore
 
 
-def test_the_least_recently_used_value_goes_first() -> None:
+def test_the_least_recently_used_value_is_evicted_first() -> None:
     store: TargetStore[str] = TargetStore(max_bytes=30)
     for name in ("a", "b", "c"):
         assert store.put(name, name.upper(), 10)
@@ -21,7 +21,7 @@ def test_the_least_recently_used_value_goes_first() -> None:
     assert store.counters == StoreCounters(nbytes=30, evictions=1)
 
 
-def test_one_large_value_pushes_out_as_many_small_ones_as_it_needs() -> None:
+def test_a_large_value_evicts_as_many_small_ones_as_it_needs() -> None:
     store: TargetStore[int] = TargetStore(max_bytes=100)
     for index in range(10):
         store.put(str(index), index, 10)
@@ -31,7 +31,7 @@ def test_one_large_value_pushes_out_as_many_small_ones_as_it_needs() -> None:
     assert store.counters.evictions == 5
 
 
-def test_a_value_larger_than_the_store_is_refused_and_nothing_else_goes() -> None:
+def test_a_value_larger_than_the_store_is_refused_and_evicts_nothing() -> None:
     store: TargetStore[int] = TargetStore(max_bytes=10)
     store.put("small", 1, 10)
     assert not store.put("large", 2, 11)
@@ -56,7 +56,7 @@ def test_a_lost_value_that_is_dropped_is_a_miss_and_frees_its_bytes() -> None:
     assert store.counters.nbytes == 0
 
 
-def test_looking_whether_a_value_is_here_is_not_a_use() -> None:
+def test_a_membership_test_does_not_count_as_a_use() -> None:
     store: TargetStore[str] = TargetStore(max_bytes=20)
     store.put("a", "A", 10)
     store.put("b", "B", 10)

@@ -67,7 +67,7 @@ def test_target_reuse_is_one_minus_scored_by_trained_on() -> None:
     assert totals.target_reuse_tokens == pytest.approx(1 - 140 / 200)
 
 
-def test_what_is_scored_just_in_time_is_not_reused() -> None:
+def test_targets_that_are_scored_just_in_time_are_not_reused() -> None:
     totals = Totals.of([step_record(step, scored=(4, 100)) for step in (1, 2, 3)])
     assert (totals.target_reuse_sequences, totals.target_reuse_tokens) == (0.0, 0.0)
 

@@ -1,10 +1,10 @@
-"""What torch.compile makes of a function for an H100, on a machine that has none.
+"""Compile a function for an H100 with torch.compile, on a machine without a GPU.
 
-Inductor asks for a GPU's properties to generate Triton code; a driver is needed only to run it.
-Here it gets the properties of an H100: a graph is traced with tensors of the CPU, handed to
-Inductor as if they were CUDA's, and the module that it generates runs over tensors of the CPU, its
-kernels in Triton's interpreter. So the results of the GPU's code can be compared, and what it
-allocates and how often it walks a row can be counted; how fast it is cannot be said.
+To generate Triton code, Inductor only reads the GPU's properties; a driver is needed only to run
+it. Here Inductor reads the properties of an H100. A graph is traced with CPU tensors and passed to
+Inductor as if they were CUDA tensors. The generated module then runs over CPU tensors, with its
+kernels in Triton's interpreter. Tests can compare the results of the GPU code and count its
+allocations and its walks over a row. They cannot measure its speed.
 
 It replaces private names of PyTorch and was written against 2.11 and 2.13.
 """
@@ -38,13 +38,13 @@ import torch._subclasses.fake_tensor
 from torch import Tensor
 from torch._inductor.runtime import triton_helpers
 
-# Read where Triton is first imported, which may have been long ago.
+# Triton reads the variable at its first import, which may precede this one.
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 (make test-kernels)", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="Triton is not installed (make test-kernels)")
 tl = pytest.importorskip("triton.language")
 
-torch_compile = torch.compile  # a test may put something else in its place
+torch_compile = torch.compile  # tests may patch it
 GPU = torch.device("cuda:0")
 PROPERTIES = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -68,7 +68,7 @@ XBLOCK, R0_BLOCK, POINTWISE_BLOCK = 2, 1024, 4096
 
 @dataclass
 class Generated:
-    """What Inductor generated for one function, and what a call of it did."""
+    """What Inductor has generated for one function, and what calls of it have done."""
 
     sources: dict[str, str] = field(default_factory=dict)  # of the kernels, by name
     launches: list[str] = field(default_factory=list)  # names of kernels, in order
@@ -113,7 +113,7 @@ def _for_gpu(
 
 
 def _move(value: Any) -> None:
-    """Traced tensors say that they are on the GPU."""
+    """Mark traced tensors as GPU tensors."""
     if isinstance(value, torch._subclasses.fake_tensor.FakeTensor):
         value.fake_device = GPU
     elif isinstance(value, tuple | list):
@@ -123,7 +123,7 @@ def _move(value: Any) -> None:
 
 @contextlib.contextmanager
 def _pretending(generated: Generated) -> Iterator[None]:
-    """A CUDA device as far as Inductor and its generated modules look."""
+    """The parts of a CUDA device that Inductor and its generated modules read."""
     interface = torch._dynamo.device_interface.CudaInterface
     guards: Any = sys.modules["torch._C._dynamo.guards"]
 
@@ -184,7 +184,7 @@ def _pretending(generated: Generated) -> Iterator[None]:
             stack.enter_context(mock.patch.object(where, name, value, create=True))
         for where, name, value in of_interfaces:
             stack.enter_context(mock.patch.object(where, name, staticmethod(value), create=True))
-        # What traces it elsewhere looks for a driver.
+        # The regular decomposition looks for a driver.
         logical_not = {
             torch.ops.aten.logical_not.default: lambda one: torch.empty_like(one, dtype=torch.bool)
         }
@@ -196,7 +196,7 @@ def _pretending(generated: Generated) -> Iterator[None]:
 
 
 class _Driver:
-    """Triton's driver, as far as a compiler asks it."""
+    """The part of Triton's driver that a compiler calls."""
 
     def get_current_target(self) -> Any:
         return triton.backends.compiler.GPUTarget("cuda", 90, 32)
@@ -236,12 +236,12 @@ def _max2(x: Any, dim: Any) -> Any:
     return tl.max(x, dim)
 
 
-# What generated code calls of CUDA's libdevice, which the interpreter does not have.
+# The functions of CUDA's libdevice that generated code calls. The interpreter has none of them.
 LIBDEVICE = SimpleNamespace(abs=_abs, exp=_exp, log=_log, tanh=_tanh)
 
 
 class _Kernel:
-    """A generated kernel as its module launches it."""
+    """A generated kernel with the launcher interface that its module calls."""
 
     def __init__(self, name: str, source: str, launches: list[str]) -> None:
         self._name = name
@@ -262,8 +262,8 @@ class _Kernel:
 
 @contextlib.contextmanager
 def _patched_once() -> Iterator[None]:
-    """Triton's language replaced once by the interpreter, which does it at every call of a helper
-    and never takes it back: each takes longer than the one before."""
+    """Patch Triton's language once. The interpreter patches it at every call of a helper and never
+    restores it, so that each call would take longer than the one before."""
     interpreter = triton.runtime.interpreter
     scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     nothing = interpreter._LangPatchScope()
@@ -273,7 +273,7 @@ def _patched_once() -> Iterator[None]:
 
 
 def _load(name: str, source: str) -> Any:
-    """A kernel's function, without the launcher that wants a driver."""
+    """A kernel's function, without the launcher that needs a driver."""
     source = source.replace("triton_helpers.set_driver_to_gpu()", "")
     source = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n", "", source, flags=re.DOTALL)
     with tempfile.TemporaryDirectory() as directory:

@@ -50,7 +50,7 @@ async def bad(
 """
 
 
-def test_a_remote_call_that_no_actor_understands_fails_the_type_check(tmp_path: Path) -> None:
+def test_a_remote_call_that_an_actor_does_not_have_fails_the_type_check(tmp_path: Path) -> None:
     (tmp_path / "calls.py").write_text(CALLS)
     settings = {"typeCheckingMode": "basic", "extraPaths": [str(ROOT)], "include": ["calls.py"]}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
@@ -65,5 +65,5 @@ def test_a_remote_call_that_no_actor_understands_fails_the_type_check(tmp_path: 
         for number, line in enumerate(CALLS.splitlines(), start=1)
         if "renamed" in line or '"three"' in line or "3, 4" in line
     ]
-    returned = len(CALLS.splitlines())  # a bool where a str is declared
+    returned = len(CALLS.splitlines())  # returns a bool, but declares a str
     assert lines == [*marked, returned], json.dumps(found, indent=1)
