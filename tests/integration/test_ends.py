@@ -36,7 +36,7 @@ def test_a_stop_during_the_evaluation_before_training_ends_it_and_the_same_comma
     run, test_set = config.parent / "stopped", config.parent / "test.jsonl"
     make_rows(test_set, 3000, start=0)
     command = ("train", str(config), f"run.directory={run}", f"data.test=[{test_set}]")
-    long = ("rollout.engine.max_batch_size=1", "evaluation.max_prompts=3000")
+    long = ("evaluation.at_end=true", "rollout.engine.max_batch_size=1")
     with Driver(*command, *long, log=config.parent / "stopped.log") as driver:
         driver.wait_for(lambda: BEFORE in driver.output(), LIMIT_S)
         driver.send(signal.SIGTERM)
@@ -46,11 +46,11 @@ def test_a_stop_during_the_evaluation_before_training_ends_it_and_the_same_comma
     assert not (run / "evaluation.json").exists(), "the evaluation was not finished"
     assert records(run, StepRecord) == []
 
-    short = ("evaluation.max_prompts=2", "evaluation.at_end=false")
+    short = ("evaluation.at_end=false",)
     with Driver(*command, *short, log=config.parent / "completed.log") as driver:
         assert driver.wait(LIMIT_S) == 0, driver.output()
     assert [record.step for record in records(run, StepRecord)] == list(range(1, STEPS + 1))
-    assert [record.status for record in records(run, DoneRecord)] == ["stopped", "complete"]
+    assert [record.status for record in records(run, DoneRecord)] == ["complete"]
 
 
 def test_an_error_of_a_rank_before_training_ends_the_job_with_its_message(config: Path) -> None:
