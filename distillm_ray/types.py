@@ -283,8 +283,6 @@ class BufferCounters:
     replay: int  # on the replay shelf
     outstanding: int  # demanded, not finished
     demanded: int
-    finished: int
-    lost: int
     duplicates: int  # second rollouts for an ordinal, which are ignored
     late: int  # fresh sequences of an age above lookahead + sync_interval - 2
 

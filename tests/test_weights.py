@@ -129,6 +129,7 @@ def test_an_exported_model_names_the_end_tokens_that_it_was_trained_on(
         assert json.loads((directory / name).read_text())["eos_token_id"] == written
     loaded = AutoModelForCausalLM.from_pretrained(directory)
     assert loaded.generation_config.eos_token_id == written
+    assert loaded.generation_config.bos_token_id == model.config.bos_token_id is not None
 
 
 def test_an_export_keeps_the_students_other_generation_settings(tmp_path: Path) -> None:

@@ -280,8 +280,6 @@ class ReplayBuffer:
             replay=self._shelves.num_replay,
             outstanding=self._ordinals.num_open,
             demanded=self._ordinals.end,
-            finished=self._ordinals.first + self._ordinals.num_finished,
-            lost=self._ordinals.lost,
             duplicates=self._ordinals.duplicates,
             late=self._late,
         )
@@ -314,7 +312,6 @@ class ReplayBuffer:
             outstanding=self._ordinals.outstanding(),
             finished=(*drawn, *self._ordinals.finished()),
             replay=position.replay,
-            lost=self._ordinals.lost,
             duplicates=self._ordinals.duplicates,
             late=ahead[0].late_before if ahead else self._late,
         ).to_bytes()
@@ -347,7 +344,7 @@ class ReplayBuffer:
             finished=state.finished,
             outstanding=state.outstanding,
         )
-        self._ordinals.lost, self._ordinals.duplicates = state.lost, state.duplicates
+        self._ordinals.duplicates = state.duplicates
         self._late = state.late
         self._open_demand()
 

@@ -26,7 +26,6 @@ class Ordinals:
         self._open: dict[int, Demand] = {}  # queued or in flight
         self._queued: dict[int, None] = {}  # used as an ordered set
         self._finished: dict[int, Rollout] = {}
-        self.lost = 0
         self.duplicates = 0
 
     @property
@@ -87,7 +86,6 @@ class Ordinals:
         """Queue an ordinal again whose generation failed. Ignored unless it is in flight."""
         if ordinal not in self._open or ordinal in self._queued:
             return
-        self.lost += 1
         demand = self._open[ordinal]
         self._open[ordinal] = replace(demand, attempt=demand.attempt + 1)
         self._queued[ordinal] = None

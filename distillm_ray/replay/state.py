@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from distillm_ray.types import FinishReason, Prompt, Rollout, Source
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,7 +34,6 @@ class BufferState:
     outstanding: tuple[tuple[int, str, int, int], ...]  # ordinal, prompt id, min_version, attempt
     finished: tuple[Rollout, ...]
     replay: tuple[Rollout, ...]  # oldest first
-    lost: int
     duplicates: int
     late: int
 

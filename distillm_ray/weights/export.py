@@ -15,6 +15,7 @@ from distillm_ray.types import Bucket
 from distillm_ray.weights.buckets import write_buckets
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_SPECIAL = ("bos_token_id", "pad_token_id")  # keys of both configs, besides the end token
 
 
 def export_model(
@@ -42,7 +43,14 @@ def export_model(
                 shutil.copy(path, new / path.name)
         ends = list(end_token_ids) if len(end_token_ids) > 1 else end_token_ids[0]
         _update(new / "config.json", eos_token_id=ends, dtype=str(dtype).removeprefix("torch."))
-        _update(new / "generation_config.json", eos_token_id=ends)
+        generation = new / "generation_config.json"
+        if not generation.exists():
+            # Once the file exists, nothing is taken from config.json any more.
+            values = json.loads((new / "config.json").read_text(encoding="utf-8"))
+            _update(
+                generation, **{key: values[key] for key in _SPECIAL if values.get(key) is not None}
+            )
+        _update(generation, eos_token_id=ends)
 
 
 def _is_copied(path: Path) -> bool:

@@ -133,8 +133,8 @@ def test_a_restored_buffer_ignores_work_of_an_earlier_incarnation(tmp_path: Path
     assert demands[0] == demands[1] != []
     get([buffer.add.remote(1, response), buffer.lose.remote(1, 1)])
     counters = get(buffer.counters.remote(2))
-    assert (counters.finished, counters.lost, counters.duplicates) == (0, 0, 0)
+    assert (counters.fresh, counters.duplicates) == (0, 0)
     with pytest.raises(BufferLost):
         get(buffer.counters.remote(1))
     get(buffer.add.remote(2, response))
-    assert get(buffer.counters.remote(2)).finished == 1
+    assert get(buffer.counters.remote(2)).fresh == 1
