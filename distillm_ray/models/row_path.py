@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,14 @@ Load = Callable[[str | None], PreTrainedModel]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowProof:
+    """Relative differences (L2 norm) of hidden states, measured at the start."""
+
+    from_alone: float  # a row, from each of its sequences alone
+    from_eager: float | None  # each sequence alone, from eager attention; None: it is eager
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowPath:
     """How a model runs a packed row.
 
@@ -60,11 +68,13 @@ class RowPath:
         packs_up_to: a row with a longer sequence runs one sequence a pass; 0: every row does,
             None: no row.
         notes: why faster ways were not taken.
+        proof: what was measured; None if nothing was.
     """
 
     attention: str
     packs_up_to: int | None = None
     notes: tuple[str, ...] = ()
+    proof: RowProof | None = None
 
     @property
     def describe(self) -> str:
@@ -156,17 +166,17 @@ def choose_path(
     if supports_by_sequence(model) and packs_up_to != 0:
         model.set_attn_implementation(BY_SEQUENCE)
         path = RowPath(attention=BY_SEQUENCE, packs_up_to=packs_up_to, notes=tuple(notes))
-        why_not = proof.why_not(path)
-        if why_not is None:
-            return model, _with_flash(model, proof, path)
-        notes.append(why_not)
+        found = proof.of(path)
+        if isinstance(found, RowProof):
+            return model, _with_flash(model, proof, replace(path, proof=found))
+        notes.append(found)
         model.set_attn_implementation(own)
     for limit in dict.fromkeys((packs_up_to, 0)):
         path = RowPath(attention=own, packs_up_to=limit, notes=tuple(notes))
-        why_not = proof.why_not(path)
-        if why_not is None:
-            return model, path
-        notes.append(why_not)
+        found = proof.of(path)
+        if isinstance(found, RowProof):
+            return model, replace(path, proof=found)
+        notes.append(found)
     raise ModelError(
         f"{key}: no way of running {type(model).__name__} on rows of several sequences is exact"
         f" ({'; '.join(notes)}): the loss would depend on the row that a sequence is in; use"
@@ -226,9 +236,9 @@ def _with_flash(model: PreTrainedModel, proof: _Proof, path: RowPath) -> RowPath
     if not plain or not on_gpu or not is_flash_attn_2_available():
         return path
     model.set_attn_implementation(FLASH)
-    flash = RowPath(attention=FLASH, packs_up_to=path.packs_up_to, notes=path.notes)
-    if proof.why_not(flash) is None:
-        return flash
+    found = proof.of(replace(path, attention=FLASH))
+    if isinstance(found, RowProof):
+        return replace(path, attention=FLASH, proof=found)
     model.set_attn_implementation(BY_SEQUENCE)
     return path
 
@@ -253,8 +263,8 @@ class _Proof:
         self._positions_L = torch.cat([torch.arange(length) for length in lengths])
         self._eager_LD = self._eager(load)
 
-    def why_not(self, path: RowPath) -> str | None:
-        """What is wrong with a way; None if nothing is. The model has its attention already."""
+    def of(self, path: RowPath) -> RowProof | str:
+        """The proof of a way, or what is wrong with it. The model has its attention already."""
         name = path.attention
         alone = RowPath(attention=name, packs_up_to=0)
         packs = path.packs_up_to != 0
@@ -273,12 +283,14 @@ class _Proof:
         kept_L = ~self._changed_L
         if not torch.equal(row_LD[kept_L], other_LD[kept_L]):
             return f"{name}: state leaks from one sequence of a row into the next"
-        if not self._equal(row_LD, alone_LD):
-            apart = _apart(row_LD, alone_LD)
-            return f"{name}: a row differs from each of its sequences alone by {apart:.2g}"
-        if self._eager_LD is not None and not self._equal(alone_LD, self._eager_LD):
-            return f"{name}: differs from eager attention by {_apart(alone_LD, self._eager_LD):.2g}"
-        return None
+        tolerance = TOLERANCES.get(self._model.dtype, TOLERANCES[torch.bfloat16])
+        from_alone = _apart(row_LD, alone_LD)
+        if not from_alone <= tolerance:
+            return f"{name}: a row differs from each of its sequences alone by {from_alone:.2g}"
+        from_eager = None if self._eager_LD is None else _apart(alone_LD, self._eager_LD)
+        if from_eager is not None and not from_eager <= tolerance:
+            return f"{name}: differs from eager attention by {from_eager:.2g}"
+        return RowProof(from_alone=from_alone, from_eager=from_eager)
 
     def _eager(self, load: Load) -> Tensor | None:
         """Eager attention on each sequence alone; None if transformers has no other for it."""
@@ -301,10 +313,6 @@ class _Proof:
         ids_L = (self._ids_L if token_ids_L is None else token_ids_L).to(model.device)
         positions_L = self._positions_L.to(model.device)
         return run_row(backbone_of(model), ids_L, positions_L, path).float().cpu()
-
-    def _equal(self, found_LD: Tensor, expected_LD: Tensor) -> bool:
-        tolerance = TOLERANCES.get(self._model.dtype, TOLERANCES[torch.bfloat16])
-        return _apart(found_LD, expected_LD) <= tolerance
 
 
 def _apart(found_LD: Tensor, expected_LD: Tensor) -> float:
