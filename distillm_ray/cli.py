@@ -190,6 +190,24 @@ def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 
 @app.command()
+def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Prove what can be proven in a minute: rows, packing, heads, export, responses."""
+    with _user_errors():
+        tree = _load(config, overrides)
+        _quiet()
+        from distillm_ray import preflight
+
+        checked = preflight.check(tree)
+        from transformers.utils.logging import disable_progress_bar
+
+        from distillm_ray import check as checks
+
+        disable_progress_bar()  # of loading weights: it would stand between the lines
+        checks.check(tree, checked, typer.echo)
+        typer.echo("\nno objection")
+
+
+@app.command()
 def plot(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     compare: Annotated[

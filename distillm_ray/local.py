@@ -65,6 +65,7 @@ from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.build import build_buffer
 from distillm_ray.report.console import ConsoleView
+from distillm_ray.report.rows import write_first_rows
 from distillm_ray.rollout.generator import student_job
 from distillm_ray.rollout.responses import MAX_REJECTED, response_counts, response_facts, verdict
 from distillm_ray.rollout.transformers_engine import TransformersGenerator
@@ -116,6 +117,9 @@ def train(
         # Checked again: another job may have used the directory until now.
         check_run_directory(config)
         write_atomically(directory / CONFIG_FILE, dump_config(config).encode())
+        ends = preflight.student.ends(splits.train.end_token_id)
+        for line in write_first_rows(directory, splits.train.demonstrations, tokenizer, ends):
+            view.note(line)
         with (
             closing(MetricsLog(directory, commit=package_commit(), command=command)) as log,
             asyncio.Runner() as runner,

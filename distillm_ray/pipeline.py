@@ -53,6 +53,7 @@ from distillm_ray.log.records import DoneRecord
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.report.console import ConsoleView
+from distillm_ray.report.rows import write_first_rows
 from distillm_ray.rollout.generator import student_job
 from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
 from distillm_ray.types import TRAINING, Device
@@ -101,6 +102,11 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
             # Checked again: another job may have used the directory until now.
             resume_from = check_run_directory(config)
             write_atomically(config.run.directory / CONFIG_FILE, dump_config(config).encode())
+            ends = preflight.student.ends(splits.train.end_token_id)
+            for line in write_first_rows(
+                config.run.directory, splits.train.demonstrations, tokenizer, ends
+            ):
+                view.note(line)
             run = Run(config, preflight, splits, resume_from, device, command=command)
             watch.control = ControlClient(run.control)
             return _work(run, watch, tokenizer)

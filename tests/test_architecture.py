@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("report",),
     ("preflight", "watch"),
-    ("jobs", "local", "pipeline"),
+    ("check", "jobs", "local", "pipeline"),
     ("doctor",),
     ("cli",),
 )
@@ -98,7 +98,7 @@ def test_only_the_top_imports_reports() -> None:
         for module, imports in IMPORTS.items()
         if room_of(module) != "report" and any(room_of(other) == "report" for other in imports)
     }
-    assert users <= {"cli", "jobs", "local", "pipeline", "watch"}
+    assert users <= {"check", "cli", "jobs", "local", "pipeline", "watch"}
 
 
 def test_roles_know_nothing_of_ray() -> None:

@@ -15,7 +15,8 @@ from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.placement import RoleSpec
 from distillm_ray.cluster.pool import ActorPool, Member, PooledActor
 from distillm_ray.config import GeneratorPoolConfig, SamplingConfig
-from distillm_ray.rollout.generator import Generator, GeneratorJob
+from distillm_ray.rollout.engines import make_generator
+from distillm_ray.rollout.generator import GeneratorJob
 from distillm_ray.types import Bucket, Demand, Prompt, Rollout, Weights
 
 PublishedWeights: TypeAlias = "Weights[ray.ObjectRef[Bucket]]"
@@ -29,7 +30,7 @@ class GeneratorActor(PooledActor):
 
     def __init__(self, config: GeneratorPoolConfig, job: GeneratorJob) -> None:
         self._source = job.source
-        self._generator = _make_generator(config, job)
+        self._generator = make_generator(config, job)
 
     @ray.method
     async def start(self) -> None:
@@ -145,18 +146,3 @@ class GeneratorPool(ActorPool[GeneratorActor]):
             # The weights were lost with the learner that published them. Its successor publishes
             # again, and until then no demand asks for a newer version than the one here.
             return 0.0
-
-
-def _make_generator(config: GeneratorPoolConfig, job: GeneratorJob) -> Generator:
-    # Imported here: the driver and the other roles load no engine.
-    match config.engine.type:
-        case "vllm":
-            from distillm_ray.rollout.vllm_engine import VllmGenerator  # noqa: PLC0415
-
-            return VllmGenerator(config, job)
-        case "transformers":
-            from distillm_ray.rollout.transformers_engine import (  # noqa: PLC0415
-                TransformersGenerator,
-            )
-
-            return TransformersGenerator(config, job)

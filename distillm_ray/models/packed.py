@@ -102,10 +102,11 @@ def load_packed_model(
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel, head: FrozenHead, *, role: Role) -> None:
+def check_head(model: PreTrainedModel, head: FrozenHead, *, role: Role) -> float:
     """Check that `head` on the backbone's hidden states gives the model's own logits.
 
-    `model` needs its whole parameters and its own output head.
+    Returns the largest difference as a share of the largest logit. `model` needs its whole
+    parameters and its own output head.
 
     Raises:
         ModelError: they differ.
@@ -131,3 +132,4 @@ def check_head(model: PreTrainedModel, head: FrozenHead, *, role: Role) -> None:
             " changes its logits after the head in an unknown way, and the divergence would"
             " compare other distributions than the model's; use another model"
         )
+    return difference

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 # A name with "sdpa" in it would make transformers ask whether the class supports sdpa.
-BY_SEQUENCE = "distillm_by_sequence"
+BY_SEQUENCE = "by_sequence"
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 # Arguments that models hand to every attention function and that do not change its result.

@@ -42,13 +42,20 @@ FLASH = "flash_attention_2"
 # round one leak away: many boundaries show it.
 CHECKED_LENGTHS = (21, 3, 3, 3, 3, 3, 3, 3, 3, 26)
 # Largest relative difference (L2 norm) that counts as rounding. Another shape of the same product
-# is rounded differently, by up to 1e-6 in float32. In bfloat16 a router of experts may decide
-# differently for single tokens, which makes up to 0.14 without an error.
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.25}
+# is rounded differently, by up to 1e-6 in float32. In bfloat16 the hidden states of random tokens
+# differ by 0.12 after the 30 layers of SmolLM2-135M, and a router of experts may decide differently
+# for single tokens. A leak is found without a tolerance, and unknown arguments of an attention too.
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.5}
 # Rotary embeddings whose frequencies depend on the largest position of a row.
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
 
+
 Load = Callable[[str | None], PreTrainedModel]
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """The largest relative difference that rounding explains."""
+    return TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,7 +290,7 @@ class _Proof:
         kept_L = ~self._changed_L
         if not torch.equal(row_LD[kept_L], other_LD[kept_L]):
             return f"{name}: state leaks from one sequence of a row into the next"
-        tolerance = TOLERANCES.get(self._model.dtype, TOLERANCES[torch.bfloat16])
+        tolerance = tolerance_of(self._model.dtype)
         from_alone = _apart(row_LD, alone_LD)
         if not from_alone <= tolerance:
             return f"{name}: a row differs from each of its sequences alone by {from_alone:.2g}"

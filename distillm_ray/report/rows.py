@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distillm_ray.files import write_atomically
 from distillm_ray.types import Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NUM_ROWS = 3  # that are shown
+ROWS_FILE = "rows.txt"
 _MAX_IDS = 24  # of a span; the middle of a longer one is left out
 _MAX_CHARACTERS = 400  # likewise
 
@@ -32,6 +36,20 @@ def describe_rows(
                    ends with 3 '<end>', an end token
     """
     return "\n".join(_describe(one, tokenizer, end_token_ids) for one in demonstrations)
+
+
+def write_first_rows(
+    directory: Path,
+    demonstrations: Sequence[Rollout],
+    tokenizer: PreTrainedTokenizerBase,
+    end_token_ids: Collection[int],
+) -> list[str]:
+    """Write the first rows of a run's data to a file; returns the first of them, for the screen."""
+    first = demonstrations[:NUM_ROWS]
+    path = directory / ROWS_FILE
+    write_atomically(path, f"{describe_rows(first, tokenizer, end_token_ids)}\n".encode())
+    head = f"the first of {len(demonstrations)} rows, as the models see it (more in {path}):"
+    return [head, *describe_rows(first[:1], tokenizer, end_token_ids).splitlines()]
 
 
 def _describe(
