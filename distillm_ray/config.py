@@ -248,6 +248,29 @@ class PlainTemplate(Section):
     name: Literal["instruction", "raw"] = "instruction"
 
 
+class ColumnsConfig(Section):
+    """Which columns of a row are read. Unset: the names of known data sets are recognized."""
+
+    messages: str | None = None
+    prompt: str | None = None
+    context: str | None = None  # appended to the prompt, as Alpaca's `input`
+    response: str | None = None  # beside `prompt`; unset: the known names
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.messages is not None and (self.prompt or self.context or self.response):
+            raise ValueError(
+                f"data.columns.messages must stand alone, got {self.messages!r} with another"
+                " column: a conversation holds prompt and response"
+            )
+        if self.prompt is None and (self.context or self.response):
+            raise ValueError(
+                "data.columns.prompt is required beside data.columns.context and"
+                " data.columns.response: only named columns are read"
+            )
+        return self
+
+
 class DataConfig(Section):
     """Files of prompts with responses. JSONL, Parquet or a Hugging Face dataset directory.
 
@@ -258,6 +281,7 @@ class DataConfig(Section):
     validation: tuple[AbsolutePath, ...] = ()
     test: tuple[AbsolutePath, ...] = ()
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    columns: ColumnsConfig = ColumnsConfig()
     template: Annotated[ChatTemplate | PlainTemplate, Field(discriminator="type")] = ChatTemplate()
     max_prompt_tokens: Positive = 512
     max_response_tokens: Positive = 512

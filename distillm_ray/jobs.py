@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from distillm_ray.cluster import placement
 from distillm_ray.cluster.connection import available, connect, resolve_device
@@ -15,6 +15,7 @@ from distillm_ray.cluster.placement import Phase
 from distillm_ray.config import Config, ModelConfig
 from distillm_ray.data import ray_data
 from distillm_ray.data.files import check_files
+from distillm_ray.data.rows import with_response
 from distillm_ray.data.splits import load_dataset, load_splits
 from distillm_ray.errors import DataError, RunDirectoryError
 from distillm_ray.evaluation.model_scores import evaluation_seeds, score_model, served_student
@@ -22,6 +23,7 @@ from distillm_ray.evaluation.responder import ServedModel, serving
 from distillm_ray.evaluation.results import Evaluation
 from distillm_ray.files import write_atomically
 from distillm_ray.models.directory import ModelFacts, check_context, check_model_directory
+from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import check_engines
 from distillm_ray.report.console import ConsoleView
 from distillm_ray.run_directory import MODEL_FOLDER
@@ -92,7 +94,8 @@ def generate(
 ) -> list[str]:
     """Respond to prompts with `model` under `generate.sampling`; one JSONL row each, in order.
 
-    Each row has the prompt's id, the prompt, the response, and why it ended. Returns a summary.
+    Each row has the prompt's id, the prompt in the columns that it came in, the response, and why
+    it ended: `distillm-ray train` renders it to the tokens that the model saw. Returns a summary.
 
     Raises:
         UserError: the model or the prompts cannot be used, or `output` exists.
@@ -137,11 +140,12 @@ def generate(
     rows = [
         {
             "id": prompt.prompt_id,
-            "prompt": prompt.text,
-            "response": response.text,
+            **with_response(columns, response.text, config.data.columns),
             "finish_reason": str(response.finish_reason),
         }
-        for prompt, response in zip(dataset.prompts, responses, strict=True)
+        for prompt, columns, response in zip(
+            dataset.prompts, dataset.columns, responses, strict=True
+        )
         if response.text and (keep_truncated or response.finish_reason is FinishReason.STOP)
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -154,9 +158,7 @@ def generate(
 
 
 def _tokenizer(directory: Path, config: Config) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(
-        directory, trust_remote_code=config.student.trust_remote_code
-    )
+    return load_tokenizer(directory, trust_remote_code=config.student.trust_remote_code)
 
 
 def _check(config: Config, directory: Path, longest_response: int) -> ModelFacts:

@@ -1,4 +1,4 @@
-"""Rows, templates and splits, with token ids written by hand for a word-level tokenizer."""
+"""Templates, files and splits, with token ids written by hand for a word-level tokenizer."""
 
 from __future__ import annotations
 
@@ -42,66 +42,6 @@ def make_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
 def question(text: str, *responses: str) -> Example:
     row = {"prompt": text, "response": list(responses)}
     return parse_row(row, require_responses=bool(responses))
-
-
-# ---- rows ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "why", "response": "so"},
-        {"instruction": "why", "input": "", "output": "so"},
-        {"instruction": "why", "context": None, "response": "so", "category": "x"},
-        {"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]},
-        {"prompt": "why", "references": ["so"]},
-    ],
-)
-def test_every_column_form_gives_the_same_example(row: dict[str, Any]) -> None:
-    example = parse_row(row, require_responses=True)
-    assert [(turn.role, turn.content) for turn in example.turns] == [("user", "why")]
-    assert (example.text, example.references) == ("why", ("so",))
-
-
-def test_context_follows_the_instruction_and_several_responses_are_kept() -> None:
-    row = {"id": 7, "instruction": "why", "input": "sky", "output": ["so", "yes"]}
-    example = parse_row(row, require_responses=True)
-    assert (example.text, example.references) == ("why\n\nsky", ("so", "yes"))
-    assert (example.example_id, example.context) == ("7", "sky")
-
-
-@pytest.mark.parametrize(
-    ("row", "kind", "message"),
-    [
-        ([1], "malformed", "a row must be an object, got list"),
-        ({"question": "why"}, "malformed", "columns must be .*; got question"),
-        ({"prompt": "why"}, "malformed", "no response: one of response, responses"),
-        ({"prompt": "  ", "response": "so"}, "empty", "prompt is empty"),
-        ({"prompt": "why", "response": ""}, "empty", "response is empty"),
-        ({"prompt": "why", "response": []}, "empty", "response is an empty list"),
-        ({"prompt": "why", "response": 3}, "malformed", "response must be text, got int"),
-        ({"prompt": "why \ud83d"}, "malformed", "prompt has an unpaired surrogate at character 5"),
-        ({"messages": [{"role": "user"}]}, "malformed", r"messages\[0\]\.content must be text"),
-        (
-            {"messages": [{"role": "user", "content": "why"}]},
-            "malformed",
-            "last message must be the assistant's, got role 'user'",
-        ),
-        (
-            {"messages": [{"role": "assistant", "content": "so"}]},
-            "malformed",
-            "must follow a user's message",
-        ),
-    ],
-)
-def test_a_bad_row_is_refused_with_its_reason(row: Any, kind: str, message: str) -> None:
-    with pytest.raises(RowError, match=message) as caught:
-        parse_row(row, require_responses=True)
-    assert caught.value.kind == kind
-
-
-def test_prompts_alone_are_enough_if_no_response_is_required() -> None:
-    assert parse_row({"prompt": "why", "topic": "x"}, require_responses=False).references == ()
 
 
 # ---- templates ----------------------------------------------------------------------------------

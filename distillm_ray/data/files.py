@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillm_ray.config import DataConfig
+from distillm_ray.config import ColumnsConfig, DataConfig
 from distillm_ray.data.rows import RowError, parse_row
 from distillm_ray.errors import DataError
 
@@ -85,7 +85,7 @@ def check_files(config: DataConfig) -> None:
     for split, paths in splits:
         for file in find_files(paths, split):
             if config.bad_rows == "fail":
-                _check_first_rows(file)
+                _check_first_rows(file, config.columns)
 
 
 def read_rows(stream: BinaryIO, file: DataFile) -> Iterator[tuple[int, bytes]]:
@@ -124,6 +124,8 @@ def decode_row(payload: bytes) -> Any:
         raise RowError(
             "malformed", f"not valid JSON: {error.msg} at column {error.colno}"
         ) from error
+    except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
+        raise RowError("malformed", f"cannot be read as JSON: {error}") from error
 
 
 def _to_json(value: Any) -> Any:
@@ -144,7 +146,7 @@ def _record_batches(stream: BinaryIO, file: DataFile) -> Iterator[pa.RecordBatch
             yield from reader
 
 
-def _check_first_rows(file: DataFile) -> None:
+def _check_first_rows(file: DataFile, columns: ColumnsConfig) -> None:
     with file.path.open("rb") as stream:
         rows = read_rows(stream, file)
         for _ in range(_NUM_ROWS_CHECKED):
@@ -158,7 +160,7 @@ def _check_first_rows(file: DataFile) -> None:
                     " line (JSONL)"
                 )
             try:
-                parse_row(decode_row(payload), require_responses=True)
+                parse_row(decode_row(payload), require_responses=True, columns=columns)
             except RowError as error:
                 raise DataError(f"{file.position(number)}: {error.reason}") from error
 

@@ -1,31 +1,47 @@
 """Parses one row of a data file into an `Example`, or says why it cannot be used.
 
 Pure and without heavy imports: the check before a run and the Ray Data tasks share this code.
+Nothing of a row that a model would read is dropped: what this module cannot express, and what may
+be read in two ways, is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
+
+from distillm_ray.config import ColumnsConfig
 
 RowProblemKind: TypeAlias = Literal["empty", "malformed", "long", "duplicate"]
 
-PROMPT_COLUMNS = ("prompt", "instruction")
+INSTRUCTION = "instruction"
+PROMPT_COLUMNS = ("prompt", INSTRUCTION)
 CONTEXT_COLUMNS = ("input", "context")
 RESPONSE_COLUMNS = ("response", "responses", "output", "references")
 
 KNOWN_FORMS = (
     "prompt + response, instruction [+ input or context] + output or response, or messages"
-    " (several responses: a list of texts)"
+    " (several responses: a list of texts); name other columns in data.columns"
 )
+# Parts of a conversation that a chat template may render and that a `Turn` cannot hold.
+_UNSUPPORTED_OF_MESSAGES = (
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)
+_UNSUPPORTED_OF_ROWS = ("tools", "functions")
+_MAY_BE_EMPTY = ("system", "tool")  # roles
 
 
 class RowError(Exception):
     """A row that cannot be used. Its kind decides whether the run fails or skips the row."""
 
     def __init__(self, kind: RowProblemKind, reason: str) -> None:
-        """`reason` is shown after `FILE:LINE: `."""
+        """`reason` is shown after `FILE:LINE: `; what cannot be printed is escaped."""
+        reason = reason.encode("utf-8", "backslashreplace").decode()
         super().__init__(reason)
         self.kind: RowProblemKind = kind
         self.reason = reason
@@ -48,6 +64,8 @@ class Example:
     instruction: str  # the last user turn without its context
     context: str  # Alpaca's `input`, Dolly's `context`; may be empty
     references: tuple[str, ...]  # the responses; empty only if the caller requires none
+    finished_prompt: bool = False  # the prompt holds an instruction that another column has too
+    columns: Mapping[str, Any] = field(default_factory=dict)  # of the prompt, as the row has them
 
     @property
     def text(self) -> str:
@@ -55,8 +73,10 @@ class Example:
         return self.turns[-1].content
 
 
-def parse_row(row: Any, *, require_responses: bool) -> Example:
-    """Parse one decoded row.
+def parse_row(
+    row: Any, *, require_responses: bool, columns: ColumnsConfig | None = None
+) -> Example:
+    """Parse one decoded row. `columns` names the columns to read; None: the known names.
 
     Example:
         >>> row = {"instruction": "Add.", "input": "2 + 2", "output": "4"}
@@ -67,76 +87,190 @@ def parse_row(row: Any, *, require_responses: bool) -> Example:
         ('4',)
 
     Raises:
-        RowError: `malformed` for unknown columns and wrong types, `empty` if the prompt or a
-            response has no text.
+        RowError: `malformed` for unknown columns, wrong types, content that cannot be expressed and
+            rows that can be read in two ways; `empty` if the prompt or a response has no text.
     """
     if not isinstance(row, Mapping):
         raise RowError("malformed", f"a row must be an object, got {type(row).__name__}")
-    columns = {key: value for key, value in row.items() if value is not None}
-    example_id = columns.get("id")
-    if example_id is not None and (
-        not isinstance(example_id, str | int) or not str(example_id).strip()
-    ):
-        raise RowError("malformed", f"id must be text or a whole number, got {example_id!r}")
-    identity = None if example_id is None else str(example_id)
-    if "messages" in columns:
-        return _from_messages(columns["messages"], identity, require_responses=require_responses)
-    prompt_column = next((name for name in PROMPT_COLUMNS if name in columns), None)
-    if prompt_column is None:
-        found = ", ".join(map(str, row)) or "none"
+    names = columns or ColumnsConfig()
+    values = {str(key): value for key, value in row.items() if value is not None}
+    for name in _UNSUPPORTED_OF_ROWS:
+        if values.get(name):
+            raise RowError("malformed", _unsupported(name))
+    example_id = _example_id(values.get("id"))
+    messages = names.messages or ("messages" if names == ColumnsConfig() else None)
+    if names.messages is not None or messages in values:
+        assert messages is not None
+        return _from_messages(
+            _named(values, messages),
+            messages,
+            values,
+            example_id,
+            names,
+            require_responses=require_responses,
+        )
+    if names.prompt is not None:
+        return _from_prompt(
+            values,
+            names.prompt,
+            names.context,
+            example_id,
+            names,
+            require_responses=require_responses,
+        )
+    return _from_known_columns(values, example_id, names, require_responses=require_responses)
+
+
+def with_response(
+    prompt: Mapping[str, Any], response: str, columns: ColumnsConfig
+) -> dict[str, Any]:
+    """A row's own prompt (`Example.columns`) with `response`; `parse_row` reads it back."""
+    row = dict(prompt)
+    if messages := columns.messages or ("messages" if "messages" in row else None):
+        row[messages] = [*row[messages], {"role": "assistant", "content": response}]
+        return row
+    return {**row, columns.response or RESPONSE_COLUMNS[0]: response}
+
+
+# ---- columns ------------------------------------------------------------------------------------
+
+
+def _from_known_columns(
+    values: Mapping[str, Any],
+    example_id: str | None,
+    names: ColumnsConfig,
+    *,
+    require_responses: bool,
+) -> Example:
+    """A row without messages whose columns have the names of known data sets."""
+    if not any(name in values for name in PROMPT_COLUMNS):
+        found = ", ".join(values) or "none"
         raise RowError("malformed", f"columns must be {KNOWN_FORMS}; got {found}")
-    instruction = _text_of(columns[prompt_column], prompt_column)
-    context_column = next((name for name in CONTEXT_COLUMNS if columns.get(name)), None)
-    context = _text_of(columns[context_column], context_column) if context_column else ""
-    references = _references(columns, require_responses=require_responses)
-    content = f"{instruction}\n\n{context}" if context.strip() else instruction
-    return Example(
-        example_id=identity,
-        turns=(Turn(role="user", content=content),),
-        instruction=instruction,
-        context=context if context.strip() else "",
-        references=references,
+    contexts = [name for name in CONTEXT_COLUMNS if values.get(name)]
+    if len(contexts) == 2 and values[contexts[0]] != values[contexts[1]]:
+        raise RowError(
+            "malformed",
+            "input and context hold different texts: name one in data.columns.context, beside"
+            " data.columns.prompt",
+        )
+    context = contexts[0] if contexts else None
+    if "prompt" not in values:
+        return _from_prompt(
+            values, INSTRUCTION, context, example_id, names, require_responses=require_responses
+        )
+    prompt = _text_of(values["prompt"], "prompt")
+    parts = [
+        (name, text)
+        for name in (INSTRUCTION, context)
+        if name is not None and isinstance(text := values.get(name), str) and text.strip()
+    ]
+    for name, text in parts:
+        if not _contains(prompt, text):
+            raise RowError("malformed", _two_readings(prompt, values, name, context))
+    example = _from_prompt(
+        values, "prompt", None, example_id, names, require_responses=require_responses
+    )
+    return replace(example, finished_prompt=bool(parts))
+
+
+def _two_readings(prompt: str, values: Mapping[str, Any], other: str, context: str | None) -> str:
+    source = INSTRUCTION if INSTRUCTION in values else "prompt"
+    joined = str(values[source])
+    second = f"data.columns={{prompt: {source}}}"
+    if context is not None:
+        joined = f"{joined}\n\n{values[context]}"
+        second = f"data.columns={{prompt: {source}, context: {context}}}"
+    return (
+        f"prompt does not contain the text of {other}, so that the row can be read in two ways: set"
+        f" data.columns={{prompt: prompt}} for {_shortened(prompt)!r}, or {second} for"
+        f" {_shortened(joined)!r}"
     )
 
 
-def _text_of(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        raise RowError("malformed", f"{column} must be text, got {type(value).__name__}")
-    if not value.strip():
-        raise RowError("empty", f"{column} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        # JSON may escape half of a surrogate pair, which no tokenizer accepts.
-        raise RowError(
-            "malformed", f"{column} has an unpaired surrogate at character {error.start + 1}"
-        ) from error
-    return value
+def _from_prompt(
+    values: Mapping[str, Any],
+    prompt: str,
+    context: str | None,
+    example_id: str | None,
+    names: ColumnsConfig,
+    *,
+    require_responses: bool,
+) -> Example:
+    """A row of one user turn."""
+    instruction = _text_of(_named(values, prompt), prompt)
+    given = _text_of(values[context], context) if context and values.get(context) else ""
+    given = given if given.strip() else ""
+    content = f"{instruction}\n\n{given}" if given else instruction
+    own = {prompt: instruction} | ({context: given} if context and given else {})
+    return Example(
+        example_id=example_id,
+        turns=(Turn(role="user", content=content),),
+        instruction=instruction,
+        context=given,
+        references=_references(values, names, require_responses=require_responses),
+        columns=own,
+    )
 
 
-def _references(columns: Mapping[str, Any], *, require_responses: bool) -> tuple[str, ...]:
-    column = next((name for name in RESPONSE_COLUMNS if name in columns), None)
-    if column is None:
+def _references(
+    values: Mapping[str, Any], names: ColumnsConfig, *, require_responses: bool
+) -> tuple[str, ...]:
+    """The responses of a row without messages."""
+    candidates = (names.response,) if names.response is not None else RESPONSE_COLUMNS
+    found = {name: _responses_of(values[name], name) for name in candidates if name in values}
+    if not require_responses:
+        found = {name: texts for name, texts in found.items() if any(map(str.strip, texts))}
+    if not found:
         if require_responses:
+            if names.response is not None:
+                _named(values, names.response)
             wanted = ", ".join(RESPONSE_COLUMNS)
             raise RowError("malformed", f"the row has no response: one of {wanted} is required")
         return ()
-    value = columns[column]
+    (first, texts), *others = found.items()
+    for name, other in others:
+        # A list of references may hold the response as well.
+        if other != texts and not set(texts) <= set(other):
+            raise RowError(
+                "malformed",
+                f"{first} and {name} hold different responses: name one in data.columns.response,"
+                " beside data.columns.prompt",
+            )
+    if require_responses and not texts:
+        raise RowError("empty", f"{first} is an empty list")
+    for index, text in enumerate(texts):
+        _text_of(text, first if isinstance(values[first], str) else f"{first}[{index}]")
+    return texts
+
+
+def _responses_of(value: Any, column: str) -> tuple[str, ...]:
     if isinstance(value, list):
-        if not value and require_responses:
-            raise RowError("empty", f"{column} is an empty list")
-        return tuple(_text_of(item, f"{column}[{index}]") for index, item in enumerate(value))
-    if not require_responses and value == "":
-        return ()
-    return (_text_of(value, column),)
+        for index, item in enumerate(value):
+            if not isinstance(item, str):
+                _text_of(item, f"{column}[{index}]")
+        return tuple(value)
+    if not isinstance(value, str):
+        _text_of(value, column)
+    return (value,) if value else ("",)
 
 
-def _from_messages(messages: Any, example_id: str | None, *, require_responses: bool) -> Example:
+# ---- conversations ------------------------------------------------------------------------------
+
+
+def _from_messages(
+    messages: Any,
+    column: str,
+    values: Mapping[str, Any],
+    example_id: str | None,
+    names: ColumnsConfig,
+    *,
+    require_responses: bool,
+) -> Example:
     if not isinstance(messages, list):
-        raise RowError("malformed", f"messages must be a list, got {type(messages).__name__}")
+        raise RowError("malformed", f"{column} must be a list, got {type(messages).__name__}")
     if not messages:
-        raise RowError("empty", "messages is an empty list")
-    turns = tuple(_turn(message, index) for index, message in enumerate(messages))
+        raise RowError("empty", f"{column} is an empty list")
+    turns = tuple(_turn(message, f"{column}[{index}]") for index, message in enumerate(messages))
     references: tuple[str, ...] = ()
     if turns[-1].role == "assistant":
         references = (turns[-1].content,)
@@ -148,19 +282,108 @@ def _from_messages(messages: Any, example_id: str | None, *, require_responses: 
         )
     if not turns or turns[-1].role in ("assistant", "system"):
         raise RowError("malformed", "an assistant message must follow a user's message")
+    if names.messages is None:
+        _compare_with_columns(turns, references, values)
     return Example(
         example_id=example_id,
         turns=turns,
         instruction=turns[-1].content,
         context="",
         references=references,
+        columns={column: [{"role": turn.role, "content": turn.content} for turn in turns]},
     )
 
 
-def _turn(message: Any, index: int) -> Turn:
+def _compare_with_columns(
+    turns: Sequence[Turn], references: Sequence[str], values: Mapping[str, Any]
+) -> None:
+    """Refuse a row whose other columns say something else than its messages."""
+    whole = "\n".join([*(turn.content for turn in turns), *references])
+    for name in (*PROMPT_COLUMNS, *CONTEXT_COLUMNS, *RESPONSE_COLUMNS):
+        value = values.get(name)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text.strip() and not _contains(whole, text):
+                raise RowError(
+                    "malformed",
+                    f"messages do not contain the text of {name} ({_shortened(text)!r}): set"
+                    " data.columns={messages: messages} to read the messages alone",
+                )
+
+
+def _turn(message: Any, name: str) -> Turn:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise RowError("malformed", f"messages[{index}] must be an object with role and content")
-    return Turn(
-        role=message["role"],
-        content=_text_of(message.get("content"), f"messages[{index}].content"),
+        raise RowError("malformed", f"{name} must be an object with role and content")
+    for part in _UNSUPPORTED_OF_MESSAGES:
+        if message.get(part):
+            raise RowError("malformed", _unsupported(f"{name}.{part}"))
+    role, content = message["role"], message.get("content")
+    _check_characters(role, f"{name}.role")
+    if isinstance(content, list):
+        content = _joined(content, f"{name}.content")
+    if role in _MAY_BE_EMPTY and (content is None or not str(content).strip()):
+        return Turn(role=role, content="")
+    return Turn(role=role, content=_text_of(content, f"{name}.content"))
+
+
+def _joined(parts: Sequence[Any], name: str) -> str:
+    """The text of a content in parts, as multimodal data sets write it."""
+    for index, part in enumerate(parts):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise RowError("malformed", f"{name}[{index}] must have type text, got {kind!r}")
+    return "".join(_text_of(part.get("text"), f"{name}.text") for part in parts)
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+
+def _example_id(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise RowError("malformed", f"id must be text or a whole number, got {value!r}")
+    _check_characters(str(value), "id")
+    return str(value)
+
+
+def _named(values: Mapping[str, Any], name: str) -> Any:
+    """The value of a column that data.columns names, or that is known to be there."""
+    if name not in values:
+        found = ", ".join(values) or "none"
+        raise RowError("malformed", f"data.columns names {name!r}, the row has {found}")
+    return values[name]
+
+
+def _text_of(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise RowError("malformed", f"{column} must be text, got {type(value).__name__}")
+    if not value.strip():
+        raise RowError("empty", f"{column} is empty")
+    _check_characters(value, column)
+    return value
+
+
+def _check_characters(text: str, column: str) -> None:
+    """JSON may escape half of a surrogate pair, which no tokenizer accepts."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "malformed", f"{column} has an unpaired surrogate at character {error.start + 1}"
+        ) from error
+
+
+def _contains(text: str, part: str) -> bool:
+    """Whether `part` stands in `text`; white space is ignored."""
+    return "".join(part.split()) in "".join(text.split())
+
+
+def _unsupported(name: str) -> str:
+    return (
+        f"{name} cannot be expressed: only role and content of a message are trained on, and the"
+        " model would learn a response to text that it does not see; write it into the content"
     )
+
+
+def _shortened(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"

@@ -7,6 +7,7 @@ how Ray Data divides the work, or on whether it does the work at all.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Dataset:
     prompts: tuple[Prompt, ...]
     demonstrations: tuple[Rollout, ...]  # empty if responses are not required
     split_keys: tuple[bytes, ...]  # equal for prompts with equal text
+    columns: tuple[dict[str, Any], ...]  # each row's own prompt; empty if responses are required
     end_token_id: int  # ends every response; generators must stop at it
     num_skipped: dict[RowProblemKind, int]
     skipped: tuple[RowProblem, ...]  # the first few
@@ -191,6 +193,7 @@ def _collect(
     prompts: list[Prompt] = []
     demonstrations: list[Rollout] = []
     split_keys: list[bytes] = []
+    columns: list[dict[str, Any]] = []
     for row in _iterate(table):
         file: DataFile = files[row["file"]]
         position = file.position(row["row"])
@@ -209,6 +212,8 @@ def _collect(
         split_keys.append(row["split_key"])
         if require_responses:
             demonstrations.append(_demonstration(prompt_id, row))
+        else:
+            columns.append(json.loads(row["columns"]))
     _refuse(problems, config, split)
     if not prompts:
         raise DataError(
@@ -221,6 +226,7 @@ def _collect(
         prompts=tuple(prompts),
         demonstrations=tuple(demonstrations),
         split_keys=tuple(split_keys),
+        columns=tuple(columns),
         end_token_id=renderer.end_token_id,
         num_skipped=dict(Counter(problem.kind for problem in problems)),
         skipped=tuple(problems[:_NUM_PROBLEMS_SHOWN]),
@@ -284,6 +290,7 @@ def _part(dataset: Dataset, split: Split, keep: Sequence[bool]) -> Dataset:
         prompts=tuple(compress(dataset.prompts, keep)),
         demonstrations=tuple(compress(dataset.demonstrations, keep)),
         split_keys=tuple(compress(dataset.split_keys, keep)),
+        columns=tuple(compress(dataset.columns, keep)),
         end_token_id=dataset.end_token_id,
         num_skipped=dataset.num_skipped if is_train else {},
         skipped=dataset.skipped if is_train else (),

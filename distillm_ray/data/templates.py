@@ -227,6 +227,12 @@ class Renderer:
                 f"data.template {name} expresses one user message with one response, got"
                 f" {len(example.turns)} messages before the response; use data.template.type=chat",
             )
+        if name == "instruction" and example.finished_prompt:
+            raise RowError(
+                "malformed",
+                "the prompt holds its instruction already, and data.template.name instruction would"
+                " wrap it a second time; set data.template.name=raw",
+            )
         if name == "raw":
             text = example.text
         elif example.context:

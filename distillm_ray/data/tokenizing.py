@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
@@ -28,6 +29,7 @@ TOKENIZED = pa.schema(
         ("split_key", pa.binary()),  # equal for equal prompts
         ("text", pa.string()),
         ("references", pa.list_(pa.string())),
+        ("columns", pa.string()),  # JSON: the row's own prompt, if responses are not required
         ("prompt_ids", pa.list_(pa.int32())),
         ("reference_ids", pa.list_(pa.list_(pa.int32()))),
         ("demonstration_prompt_ids", pa.list_(pa.int32())),
@@ -67,12 +69,13 @@ def raw_batches(stream: BinaryIO, file: DataFile, index: int) -> Iterator[pa.Tab
     for row in read_rows(stream, file):
         rows.append(row)
         if len(rows) == _ROWS_PER_BATCH:
-            yield _raw_table(index, rows)
+            yield raw_table(index, rows)
             rows = []
-    yield _raw_table(index, rows)
+    yield raw_table(index, rows)
 
 
-def _raw_table(index: int, rows: Sequence[tuple[int, bytes]]) -> pa.Table:
+def raw_table(index: int, rows: Sequence[tuple[int, bytes]]) -> pa.Table:
+    """Rows of file `index`, each with its number and its JSON."""
     return pa.table(
         {
             "file": pa.array([index] * len(rows), pa.int32()),
@@ -95,13 +98,26 @@ def tokenize_rows(
     ):
         place = {"file": file, "row": row}
         try:
-            example = parse_row(decode_row(payload), require_responses=require_responses)
+            example = parse_row(
+                decode_row(payload), require_responses=require_responses, columns=config.columns
+            )
             rendered = renderer.render(example)
             _check_lengths(rendered, config.max_prompt_tokens, config.max_response_tokens)
         except RowError as error:
             out.append({**place, "kind": error.kind, "reason": error.reason})
             continue
-        out.append({**place, **_columns(example, rendered)})
+        except Exception as error:
+            # Template and tokenizer are code of the user's model. Whatever they raise concerns this
+            # row, which is named and refused or skipped like any other bad row.
+            reason = f"{type(error).__name__}: {error}"
+            out.append(
+                {**place, "kind": "malformed", "reason": RowError("malformed", reason).reason}
+            )
+            continue
+        columns = _columns(example, rendered)
+        if not require_responses:
+            columns["columns"] = json.dumps(dict(example.columns))
+        out.append({**place, **columns})
     return pa.Table.from_pylist(out, schema=TOKENIZED)
 
 

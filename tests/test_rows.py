@@ -1,0 +1,300 @@
+"""Rows of data: every known form, and a reason for every row that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from distillm_ray.config import ChatTemplate, ColumnsConfig, DataConfig, PlainTemplate
+from distillm_ray.data.rows import RowError, parse_row, with_response
+from distillm_ray.data.templates import Renderer
+from distillm_ray.data.tokenizing import raw_table, tokenize_rows
+from tests import make
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "why", "response": "so"},
+        {"instruction": "why", "input": "", "output": "so"},
+        {"instruction": "why", "context": None, "response": "so", "category": "x"},
+        {"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]},
+        {"prompt": "why", "references": ["so"]},
+    ],
+)
+def test_every_column_form_gives_the_same_example(row: dict[str, Any]) -> None:
+    example = parse_row(row, require_responses=True)
+    assert [(turn.role, turn.content) for turn in example.turns] == [("user", "why")]
+    assert (example.text, example.references) == ("why", ("so",))
+
+
+def test_context_follows_the_instruction_and_several_responses_are_kept() -> None:
+    row = {"id": 7, "instruction": "why", "input": "sky", "output": ["so", "yes"]}
+    example = parse_row(row, require_responses=True)
+    assert (example.text, example.references) == ("why\n\nsky", ("so", "yes"))
+    assert (example.example_id, example.context) == ("7", "sky")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ([1], "malformed", "a row must be an object, got list"),
+        ({"question": "why"}, "malformed", "columns must be .*; got question"),
+        ({"prompt": "why"}, "malformed", "no response: one of response, responses"),
+        ({"prompt": "  ", "response": "so"}, "empty", "prompt is empty"),
+        ({"prompt": "why", "response": ""}, "empty", "response is empty"),
+        ({"prompt": "why", "response": []}, "empty", "response is an empty list"),
+        ({"prompt": "why", "response": 3}, "malformed", "response must be text, got int"),
+        ({"prompt": "why \ud83d"}, "malformed", "prompt has an unpaired surrogate at character 5"),
+        ({"messages": [{"role": "user"}]}, "malformed", r"messages\[0\]\.content must be text"),
+        (
+            {"messages": [{"role": "user", "content": "why"}]},
+            "malformed",
+            "last message must be the assistant's, got role 'user'",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "so"}]},
+            "malformed",
+            "must follow a user's message",
+        ),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_reason(row: Any, kind: str, message: str) -> None:
+    with pytest.raises(RowError, match=message) as caught:
+        parse_row(row, require_responses=True)
+    assert caught.value.kind == kind
+
+
+def test_prompts_alone_are_enough_if_no_response_is_required() -> None:
+    assert parse_row({"prompt": "why", "topic": "x"}, require_responses=False).references == ()
+
+
+# ---- columns that say the same, and columns that do not -----------------------------------------
+
+FINISHED = "### Instruction:\nRepeat the word.\n\n### Input:\nword0\n\n### Response:\n"
+PREPARED = {
+    "instruction": "Repeat the word.",
+    "input": "word0",
+    "output": "word0",
+    "prompt": FINISHED,
+}
+
+
+def test_a_finished_prompt_takes_no_input_a_second_time() -> None:
+    """The columns that the preparation scripts of DistiLLM and MiniLLM write."""
+    example = parse_row(PREPARED, require_responses=True)
+    assert [turn.content for turn in example.turns] == [FINISHED]
+    assert (example.context, example.references) == ("", ("word0",))
+    assert example.finished_prompt
+
+
+def test_a_finished_prompt_is_not_wrapped_into_an_instruction_again() -> None:
+    tokenizer = make.tokenizer(["<unk>", "</s>"], ["so"], end="</s>")
+    example = parse_row(PREPARED, require_responses=True)
+    with pytest.raises(RowError, match=r"a second time; set data\.template\.name=raw"):
+        Renderer(tokenizer, PlainTemplate()).render(example)
+    Renderer(tokenizer, PlainTemplate(name="raw")).render(example)
+
+
+MESSAGES = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "why", "instruction": "how", "response": "so"},
+            r"prompt does not contain the text of instruction.*"
+            r"data\.columns={prompt: prompt} for 'why', or data\.columns={prompt: instruction} for"
+            r" 'how'",
+        ),
+        (
+            {"prompt": "why", "input": "sky", "response": "so"},
+            r"or data\.columns={prompt: prompt, context: input} for 'why\\n\\nsky'",
+        ),
+        (
+            {"instruction": "why", "input": "sky", "context": "sea", "output": "so"},
+            r"input and context hold different texts: name one in data\.columns\.context",
+        ),
+        (
+            {"prompt": "why", "response": "so", "output": "no"},
+            r"response and output hold different responses: name one in data\.columns\.response",
+        ),
+        (
+            {"messages": MESSAGES, "response": "no"},
+            r"messages do not contain the text of response \('no'\): set data\.columns={messages:",
+        ),
+    ],
+)
+def test_a_row_that_can_be_read_in_two_ways_is_refused_with_the_key_that_decides(
+    row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RowError, match=message) as caught:
+        parse_row(row, require_responses=True)
+    assert caught.value.kind == "malformed"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "why", "response": "so", "output": "so"},
+        {"prompt": "why", "response": "so", "references": ["so", "as"]},
+        {"instruction": "why", "input": "sky", "context": "sky", "output": "so"},
+        {"messages": MESSAGES, "prompt": "why", "prompt_id": "1"},
+        {"prompt": "why ?", "instruction": "why", "input": "", "response": "so"},
+    ],
+)
+def test_columns_that_agree_are_accepted(row: dict[str, Any]) -> None:
+    assert parse_row(row, require_responses=True).references[0] == "so"
+
+
+def test_named_columns_are_the_only_ones_that_are_read() -> None:
+    row = {"question": "why", "answer": "so", "prompt": "how", "output": "no", "hint": "sky"}
+    columns = ColumnsConfig(prompt="question", context="hint", response="answer")
+    example = parse_row(row, require_responses=True, columns=columns)
+    assert (example.turns[0].content, example.references) == ("why\n\nsky", ("so",))
+    columns = ColumnsConfig(prompt="title", response="answer")
+    with pytest.raises(RowError, match="names 'title', the row has question, answer, prompt"):
+        parse_row(row, require_responses=True, columns=columns)
+    columns = ColumnsConfig(prompt="question", response="reply")
+    with pytest.raises(RowError, match="names 'reply', the row has"):
+        parse_row(row, require_responses=True, columns=columns)
+    columns = ColumnsConfig(messages="conversation")
+    row = {"conversation": MESSAGES, "messages": [], "response": "no"}
+    assert parse_row(row, require_responses=True, columns=columns).references == ("so",)
+
+
+def test_named_columns_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"data\.columns\.messages must stand alone"):
+        ColumnsConfig(messages="m", prompt="p")
+    with pytest.raises(ValidationError, match=r"data\.columns\.prompt is required"):
+        ColumnsConfig(response="r")
+
+
+# ---- nothing is dropped without a word ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+@pytest.mark.parametrize("content", ["", None])
+def test_system_and_tool_messages_may_be_empty(role: str, content: str | None) -> None:
+    messages = [{"role": role, "content": content}, *MESSAGES]
+    example = parse_row({"messages": messages}, require_responses=True)
+    assert [(turn.role, turn.content) for turn in example.turns] == [(role, ""), ("user", "why")]
+
+
+def test_a_content_of_text_parts_is_joined() -> None:
+    parts = [{"type": "text", "text": "wh"}, {"type": "text", "text": "y"}]
+    row = {"messages": [{"role": "user", "content": parts}, MESSAGES[1]]}
+    assert parse_row(row, require_responses=True).text == "why"
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"messages": [MESSAGES[0], {**MESSAGES[1], "tool_calls": [{}]}]}, "tool_calls"),
+        ({"messages": [MESSAGES[0], {**MESSAGES[1], "reasoning_content": "hm"}]}, "reasoning"),
+        ({"messages": MESSAGES, "tools": [{"name": "search"}]}, "tools"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "type text, got 'image'",
+        ),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(row: dict[str, Any], name: str) -> None:
+    with pytest.raises(RowError, match=name):
+        parse_row(row, require_responses=True)
+
+
+# ---- whatever a row holds is named with its line ------------------------------------------------
+
+
+def tokenized(*payloads: str | bytes, template: str = "{{ messages[0].content }}") -> list[Any]:
+    """(kind, reason) of each row."""
+    special = ["<unk>", "</s>", "<user>", "<assistant>"]
+    tokenizer = make.tokenizer(special, ["why", "so"], end="</s>", chat_template=CHAT)
+    renderer = Renderer(tokenizer, ChatTemplate())
+    tokenizer.chat_template = template
+    lines = [one if isinstance(one, bytes) else one.encode() for one in payloads]
+    config = DataConfig(train=("a.jsonl",))
+    table = tokenize_rows(raw_table(0, list(enumerate(lines, 1))), renderer, config, True)
+    return list(zip(table["kind"].to_pylist(), table["reason"].to_pylist(), strict=True))
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+ROW = {"prompt": "why", "response": "so"}
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (json.dumps({**ROW, "prompt": "why \ud83d"}), "prompt has an unpaired surrogate"),
+        (json.dumps({**ROW, "id": "\ud83d"}), "id has an unpaired surrogate"),
+        (json.dumps({"\ud83d": 1}), r"got \\ud83d"),
+        (
+            json.dumps({"messages": [{"role": "us\ud83der", "content": "why"}, MESSAGES[1]]}),
+            "role has an unpaired surrogate at character 3",
+        ),
+        ('{"prompt": ' + "1" * 5000 + "}", "cannot be read as JSON: Exceeds the limit"),
+        ("[" * 100_000, "cannot be read as JSON: maximum recursion depth"),
+        (json.dumps({**ROW, "id": True}), "id must be text or a whole number, got True"),
+        (json.dumps({"messages": [MESSAGES[1], *MESSAGES]}), "."),
+        (b"\xff", "not valid UTF-8 at byte 0"),
+    ],
+)
+def test_a_row_that_no_tokenizer_takes_is_malformed_and_the_next_is_read(
+    payload: str | bytes, reason: str
+) -> None:
+    good = json.dumps(ROW)
+    (kind, said), (next_kind, _) = tokenized(payload, good, template=CHAT)
+    assert next_kind is None
+    if reason != ".":
+        assert kind == "malformed"
+        assert re.search(reason, said)
+
+
+def test_whatever_a_template_raises_on_one_row_concerns_that_row() -> None:
+    template = CHAT.replace("<{{", "{% if m['content'] == 'bad' %}{{ 1 / 0 }}{% endif %}<{{")
+    rows = [json.dumps({**ROW, "prompt": text}) for text in ("why", "bad", "why")]
+    kinds = tokenized(*rows, template=template)
+    assert [kind for kind, _ in kinds] == [None, "malformed", None]
+    assert kinds[1][1] == "ZeroDivisionError: division by zero"
+
+
+# ---- what generate writes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "written"),
+    [
+        ({"prompt": "why", "response": "no"}, {"prompt": "why", "response": "so"}),
+        (
+            {"instruction": "why", "input": "sky", "output": "no"},
+            {"instruction": "why", "input": "sky", "response": "so"},
+        ),
+        (
+            {"messages": [{"role": "system", "content": "be"}, *MESSAGES]},
+            {"messages": [{"role": "system", "content": "be"}, *MESSAGES]},
+        ),
+        (PREPARED, {"prompt": FINISHED, "response": "so"}),
+    ],
+)
+def test_a_generated_row_has_the_prompt_in_the_columns_that_it_came_in(
+    row: dict[str, Any], written: dict[str, Any]
+) -> None:
+    example = parse_row(row, require_responses=False)
+    assert with_response(example.columns, "so", ColumnsConfig()) == written
+
+
+def test_a_generated_row_keeps_the_names_of_the_users_columns() -> None:
+    columns = ColumnsConfig(prompt="question", response="answer")
+    example = parse_row({"question": "why"}, require_responses=False, columns=columns)
+    row = with_response(example.columns, "so", columns)
+    assert row == {"question": "why", "answer": "so"}
+    assert parse_row(row, require_responses=True, columns=columns).references == ("so",)
