@@ -73,7 +73,9 @@ def check(config: Config, preflight: Preflight, say: Say) -> None:
     tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
-    train = load_splits(config.data, tokenizer, config.run.seed).train
+    train = load_splits(
+        config.data, tokenizer, config.run.seed, vocabulary_size=preflight.vocabulary_size
+    ).train
     ends = preflight.student.ends(train.end_token_id)
     say(f"\nthe first {min(NUM_ROWS, len(train.prompts))} rows")
     say(describe_rows(train.demonstrations[:NUM_ROWS], tokenizer, ends))

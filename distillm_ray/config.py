@@ -11,6 +11,7 @@ must keep its value (`learner/resume.py` compares them).
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
@@ -234,11 +235,43 @@ class StudentConfig(ModelConfig):
 # ---- data --------------------------------------------------------------------------------------
 
 
+# Arguments of transformers' apply_chat_template, and what it defines for the template.
+_TEMPLATE_ARGUMENTS = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "strftime_now",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
+
+
 class ChatTemplate(Section):
     """The tokenizer's own chat template."""
 
     type: Literal["chat"] = "chat"
     system: str | None = None
+    variables: dict[str, bool | int | float | str] = {}  # for the template, as enable_thinking
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        taken = sorted(_TEMPLATE_ARGUMENTS & self.variables.keys())
+        if taken:
+            raise ValueError(
+                f"data.template.variables must be names that only the template reads, got"
+                f" {', '.join(taken)}: the rendering itself sets them"
+            )
+        return self
 
 
 class PlainTemplate(Section):
@@ -285,6 +318,12 @@ class DataConfig(Section):
     template: Annotated[ChatTemplate | PlainTemplate, Field(discriminator="type")] = ChatTemplate()
     max_prompt_tokens: Positive = 512
     max_response_tokens: Positive = 512
+    time: datetime | None = None  # what templates see as now; unset: the start of the run
+    reasoning: Literal["fail", "keep", "drop"] = "fail"  # thoughts that the template drops
+    conversations: Literal["auto", "all", "last", "split"] = "auto"
+    """Which responses of a conversation are learned: all in one sequence, the last, or each in a
+    sequence of its own. `auto` is all where the template renders earlier turns unchanged, else the
+    last."""
     bad_rows: Literal["fail", "skip"] = "fail"  # empty or malformed
     long_rows: Literal["fail", "skip"] = "skip"  # longer than the two limits above
 

@@ -52,7 +52,13 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
     device = _connect(config, placement.evaluate_phases, view)
     tokenizer = _tokenizer(directory, config)
     view.start("reading data")
-    splits = load_splits(config.data, tokenizer, config.run.seed, tokenize=ray_data.tokenize_files)
+    splits = load_splits(
+        config.data,
+        tokenizer,
+        config.run.seed,
+        tokenize=ray_data.tokenize_files,
+        vocabulary_size=facts.vocabulary_size,
+    )
     test = splits.test or splits.validation
     prompts = test.prompts[: config.evaluation.max_prompts]
     view.start(f"responding to {len(prompts)} prompts")
@@ -118,6 +124,7 @@ def generate(
         split="test",
         require_responses=False,
         tokenize=ray_data.tokenize_files,
+        vocabulary_size=facts.vocabulary_size,
     )
     view.start(f"responding to {len(dataset.prompts)} prompts")
     served = ServedModel(

@@ -109,7 +109,9 @@ def train(
     tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
-    splits = load_splits(config.data, tokenizer, config.run.seed)
+    splits = load_splits(
+        config.data, tokenizer, config.run.seed, vocabulary_size=preflight.vocabulary_size
+    )
     for line in splits.describe():
         view.note(line)
     directory.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,11 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
             with watch.phase("reading data"):
                 splits = watch.wait_for(
                     lambda: load_splits(
-                        config.data, tokenizer, config.run.seed, tokenize=ray_data.tokenize_files
+                        config.data,
+                        tokenizer,
+                        config.run.seed,
+                        tokenize=ray_data.tokenize_files,
+                        vocabulary_size=preflight.vocabulary_size,
                     )
                 )
                 for line in splits.describe():

@@ -12,12 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from distillm_ray.config import ChatTemplate, DataConfig, PlainTemplate
+from distillm_ray.config import DataConfig
 from distillm_ray.data import ray_data
 from distillm_ray.data.files import DataFile, check_files, decode_row, read_rows
 from distillm_ray.data.rows import Example, RowError, parse_row
 from distillm_ray.data.splits import Dataset, hold_out, load_dataset, load_splits
-from distillm_ray.data.templates import Renderer
 from distillm_ray.errors import DataError
 from tests import make
 
@@ -42,119 +41,6 @@ def make_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
 def question(text: str, *responses: str) -> Example:
     row = {"prompt": text, "response": list(responses)}
     return parse_row(row, require_responses=bool(responses))
-
-
-# ---- templates ----------------------------------------------------------------------------------
-
-
-def test_a_chat_prompt_ends_where_generation_starts_and_responses_end_with_end_of_turn() -> None:
-    renderer = Renderer(make_tokenizer(), ChatTemplate(system="be brief"))
-    assert renderer.end_token_id == END
-    rendered = renderer.render(question("why", "so", "sky is blue"))
-    prompt = [SYSTEM, *ids_of("be brief"), END, USER, *ids_of("why"), END, ASSISTANT]
-    assert rendered.prompt_ids == prompt
-    assert rendered.reference_ids == [[*ids_of("so"), END], [*ids_of("sky is blue"), END]]
-    assert rendered.demonstration_prompt_ids == prompt
-    assert rendered.demonstration_response_ids == [*ids_of("so"), END]
-    assert rendered.demonstration_loss_mask == [True, True]
-
-
-def test_a_multi_turn_demonstration_learns_the_assistants_tokens_only() -> None:
-    messages = [("user", "why"), ("assistant", "so"), ("user", "and"), ("assistant", "sky is blue")]
-    row = {"messages": [{"role": role, "content": content} for role, content in messages]}
-    renderer = Renderer(make_tokenizer(), ChatTemplate())
-    rendered = renderer.render(parse_row(row, require_responses=True))
-    start = [USER, *ids_of("why"), END, ASSISTANT]
-    between = [USER, *ids_of("and"), END, ASSISTANT]
-    first, last = [*ids_of("so"), END], [*ids_of("sky is blue"), END]
-    assert rendered.prompt_ids == start + first + between
-    assert rendered.reference_ids == [last]
-    assert rendered.demonstration_prompt_ids == start
-    assert rendered.demonstration_response_ids == first + between + last
-    assert rendered.demonstration_loss_mask == [True] * 2 + [False] * 4 + [True] * 4
-
-
-def test_a_template_without_end_of_turn_falls_back_to_the_eos_token() -> None:
-    template = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
-    tail = "{% if add_generation_prompt %}<assistant> {% endif %}"
-    renderer = Renderer(make_tokenizer(template + tail), ChatTemplate())
-    assert renderer.end_token_id == EOS
-    assert renderer.render(question("why", "so")).reference_ids == [[*ids_of("so"), EOS]]
-
-
-def test_a_template_whose_prompt_is_not_a_prefix_of_the_conversation_is_refused() -> None:
-    template = CHAT + "{% if add_generation_prompt %}sky {% endif %}"
-    with pytest.raises(DataError, match="prompt is not a prefix of the whole conversation"):
-        Renderer(make_tokenizer(template), ChatTemplate())
-
-
-def test_a_template_that_rewrites_earlier_turns_refuses_multi_turn_rows() -> None:
-    content = "{{ 'red' if m['role'] == 'assistant' and not loop.last else m['content'] }}"
-    renderer = Renderer(make_tokenizer(CHAT.replace("{{ m['content'] }}", content)), ChatTemplate())
-    assert renderer.render(question("why", "so")).reference_ids == [[*ids_of("so"), END]]
-    messages = [("user", "why"), ("assistant", "so"), ("user", "and"), ("assistant", "yes")]
-    row = {"messages": [{"role": role, "content": content} for role, content in messages]}
-    with pytest.raises(RowError, match="rewrites earlier turns: the conversation up to message 4"):
-        renderer.render(parse_row(row, require_responses=True))
-
-
-def test_a_template_that_refuses_or_drops_the_system_message_is_refused() -> None:
-    template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    )
-    with pytest.raises(DataError, match="refuses the row: no system"):
-        Renderer(make_tokenizer(template + CHAT), ChatTemplate(system="be brief"))
-    template = CHAT.replace("for m in messages", "for m in messages if m['role'] != 'system'")
-    with pytest.raises(DataError, match="the chat template changes the system message"):
-        Renderer(make_tokenizer(template), ChatTemplate(system="be brief"))
-
-
-def test_a_row_whose_content_the_template_changes_is_refused() -> None:
-    template = CHAT.replace("m['content']", "m['content'] | replace('red', 'blue')")
-    renderer = Renderer(make_tokenizer(template), ChatTemplate())
-    renderer.render(question("why", "so"))
-    with pytest.raises(RowError, match="changes the user message"):
-        renderer.render(question("why red", "so"))
-    with pytest.raises(RowError, match="changes the response"):
-        renderer.render(question("why", "red"))
-
-
-@pytest.mark.parametrize("template", [ChatTemplate(), PlainTemplate(name="raw")])
-def test_a_response_that_contains_the_end_token_is_refused(
-    template: ChatTemplate | PlainTemplate,
-) -> None:
-    with pytest.raises(RowError, match=r"contains the end token '(<end>|</s>)'"):
-        Renderer(make_tokenizer(), template).render(question("why", "so <end> </s> yes"))
-
-
-def test_a_tokenizer_without_chat_template_names_the_remedy() -> None:
-    with pytest.raises(DataError, match=r"set data\.template\.type=plain"):
-        Renderer(make_tokenizer(None), ChatTemplate())
-
-
-def test_the_plain_templates_put_the_response_after_the_prompt_and_end_with_eos() -> None:
-    raw = Renderer(make_tokenizer(None), PlainTemplate(name="raw"))
-    rendered = raw.render(question("why sky", "so"))
-    assert rendered.prompt_ids == ids_of("why sky")
-    assert rendered.reference_ids == [[*ids_of("so"), EOS]]
-
-    tokenizer = make_tokenizer(None)
-    row = {"instruction": "why", "input": "sky", "output": "so"}
-    rendered = Renderer(tokenizer, PlainTemplate()).render(parse_row(row, require_responses=True))
-    text = (
-        "Below is an instruction that describes a task, paired with an input that provides further"
-        " context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nwhy\n\n### Input:\nsky\n\n### Response:\n"
-    )
-    assert rendered.prompt_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert rendered.reference_ids == [[*ids_of("so"), EOS]]
-
-
-def test_a_plain_template_refuses_a_conversation() -> None:
-    messages = [("user", "why"), ("assistant", "so"), ("user", "and"), ("assistant", "yes")]
-    row = {"messages": [{"role": role, "content": content} for role, content in messages]}
-    with pytest.raises(RowError, match="one user message with one response, got 3 messages"):
-        Renderer(make_tokenizer(), PlainTemplate()).render(parse_row(row, require_responses=True))
 
 
 # ---- files --------------------------------------------------------------------------------------

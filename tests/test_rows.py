@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,12 +93,16 @@ def test_a_finished_prompt_takes_no_input_a_second_time() -> None:
     assert example.finished_prompt
 
 
+def data(template: ChatTemplate | PlainTemplate) -> DataConfig:
+    return DataConfig(train=(Path("a.jsonl"),), template=template)
+
+
 def test_a_finished_prompt_is_not_wrapped_into_an_instruction_again() -> None:
     tokenizer = make.tokenizer(["<unk>", "</s>"], ["so"], end="</s>")
     example = parse_row(PREPARED, require_responses=True)
     with pytest.raises(RowError, match=r"a second time; set data\.template\.name=raw"):
-        Renderer(tokenizer, PlainTemplate()).render(example)
-    Renderer(tokenizer, PlainTemplate(name="raw")).render(example)
+        Renderer(tokenizer, data(PlainTemplate())).render(example)
+    Renderer(tokenizer, data(PlainTemplate(name="raw"))).render(example)
 
 
 MESSAGES = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
@@ -216,10 +221,10 @@ def tokenized(*payloads: str | bytes, template: str = "{{ messages[0].content }}
     """(kind, reason) of each row."""
     special = ["<unk>", "</s>", "<user>", "<assistant>"]
     tokenizer = make.tokenizer(special, ["why", "so"], end="</s>", chat_template=CHAT)
-    renderer = Renderer(tokenizer, ChatTemplate())
+    config = data(ChatTemplate())
+    renderer = Renderer(tokenizer, config)
     tokenizer.chat_template = template
     lines = [one if isinstance(one, bytes) else one.encode() for one in payloads]
-    config = DataConfig(train=("a.jsonl",))
     table = tokenize_rows(raw_table(0, list(enumerate(lines, 1))), renderer, config, True)
     return list(zip(table["kind"].to_pylist(), table["reason"].to_pylist(), strict=True))
 

@@ -80,7 +80,7 @@ def tokenize_files(
                 raise DataError(str(error.cause).splitlines()[0]) from error
             raise
     table = pa.concat_tables([TOKENIZED.empty_table(), *(t for t in tables if t.num_rows)])
-    return table.sort_by([("file", "ascending"), ("row", "ascending")])
+    return table.sort_by([(name, "ascending") for name in ("file", "row", "turn")])
 
 
 @contextlib.contextmanager

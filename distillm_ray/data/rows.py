@@ -121,6 +121,21 @@ def parse_row(
     return _from_known_columns(values, example_id, names, require_responses=require_responses)
 
 
+def split_turns(example: Example) -> tuple[Example, ...]:
+    """One example for each assistant turn of a conversation, the last one included."""
+    split = [
+        replace(
+            example,
+            turns=example.turns[:index],
+            instruction=example.turns[index - 1].content,
+            references=(turn.content,),
+        )
+        for index, turn in enumerate(example.turns)
+        if index and turn.role == "assistant"
+    ]
+    return (*split, example)
+
+
 def with_response(
     prompt: Mapping[str, Any], response: str, columns: ColumnsConfig
 ) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Dataset:
     demonstrations: tuple[Rollout, ...]  # empty if responses are not required
     split_keys: tuple[bytes, ...]  # equal for prompts with equal text
     columns: tuple[dict[str, Any], ...]  # each row's own prompt; empty if responses are required
+    num_last_only: int  # conversations of which the last response is learned
     end_token_id: int  # ends every response; generators must stop at it
     num_skipped: dict[RowProblemKind, int]
     skipped: tuple[RowProblem, ...]  # the first few
@@ -70,6 +71,11 @@ class Dataset:
             f" {num_prompt_tokens} prompt and {num_response_tokens} response tokens"
             + (f"; skipped: {skipped}" if skipped else "")
         )
+        if self.num_last_only:
+            head += (
+                f"; of {self.num_last_only} conversations the last response is learned, because the"
+                " chat template renders earlier turns differently (data.conversations)"
+            )
         return "\n".join([head, *(f"  {problem}" for problem in self.skipped)])
 
 
@@ -100,18 +106,27 @@ def load_splits(
     seed: int,
     *,
     tokenize: TokenizeFiles = tokenize_files,
+    vocabulary_size: int | None = None,
 ) -> Splits:
     """Read all splits; without validation files, hold out a part of the training prompts.
 
     The choice of held-out prompts depends only on their text and the seed; equal prompts stay
     together. `tokenize` decides where the rows are read: in this process, or with Ray Data.
+    `vocabulary_size` is the number of ids for which the models have rows; None: all ids have one.
 
     Raises:
         DataError: as in `load_dataset` and `hold_out`.
     """
 
     def load(paths: Sequence[Path], split: Split) -> Dataset:
-        return load_dataset(paths, config, tokenizer, split=split, tokenize=tokenize)
+        return load_dataset(
+            paths,
+            config,
+            tokenizer,
+            split=split,
+            tokenize=tokenize,
+            vocabulary_size=vocabulary_size,
+        )
 
     train = load(config.train, "train")
     if config.validation:
@@ -136,6 +151,7 @@ def load_dataset(
     split: Split,
     require_responses: bool = True,
     tokenize: TokenizeFiles = tokenize_files,
+    vocabulary_size: int | None = None,
 ) -> Dataset:
     """Read and tokenize the files of one split, in the order of files and rows.
 
@@ -147,7 +163,7 @@ def load_dataset(
             is left.
     """
     files = find_files(paths, split)
-    renderer = Renderer(tokenizer, config.template)
+    renderer = Renderer(tokenizer, config, vocabulary_size=vocabulary_size)
     table = tokenize(files, renderer, config, require_responses)
     return _collect(table, files, renderer, config, split, require_responses=require_responses)
 
@@ -194,12 +210,15 @@ def _collect(
     demonstrations: list[Rollout] = []
     split_keys: list[bytes] = []
     columns: list[dict[str, Any]] = []
+    num_last_only = 0
     for row in _iterate(table):
         file: DataFile = files[row["file"]]
         position = file.position(row["row"])
         stem = file.path.stem
         unique_stem = stem if stems[stem] == 1 else f"{stem}.{row['file']}"
         prompt_id = row["id"] or f"{unique_stem}-{row['row']}"
+        if row["turn"]:
+            prompt_id = f"{prompt_id}#{row['turn']}"
         if row["kind"] is not None:
             problems.append(RowProblem(position=position, kind=row["kind"], reason=row["reason"]))
             continue
@@ -208,6 +227,7 @@ def _collect(
             problems.append(RowProblem(position=position, kind="duplicate", reason=reason))
             continue
         first_with_id[prompt_id] = position
+        num_last_only += bool(row["last_only"])
         prompts.append(_prompt(prompt_id, row))
         split_keys.append(row["split_key"])
         if require_responses:
@@ -227,6 +247,7 @@ def _collect(
         demonstrations=tuple(demonstrations),
         split_keys=tuple(split_keys),
         columns=tuple(columns),
+        num_last_only=num_last_only,
         end_token_id=renderer.end_token_id,
         num_skipped=dict(Counter(problem.kind for problem in problems)),
         skipped=tuple(problems[:_NUM_PROBLEMS_SHOWN]),
@@ -291,6 +312,7 @@ def _part(dataset: Dataset, split: Split, keep: Sequence[bool]) -> Dataset:
         demonstrations=tuple(compress(dataset.demonstrations, keep)),
         split_keys=tuple(compress(dataset.split_keys, keep)),
         columns=tuple(compress(dataset.columns, keep)),
+        num_last_only=dataset.num_last_only if is_train else 0,
         end_token_id=dataset.end_token_id,
         num_skipped=dataset.num_skipped if is_train else {},
         skipped=dataset.skipped if is_train else (),

@@ -1,16 +1,19 @@
 """Renders an `Example` into token ids, with the tokenizer's chat template or a plain template.
 
-Every response ends with the token that stops generation, so that the student learns to stop.
+Every response ends with the token that stops generation, so that the student learns to stop. What
+is rendered is compared with the row: a template that drops or changes content is found by line.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from distillm_ray.config import ChatTemplate, PlainTemplate
+from distillm_ray.config import ChatTemplate, DataConfig, PlainTemplate
 from distillm_ray.data.rows import Example, RowError, Turn
 from distillm_ray.errors import DataError
 from distillm_ray.types import Rollout
@@ -28,14 +31,23 @@ _INSTRUCTION_WITH_CONTEXT = (
     " context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
     "{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
 )
+_REASONING = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<rest>.*)", re.DOTALL)
+_OPENING = re.compile(r"\s*<think>\s*")
+_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
+_CLOSED = "\n</think>\n\n"  # ends a thought that the prompt has opened and that holds nothing
+_PLACEHOLDER = "ZQXplaceholderXQZ"  # a content that no template changes
+
+
+class _Rewritten(RowError):
+    """The template does not allow to learn all turns of this row in one sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedExample:
     """Token ids of one example.
 
-    A demonstration is prompt and first reference. In multi-turn rows its response starts at the
-    first assistant turn instead of the last, so that every assistant turn is learned.
+    A demonstration is prompt and first reference. Where all turns of a conversation are learned,
+    its response starts at the first assistant turn instead of the last.
     """
 
     prompt_ids: list[int]  # up to the last assistant turn, ready for generation
@@ -43,6 +55,7 @@ class RenderedExample:
     demonstration_prompt_ids: list[int]  # up to the first assistant turn
     demonstration_response_ids: list[int]  # the rest; empty without a reference
     demonstration_loss_mask: list[bool]  # True on assistant tokens, their end tokens included
+    last_only: bool = False  # the template did not allow to learn the earlier turns
 
 
 class Renderer:
@@ -53,18 +66,36 @@ class Renderer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | PlainTemplate
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        *,
+        vocabulary_size: int | None = None,
     ) -> None:
         """Check the template on a probe conversation.
 
+        Args:
+            vocabulary_size: the ids for which the models have rows; None: all of the tokenizer's.
+
         Raises:
             DataError: there is no chat template or no end token, the template refuses or drops the
-                system message, or its prompt is not a prefix of its conversation.
+                system message, its prompt is not a prefix of its conversation, or the model has no
+                row for the end token.
         """
         self._tokenizer = tokenizer
-        self._template = template
+        self._template = template = config.template
+        self._reasoning = config.reasoning
+        self._conversations = config.conversations
+        self._time = config.time or datetime.now()
+        self._vocabulary_size = vocabulary_size
         self._eos_token_id = _id_or_none(tokenizer.eos_token_id)
         self._end_text: str | None = None
+        self._opening = ""  # the reasoning that the generation prompt opens
+        control = {
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        }
+        control |= {str(token) for token in tokenizer.all_special_tokens}
+        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
         empty: Any = tokenizer("")["input_ids"]
         bos = _id_or_none(tokenizer.bos_token_id)
         self._bos_ids = [bos] if bos is not None and list(empty)[:1] == [bos] else []
@@ -73,19 +104,60 @@ class Renderer:
                 self.end_token_id = self._probe_chat_template()
             case PlainTemplate():
                 self.end_token_id = self._require_eos()
+        if vocabulary_size is not None and self.end_token_id >= vocabulary_size:
+            raise DataError(
+                f"the end token {tokenizer.convert_ids_to_tokens(self.end_token_id)!r} of"
+                f" {tokenizer.name_or_path} has id {self.end_token_id}, but the model has rows for"
+                f" {vocabulary_size} ids only: no response could end; add rows to the model, or use"
+                " another template"
+            )
 
     def render(self, example: Example) -> RenderedExample:
         """Token ids of the prompt, its references and its demonstration.
 
         Raises:
             RowError: the template cannot express this row, changes its content, or rewrites its
-                earlier turns; or a response contains the end token.
+                earlier turns; the content holds a control token; or the model lacks a token's row.
         """
+        for turn in example.turns:
+            self._check_control(f"the {turn.role} message", turn.content)
+        for reference in example.references:
+            self._check_control("the response", reference)
         match self._template:
             case ChatTemplate():
-                return self._render_chat(example)
+                rendered = self._render_chat(example)
             case PlainTemplate(name=name):
-                return self._render_plain(example, name)
+                rendered = self._render_plain(example, name)
+        self._check_rows(rendered)
+        return rendered
+
+    def _check_control(self, what: str, content: str) -> None:
+        """A tokenizer reads the text of a control token as the token, wherever it stands."""
+        found = self._control.search(content) if self._control.pattern else None
+        if found:
+            raise RowError(
+                "malformed",
+                f"{what} contains the control token {found[0]!r} at character {found.start() + 1}:"
+                " it would become the token itself, and end a turn or open one in the middle of"
+                " the text; write it differently",
+            )
+
+    def _check_rows(self, rendered: RenderedExample) -> None:
+        limit = self._vocabulary_size
+        if limit is None:
+            return
+        for ids in (
+            rendered.prompt_ids,
+            rendered.demonstration_response_ids,
+            *rendered.reference_ids,
+        ):
+            beyond = next((index for index in ids if index >= limit), None)
+            if beyond is not None:
+                token = self._tokenizer.convert_ids_to_tokens(beyond)
+                raise RowError(
+                    "malformed",
+                    f"it contains {token!r} (id {beyond}), for which the model has no row",
+                )
 
     # ---- chat ----
 
@@ -98,9 +170,17 @@ class Renderer:
             for reference in example.references
         ]
         reference_ids = [self._ended(ids) for ids in references]
-        if not reference_ids or not any(turn.role == "assistant" for turn in turns):
-            return _single_turn(prompt_ids, reference_ids)
-        return self._render_multi_turn(turns, example.references[0], prompt_ids, reference_ids)
+        # An assistant message at the very beginning is context: no prompt stands before it.
+        several = any(turn.role == "assistant" for turn in turns[1:])
+        single = _single_turn(prompt_ids, reference_ids)
+        if not reference_ids or not several or self._conversations in ("last", "split"):
+            return single
+        try:
+            return self._render_multi_turn(turns, example.references[0], prompt_ids, reference_ids)
+        except _Rewritten:
+            if self._conversations == "all":
+                raise
+            return replace(single, last_only=True)
 
     def _render_multi_turn(
         self,
@@ -110,13 +190,15 @@ class Renderer:
         reference_ids: list[list[int]],
     ) -> RenderedExample:
         if self._end_text is None:
-            raise RowError(
+            raise _Rewritten(
                 "malformed",
-                "the chat template does not mark the end of an assistant turn, so rows with several"
-                " turns cannot be trained on",
+                "the chat template does not mark the end of an assistant turn, so the turns of a"
+                " conversation cannot be learned in one sequence; set data.conversations=last",
             )
         conversation = (*turns, Turn(role="assistant", content=reference))
-        assistant_turns = [i for i, turn in enumerate(conversation) if turn.role == "assistant"]
+        assistant_turns = [
+            index for index, turn in enumerate(conversation) if index and turn.role == "assistant"
+        ]
         text = self._chat_text(conversation[: assistant_turns[0]], generate=True)
         ids = self._encode(text)
         num_prompt = len(ids)
@@ -125,11 +207,11 @@ class Renderer:
             before = self._chat_text(conversation[:index], generate=True)
             response = self._response_text(conversation[:index], conversation[index].content)
             if not before.startswith(text):
-                raise RowError(
+                raise _Rewritten(
                     "malformed",
                     f"the chat template rewrites earlier turns: the conversation up to message"
                     f" {index + 1} does not begin with the turns before it, so its tokens cannot"
-                    " be learned in one sequence",
+                    " be learned in one sequence; set data.conversations to last or split",
                 )
             for addition, learned in ((before[len(text) :], False), (response, True)):
                 added = self._continue(text, ids, addition)
@@ -155,31 +237,64 @@ class Renderer:
         return text
 
     def _response_text(self, turns: tuple[Turn, ...], response: str) -> str:
-        """The text that the template adds for `response`, up to and including its end token."""
+        """The text after the generation prompt, for `response`, up to and including its end token.
+
+        The generation prompt may open a thought, which the response then closes.
+        """
         prompt = self._chat_text(turns, generate=True)
+        start = prompt.removesuffix(self._opening)
+        tail = self._tail(start, prompt, turns, response)
+        thought = _REASONING.fullmatch(response)
+        lost = not _contains(tail, response)
+        if lost and (thought is None or not _contains(tail, thought["rest"])):
+            raise RowError("malformed", "the chat template changes the response")
+        if lost and self._reasoning == "fail":
+            raise RowError(
+                "malformed",
+                "the chat template drops the reasoning of the response (<think> … </think>), which"
+                " would be missing from what is learned; set data.reasoning=keep to train on it,"
+                " or data.reasoning=drop to train on the rest",
+            )
+        if lost and self._reasoning == "keep":
+            tail = self._tail(start, prompt, turns, _PLACEHOLDER)
+            before, _, after = tail.partition(_PLACEHOLDER)
+            tail = _EMPTY_THOUGHT.sub("", before) + response.strip() + after
+        if self._opening:
+            opened = _OPENING.match(tail)
+            tail = tail[opened.end() :] if opened else _CLOSED + tail
+        if self._end_text is not None and (end := tail.rfind(self._end_text)) >= 0:
+            return tail[: end + len(self._end_text)]
+        return tail
+
+    def _tail(self, start: str, prompt: str, turns: tuple[Turn, ...], response: str) -> str:
+        """What the template writes after `start` for an assistant turn."""
         conversation = self._chat_text(
             (*turns, Turn(role="assistant", content=response)), generate=False
         )
-        if not conversation.startswith(prompt):
+        if not conversation.startswith(start):
             raise RowError(
                 "malformed",
                 "the chat template's prompt is not a prefix of the whole conversation:"
                 f" the prompt ends in {prompt[-60:]!r}, the conversation has"
                 f" {conversation[max(0, len(prompt) - 60) : len(prompt) + 20]!r} there",
             )
-        tail = conversation[len(prompt) :]
-        if not _contains(tail, response):
-            raise RowError("malformed", "the chat template changes the response")
-        if self._end_text is not None and (end := tail.rfind(self._end_text)) >= 0:
-            return tail[: end + len(self._end_text)]
-        return tail
+        return conversation[len(start) :]
 
     def _chat_text(self, turns: tuple[Turn, ...], *, generate: bool) -> str:
+        assert isinstance(self._template, ChatTemplate)
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        # Templates that write the date call strftime_now; its own clock would change with the day.
+        variables: dict[str, Any] = {
+            **self._template.variables,
+            "strftime_now": self._time.strftime,
+        }
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=generate
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    **variables,
                 )
             )
         except TemplateError as error:
@@ -197,14 +312,22 @@ class Renderer:
                 f"data.template is chat, but the tokenizer of {self._tokenizer.name_or_path} has no"
                 " chat template; set data.template.type=plain"
             )
+        assert isinstance(self._template, ChatTemplate)
         response = "probe"
         turns = self._with_system((Turn(role="user", content="probe"),))
+        name = self._tokenizer.name_or_path
         try:
-            self._prompt_text(turns)
+            if self._template.system:
+                self._check_control("data.template.system", self._template.system)
+            prompt = self._prompt_text(turns)
+            self._opening = self._find_opening(prompt, turns, response)
             tail = self._response_text(turns, response)
         except RowError as error:
+            raise DataError(f"data.template: {error.reason} (tokenizer of {name})") from error
+        except Exception as error:  # a template is code of the user's model
             raise DataError(
-                f"data.template: {error.reason} (tokenizer of {self._tokenizer.name_or_path})"
+                f"data.template: the chat template of {name} fails on a plain conversation:"
+                f" {type(error).__name__}: {error}"
             ) from error
         after = tail[tail.rfind(response) + len(response) :]
         special = set(self._tokenizer.all_special_ids) | {
@@ -217,6 +340,18 @@ class Renderer:
         assert isinstance(text, str)
         self._end_text = text
         return end
+
+    def _find_opening(self, prompt: str, turns: tuple[Turn, ...], response: str) -> str:
+        """The thought that the generation prompt opens and a conversation does not; or empty."""
+        conversation = self._chat_text(
+            (*turns, Turn(role="assistant", content=response)), generate=False
+        )
+        if conversation.startswith(prompt):
+            return ""
+        start = prompt[: prompt.rfind("<think>")] if "<think>" in prompt else prompt
+        start = start.rstrip() if not conversation.startswith(start) else start
+        opening = prompt[len(start) :]
+        return opening if _OPENING.fullmatch(opening) and conversation.startswith(start) else ""
 
     # ---- plain ----
 

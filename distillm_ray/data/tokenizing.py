@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from distillm_ray.config import DataConfig
 from distillm_ray.data.files import DataFile, decode_row, read_rows
-from distillm_ray.data.rows import Example, RowError, parse_row
+from distillm_ray.data.rows import Example, RowError, parse_row, split_turns
 from distillm_ray.data.templates import RenderedExample, Renderer
 
 _ROWS_PER_BATCH = 4096
@@ -23,10 +23,12 @@ TOKENIZED = pa.schema(
     [
         ("file", pa.int32()),
         ("row", pa.int64()),
+        ("turn", pa.int32()),  # of a conversation that was split, from 1; else 0
         ("kind", pa.string()),  # of the problem; null if the row is good
         ("reason", pa.string()),
         ("id", pa.string()),
         ("split_key", pa.binary()),  # equal for equal prompts
+        ("last_only", pa.bool_()),  # the template did not allow to learn the earlier turns
         ("text", pa.string()),
         ("references", pa.list_(pa.string())),
         ("columns", pa.string()),  # JSON: the row's own prompt, if responses are not required
@@ -96,38 +98,55 @@ def tokenize_rows(
         batch["payload"].to_pylist(),
         strict=True,
     ):
-        place = {"file": file, "row": row}
+        place = {"file": file, "row": row, "turn": 0}
         try:
             example = parse_row(
                 decode_row(payload), require_responses=require_responses, columns=config.columns
             )
-            rendered = renderer.render(example)
-            _check_lengths(rendered, config.max_prompt_tokens, config.max_response_tokens)
         except RowError as error:
             out.append({**place, "kind": error.kind, "reason": error.reason})
             continue
-        except Exception as error:
-            # Template and tokenizer are code of the user's model. Whatever they raise concerns this
-            # row, which is named and refused or skipped like any other bad row.
-            reason = f"{type(error).__name__}: {error}"
-            out.append(
-                {**place, "kind": "malformed", "reason": RowError("malformed", reason).reason}
-            )
-            continue
-        columns = _columns(example, rendered)
-        if not require_responses:
-            columns["columns"] = json.dumps(dict(example.columns))
-        out.append({**place, **columns})
+        parts = (example,)
+        if config.conversations == "split" and require_responses:
+            parts = split_turns(example)
+        for turn, part in enumerate(parts, start=1 if len(parts) > 1 else 0):
+            columns = _rendered(part, renderer, config, require_responses)
+            out.append({**place, "turn": turn, "split_key": _split_key(example), **columns})
     return pa.Table.from_pylist(out, schema=TOKENIZED)
 
 
-def _columns(example: Example, rendered: RenderedExample) -> dict[str, Any]:
+def _rendered(
+    example: Example, renderer: Renderer, config: DataConfig, require_responses: bool
+) -> dict[str, Any]:
+    """The columns of one sequence, or what is wrong with it."""
+    try:
+        rendered = renderer.render(example)
+        _check_lengths(rendered, config.max_prompt_tokens, config.max_response_tokens)
+    except RowError as error:
+        return {"kind": error.kind, "reason": error.reason}
+    except Exception as error:
+        # Template and tokenizer are code of the user's model. Whatever they raise concerns this
+        # row, which is named and refused or skipped like any other bad row.
+        problem = RowError("malformed", f"{type(error).__name__}: {error}")
+        return {"kind": problem.kind, "reason": problem.reason}
+    columns = _columns(example, rendered)
+    if not require_responses:
+        columns["columns"] = json.dumps(dict(example.columns))
+    return columns
+
+
+def _split_key(example: Example) -> bytes:
+    """Equal for equal prompts, and for all turns of a conversation."""
     words = repr([(turn.role, turn.content) for turn in example.turns])
+    return hashlib.blake2b(words.encode(), digest_size=16).digest()
+
+
+def _columns(example: Example, rendered: RenderedExample) -> dict[str, Any]:
     return {
         "id": example.example_id,
-        "split_key": hashlib.blake2b(words.encode(), digest_size=16).digest(),
         "text": example.text,
         "references": example.references,
+        "last_only": rendered.last_only,
         "prompt_ids": rendered.prompt_ids,
         "reference_ids": rendered.reference_ids,
         "demonstration_prompt_ids": rendered.demonstration_prompt_ids,

@@ -189,7 +189,7 @@ def test_data_read_in_process_are_those_that_ray_data_reads(config: Path, tmp_pa
     )
     tokenizer = AutoTokenizer.from_pretrained(config.parent / "student")
     files = find_files(settings.train, "train")
-    renderer = Renderer(tokenizer, settings.template)
+    renderer = Renderer(tokenizer, settings)
     in_process = tokenizing.tokenize_files(files, renderer, settings, True)
     assert in_process.equals(ray_data.tokenize_files(files, renderer, settings, True))
     assert in_process["kind"].to_pylist().count(None) == in_process.num_rows - 3
