@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,6 +62,7 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         _quiet()
         from distillm_ray import preflight
 
+        tree = preflight.settled(tree, datetime.now())
         if tree.run.mode == "local":
             from distillm_ray import local
 
@@ -111,8 +113,9 @@ def evaluate(
     with _user_errors():
         tree = _load(config, overrides)
         _quiet()
-        from distillm_ray import jobs
+        from distillm_ray import jobs, preflight
 
+        tree = preflight.settled(tree, datetime.now())
         with _view(tree) as view:
             table = jobs.evaluate(tree, model, output, view)
         _print(table)
@@ -134,8 +137,9 @@ def generate(
     with _user_errors():
         tree = _load(config, overrides)
         _quiet()
-        from distillm_ray import jobs
+        from distillm_ray import jobs, preflight
 
+        tree = preflight.settled(tree, datetime.now())
         with _view(tree) as view:
             lines = jobs.generate(tree, model, prompts, output, keep_truncated, view)
         for line in lines:
@@ -197,6 +201,7 @@ def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         _quiet()
         from distillm_ray import preflight
 
+        tree = preflight.settled(tree, datetime.now())
         checked = preflight.check(tree)
         from transformers.utils.logging import disable_progress_bar
 

@@ -40,6 +40,7 @@ from distillm_ray.cluster.targets import start_scorers, start_stores
 from distillm_ray.config import Config
 from distillm_ray.config_files import dump_config
 from distillm_ray.data import ray_data
+from distillm_ray.data.fingerprint import keep_or_compare
 from distillm_ray.data.splits import Splits, load_splits
 from distillm_ray.errors import RunFailed
 from distillm_ray.evaluation.responder import Responder
@@ -106,6 +107,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
             # Checked again: another job may have used the directory until now.
             resume_from = check_run_directory(config)
             write_atomically(config.run.directory / CONFIG_FILE, dump_config(config).encode())
+            keep_or_compare(config.run.directory, splits, resumed=resume_from is not None)
             ends = preflight.student.ends(splits.train.end_token_id)
             for line in write_first_rows(
                 config.run.directory, splits.train.demonstrations, tokenizer, ends

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from distillm_ray.config import Config, GeneratorPoolConfig, VllmEngine
@@ -52,6 +53,22 @@ class Preflight:
             # Only a scorer's processor knows what `auto` stands for.
             dtype=f"auto on {device}" if dtype == "auto" else dtype,
         )
+
+
+def settled(config: Config, now: datetime) -> Config:
+    """The config with `data.time`: the user's, else that of the run in `run.directory`, else now.
+
+    Chat templates may write the date. A run that is resumed on another day renders as it began.
+
+    Raises:
+        ConfigError: the run's own config cannot be read.
+    """
+    if config.data.time is not None:
+        return config
+    saved = config.run.directory / CONFIG_FILE
+    time = load_config(saved).data.time if saved.is_file() else None
+    data = config.data.model_copy(update={"time": time or now.replace(microsecond=0)})
+    return config.model_copy(update={"data": data})
 
 
 def check(config: Config) -> Preflight:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from distillm_ray.config import DataConfig
 from distillm_ray.data.files import DataFile, Split, find_files
@@ -54,6 +55,8 @@ class Dataset:
     prompts: tuple[Prompt, ...]
     demonstrations: tuple[Rollout, ...]  # empty if responses are not required
     split_keys: tuple[bytes, ...]  # equal for prompts with equal text
+    files: tuple[str, ...]  # as the user wrote them
+    places: NDArray[np.int64]  # `[N, 3]`: index into `files`, row, turn of a split conversation
     columns: tuple[dict[str, Any], ...]  # each row's own prompt; empty if responses are required
     num_last_only: int  # conversations of which the last response is learned
     end_token_id: int  # ends every response; generators must stop at it
@@ -210,6 +213,7 @@ def _collect(
     demonstrations: list[Rollout] = []
     split_keys: list[bytes] = []
     columns: list[dict[str, Any]] = []
+    places: list[tuple[int, int, int]] = []
     num_last_only = 0
     for row in _iterate(table):
         file: DataFile = files[row["file"]]
@@ -228,6 +232,7 @@ def _collect(
             continue
         first_with_id[prompt_id] = position
         num_last_only += bool(row["last_only"])
+        places.append((row["file"], row["row"], row["turn"]))
         prompts.append(_prompt(prompt_id, row))
         split_keys.append(row["split_key"])
         if require_responses:
@@ -246,6 +251,8 @@ def _collect(
         prompts=tuple(prompts),
         demonstrations=tuple(demonstrations),
         split_keys=tuple(split_keys),
+        files=tuple(file.name for file in files),
+        places=np.array(places, dtype=np.int64).reshape(-1, 3),
         columns=tuple(columns),
         num_last_only=num_last_only,
         end_token_id=renderer.end_token_id,
@@ -311,6 +318,8 @@ def _part(dataset: Dataset, split: Split, keep: Sequence[bool]) -> Dataset:
         prompts=tuple(compress(dataset.prompts, keep)),
         demonstrations=tuple(compress(dataset.demonstrations, keep)),
         split_keys=tuple(compress(dataset.split_keys, keep)),
+        files=dataset.files,
+        places=dataset.places[np.array(keep, dtype=np.bool_)],
         columns=tuple(compress(dataset.columns, keep)),
         num_last_only=dataset.num_last_only if is_train else 0,
         end_token_id=dataset.end_token_id,
