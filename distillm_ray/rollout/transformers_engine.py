@@ -115,25 +115,39 @@ class TransformersGenerator(Generator):
 
     async def _load(self, buckets: Sequence[Bucket]) -> None:
         assert self._model is not None, "call start() first"
-        tensors = self._model.state_dict()
-        stale = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+        tensors = {name: tensor for bucket in buckets for name, tensor in to_tensors(bucket)}
+        # `from_pretrained` changes torch's default dtype meanwhile, which a batch would see.
         async with self._batcher.between_batches:
-            for bucket in buckets:
-                # Not strict: a bucket is a part of the model.
-                found = self._model.load_state_dict(dict(to_tensors(bucket)), strict=False)
-                if found.unexpected_keys:
-                    raise ValueError(
-                        f"the weights hold {found.unexpected_keys[:3]}, which {self.job.model} does"
-                        " not have: they belong to another model"
-                    )
-                for name in bucket:
-                    stale.pop(tensors[name].data_ptr(), None)
-        # By storage: a tied head is in no bucket and changes with the embedding.
-        if stale:
-            raise ValueError(
-                f"the weights lack {list(stale.values())[:3]} of {self.job.model}: those tensors"
-                " would keep their old values"
+            # In place: a GPU never holds a second model.
+            self._model.load_state_dict(self._converted(self._model, tensors))
+
+    def _converted(self, model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole weights under the names and in the shapes of the modules, from the checkpoint's.
+
+        Raises:
+            ValueError: the weights are incomplete, or belong to another model.
+        """
+        try:
+            loaded, found = type(model).from_pretrained(
+                None,
+                config=model.config,
+                state_dict=tensors,
+                dtype=model.dtype,
+                output_loading_info=True,
             )
+        except RuntimeError as error:
+            raise ValueError(f"the weights do not fit {self.job.model}: {error}") from error
+        if found["unexpected_keys"]:
+            raise ValueError(
+                f"the weights hold {sorted(found['unexpected_keys'])[:3]}, which {self.job.model}"
+                " does not have: they belong to another model"
+            )
+        if found["missing_keys"]:
+            raise ValueError(
+                f"the weights lack {sorted(found['missing_keys'])[:3]} of {self.job.model}: those"
+                " tensors would keep their old values"
+            )
+        return loaded.state_dict()
 
     def _fits(self, batch: Sequence[Request], request: Request) -> bool:
         """Whether `request` may join: generate() takes one set of end tokens per batch."""
