@@ -45,8 +45,9 @@ def save(one: Architecture, directory: Path) -> Path:
     model = one.build()
     assert type(model).__name__ == one.class_name
     model.save_pretrained(directory)
-    words = [f"w{index}" for index in range(VOCABULARY_SIZE - 3)]
-    make.tokenizer(["<unk>", "<s>", "</s>"], words).save_pretrained(directory)
+    special = ["<unk>", "<s>", "</s>", "<|endoftext|>"]  # Qwen2's class adds the last one
+    words = [f"w{index}" for index in range(VOCABULARY_SIZE - len(special))]
+    make.tokenizer(special, words).save_pretrained(directory)
     return directory
 
 
