@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from distillm_ray.models.packed_attention import BY_SEQUENCE
 
 NUM_ROWS = 64  # of the output heads
+CONTEXT = 128  # tokens, of the models with a limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +86,9 @@ PLAIN: dict[str, Any] = IDS | {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": CONTEXT,
 }
-GPT2: dict[str, Any] = IDS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+GPT2: dict[str, Any] = IDS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
 SSM: dict[str, Any] = IDS | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 WINDOW: dict[str, Any] = {
     "sliding_window": 8,
@@ -130,7 +131,7 @@ MAMBA2: dict[str, Any] = {
     "mamba_expand": 2,
     "mamba_chunk_size": 8,
 }
-MPT: dict[str, Any] = IDS | {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}
+MPT: dict[str, Any] = IDS | {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT}
 WIDTH8: dict[str, Any] = {"head_dim": 8}
 
 # ---- expectations that several architectures share -----------------------------------------------
@@ -359,7 +360,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ffn_dim=64,
         num_layers=2,
         attention_heads=4,
-        max_position_embeddings=128,
+        max_position_embeddings=CONTEXT,
     ),
     single(
         "BioGPT",
@@ -621,7 +622,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         hidden_size=32,
         attention_hidden_size=32,
         num_hidden_layers=2,
-        context_length=128,
+        context_length=CONTEXT,
     ),
     single(
         "xLSTM",

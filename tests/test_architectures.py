@@ -20,12 +20,13 @@ from distillm_ray.models.packed import PackedModel, check_head, load_packed_mode
 from distillm_ray.weights.buckets import read_tensors, to_tensors
 from distillm_ray.weights.gather import gather
 from tests import make
-from tests.architectures import ARCHITECTURES, NUM_ROWS, Architecture, table
+from tests.architectures import ARCHITECTURES, CONTEXT, NUM_ROWS, Architecture, table
 
 VOCABULARY_SIZE = 60
 LENGTHS = (6, 1, 30, 2, 9)
 NAMES = [one.name for one in ARCHITECTURES]
 ACCEPTED = [one for one in ARCHITECTURES if not one.refused]
+REFUSED = [one for one in ARCHITECTURES if one.refused]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,6 +71,9 @@ def test_the_directory_is_accepted(one: Architecture, loaded: dict[str, Loaded])
     assert facts.architecture == one.class_name
     assert (facts.num_rows, facts.vocabulary_size) == (NUM_ROWS, VOCABULARY_SIZE)
     assert facts.end_token_ids == (2,)
+    assert facts.num_layers == one.settings.get("num_layers", one.config.num_hidden_layers)
+    if CONTEXT in one.settings.values():
+        assert facts.context_length == CONTEXT
 
 
 @every
@@ -81,7 +85,9 @@ def test_the_fastest_exact_way_is_chosen(one: Architecture, loaded: dict[str, Lo
         assert expected in note
 
 
-@pytest.mark.parametrize("one", [one for one in ARCHITECTURES if one.refused], ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    "one", [one for one in ARCHITECTURES if one.refused], ids=lambda one: one.name
+)
 def test_a_model_whose_results_are_uncertain_is_refused(one: Architecture, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=one.refused):
         load(save(one, tmp_path))
