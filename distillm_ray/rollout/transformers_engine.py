@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
@@ -28,6 +29,7 @@ from transformers import (
 from distillm_ray.config import SamplingConfig, TransformersEngine
 from distillm_ray.dynamic_batching import DynamicBatcher
 from distillm_ray.models.dtypes import resolve_dtype
+from distillm_ray.models.row_path import soft_cap_of
 from distillm_ray.rollout.generator import Generator, Request, Response
 from distillm_ray.types import Bucket, FinishReason
 from distillm_ray.weights.buckets import to_tensors
@@ -89,19 +91,25 @@ class TransformersGenerator(Generator):
         """Load the model; requests are accepted when this returns."""
         if self.job.device == "cpu":
             torch.set_num_threads(self.config.num_threads)
-        model = await asyncio.to_thread(
-            AutoModelForCausalLM.from_pretrained,
-            self.job.model,
-            dtype=resolve_dtype(self.config.dtype, self.job.device),
-            trust_remote_code=self.job.trust_remote_code,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        model = await asyncio.to_thread(self._loaded)
         # generate() takes unset parameters from the model's own config, a repetition penalty say.
         model.generation_config = GenerationConfig()
         self._model = cast(Any, model).to(torch.device(self.job.device)).eval()
         self._batcher = DynamicBatcher(self._generate, self._fits)
         self._batcher.start()
+
+    def _loaded(self) -> PreTrainedModel:
+        """The model of the job, with an attention that computes all that its config asks for."""
+        shared = {"trust_remote_code": self.job.trust_remote_code, "local_files_only": True}
+        config = AutoConfig.from_pretrained(self.job.model, **shared)
+        return AutoModelForCausalLM.from_pretrained(
+            self.job.model,
+            config=config,
+            dtype=resolve_dtype(self.config.dtype, self.job.device),
+            attn_implementation=None if soft_cap_of(config) is None else "eager",
+            use_safetensors=True,
+            **shared,
+        )
 
     async def stop(self) -> None:
         """Free the model after the running batch; queued requests are cancelled."""
