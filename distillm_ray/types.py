@@ -332,9 +332,10 @@ class RunStatus:
 
 
 Bucket: TypeAlias = dict[str, tuple[tuple[int, ...], str, NDArray[np.uint8]]]
-"""Part of a model's weights: parameter name -> (shape, dtype name such as "bfloat16", flat bytes).
+"""Part of a model's weights: name in the checkpoint -> (shape, dtype name, flat bytes).
 
-Ray passes a bucket on without copying it, and reading one requires neither torch nor pickle.
+The dtype name is one such as "bfloat16". Ray passes a bucket on without copying it, and reading one
+requires neither torch nor pickle.
 """
 
 BucketT = TypeVar("BucketT")

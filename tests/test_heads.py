@@ -107,6 +107,11 @@ def test_a_rule_that_the_config_omits_is_the_architectures_default() -> None:
     assert logit_rule({"model_type": "llama"}) == LogitRule()
 
 
+def test_the_base_width_of_minicpm3_divides_by_its_hidden_size() -> None:
+    config = {"model_type": "minicpm3", "dim_model_base": 256, "hidden_size": 1024}
+    assert logit_rule(config).scale == 0.25
+
+
 def test_the_text_part_of_a_multimodal_config_is_read() -> None:
     nested = {"model_type": "granite", "logits_scaling": 4.0}
     assert logit_rule({"model_type": "granite4_vision", "text_config": nested}).scale == 0.25
@@ -115,7 +120,7 @@ def test_the_text_part_of_a_multimodal_config_is_read() -> None:
 @pytest.mark.parametrize(
     ("model_config", "key"),
     [
-        ({"model_type": "minicpm3", "dim_model_base": 256}, "dim_model_base"),
+        ({"model_type": "minicpm", "dim_model_base": 256}, "dim_model_base"),
         ({"model_type": "mpt", "logit_scale": "inv_sqrt_d_model"}, "logit_scale"),
         ({"model_type": "muse_glimmer", "output_multiplier": 2.0}, "output_multiplier"),
         ({"model_type": "new", "logits_temperature": 0.5}, "logits_temperature"),

@@ -32,9 +32,12 @@ _CONTEXT_KEYS = (
     "n_positions",
     "n_ctx",
     "max_sequence_length",
+    "max_seq_len",
+    "context_length",
+    "model_max_length",
 )
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model")
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "layers_block_type")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -250,8 +253,11 @@ def _number(
     config: Mapping[str, Any], keys: tuple[str, ...], path: Path, role: Role
 ) -> tuple[str, int]:
     for key in keys:
-        if isinstance(config.get(key), int):
-            return key, config[key]
+        value = config.get(key)
+        if isinstance(value, int):
+            return key, value
+        if isinstance(value, list):  # the types of all layers, as in Nemotron-H
+            return key, len(value)
     raise ModelError(f"{key_of(role)}: {path / 'config.json'} lacks {' or '.join(keys)}")
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from distillm_ray.errors import ModelError
 from distillm_ray.models.logit_rules import LogitRule, logit_rule
@@ -98,6 +99,8 @@ def load_frozen_head(
 
     def read(wanted: Tensor) -> Tensor:
         names = [name for name, parameter in parameters.items() if parameter is wanted]
+        # transformers may rename tensors when it loads them: GPT-NeoX's head is embed_out in files.
+        names += revert_weight_conversion(skeleton, dict.fromkeys(names, wanted))
         # Checkpoints saved from the bare backbone (GPT-2's) have names without its prefix.
         names += [name.removeprefix(prefix) for name in names]
         for name in names:

@@ -77,6 +77,8 @@ def logit_rule(model_config: Mapping[str, Any]) -> LogitRule:
             scale *= float(value)
         elif model_type.startswith(DIVIDED.get(key, ("\0",))):
             scale /= float(value)
+        elif (model_type, key) == ("minicpm3", "dim_model_base"):  # the width of the tuned model
+            scale *= float(value) / float(values["hidden_size"])
         else:
             raise ModelError(
                 f"{key} = {value!r} in the config of a {model_type!r} model changes its logits in"

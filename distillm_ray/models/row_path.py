@@ -147,6 +147,11 @@ def attention_of(model: PreTrainedModel) -> str:
     return model.config._attn_implementation or "eager"
 
 
+def soft_cap_of(config: PretrainedConfig) -> float | None:
+    """The soft cap of attention scores, which sdpa and FlashAttention leave out."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None)
+
+
 def attention_arguments(attention: str, bounds: Sequence[int]) -> dict[str, Any]:
     """What a forward pass hands to its attention: the starts of the sequences, and the length."""
     return {"boundaries": tuple(bounds)} if attention == BY_SEQUENCE else {}
@@ -204,7 +209,7 @@ def refuse_by_config(config: PretrainedConfig, key: str) -> None:
             " the eager attention of transformers disagree about it by 5 %, and either may be"
             " wrong; use another model"
         )
-    cap = getattr(text, "attn_logit_softcapping", None)
+    cap = soft_cap_of(config)
     if cap is not None and text.model_type not in ("gemma2", "vaultgemma"):
         raise ModelError(
             f"{key}: attn_logit_softcapping must be null in the config of a {text.model_type}"
@@ -235,10 +240,8 @@ def _with_flash(model: PreTrainedModel, proof: _Proof, path: RowPath) -> RowPath
 
     The model runs by sequence, so all arguments of its attention are known.
     """
-    text: Any = model.config.get_text_config()
-    soft_cap = getattr(text, "attn_logit_softcapping", None)
     sinks = any("sink" in name for name, _ in model.named_parameters())
-    plain = soft_cap is None and not sinks
+    plain = soft_cap_of(model.config) is None and not sinks
     on_gpu = model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
     if not plain or not on_gpu or not is_flash_attn_2_available():
         return path

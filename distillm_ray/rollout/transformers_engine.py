@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
@@ -28,6 +29,7 @@ from transformers import (
 from distillm_ray.config import SamplingConfig, TransformersEngine
 from distillm_ray.dynamic_batching import DynamicBatcher
 from distillm_ray.models.dtypes import resolve_dtype
+from distillm_ray.models.row_path import soft_cap_of
 from distillm_ray.rollout.generator import Generator, Request, Response
 from distillm_ray.types import Bucket, FinishReason
 from distillm_ray.weights.buckets import to_tensors
@@ -89,19 +91,25 @@ class TransformersGenerator(Generator):
         """Load the model; requests are accepted when this returns."""
         if self.job.device == "cpu":
             torch.set_num_threads(self.config.num_threads)
-        model = await asyncio.to_thread(
-            AutoModelForCausalLM.from_pretrained,
-            self.job.model,
-            dtype=resolve_dtype(self.config.dtype, self.job.device),
-            trust_remote_code=self.job.trust_remote_code,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        model = await asyncio.to_thread(self._loaded)
         # generate() takes unset parameters from the model's own config, a repetition penalty say.
         model.generation_config = GenerationConfig()
         self._model = cast(Any, model).to(torch.device(self.job.device)).eval()
         self._batcher = DynamicBatcher(self._generate, self._fits)
         self._batcher.start()
+
+    def _loaded(self) -> PreTrainedModel:
+        """The model of the job, with an attention that computes all that its config asks for."""
+        shared = {"trust_remote_code": self.job.trust_remote_code, "local_files_only": True}
+        config = AutoConfig.from_pretrained(self.job.model, **shared)
+        return AutoModelForCausalLM.from_pretrained(
+            self.job.model,
+            config=config,
+            dtype=resolve_dtype(self.config.dtype, self.job.device),
+            attn_implementation=None if soft_cap_of(config) is None else "eager",
+            use_safetensors=True,
+            **shared,
+        )
 
     async def stop(self) -> None:
         """Free the model after the running batch; queued requests are cancelled."""
@@ -115,25 +123,39 @@ class TransformersGenerator(Generator):
 
     async def _load(self, buckets: Sequence[Bucket]) -> None:
         assert self._model is not None, "call start() first"
-        tensors = self._model.state_dict()
-        stale = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+        tensors = {name: tensor for bucket in buckets for name, tensor in to_tensors(bucket)}
+        # `from_pretrained` changes torch's default dtype meanwhile, which a batch would see.
         async with self._batcher.between_batches:
-            for bucket in buckets:
-                # Not strict: a bucket is a part of the model.
-                found = self._model.load_state_dict(dict(to_tensors(bucket)), strict=False)
-                if found.unexpected_keys:
-                    raise ValueError(
-                        f"the weights hold {found.unexpected_keys[:3]}, which {self.job.model} does"
-                        " not have: they belong to another model"
-                    )
-                for name in bucket:
-                    stale.pop(tensors[name].data_ptr(), None)
-        # By storage: a tied head is in no bucket and changes with the embedding.
-        if stale:
-            raise ValueError(
-                f"the weights lack {list(stale.values())[:3]} of {self.job.model}: those tensors"
-                " would keep their old values"
+            # In place: a GPU never holds a second model.
+            self._model.load_state_dict(self._converted(self._model, tensors))
+
+    def _converted(self, model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole weights under the names and in the shapes of the modules, from the checkpoint's.
+
+        Raises:
+            ValueError: the weights are incomplete, or belong to another model.
+        """
+        try:
+            loaded, found = type(model).from_pretrained(
+                None,
+                config=model.config,
+                state_dict=tensors,
+                dtype=model.dtype,
+                output_loading_info=True,
             )
+        except RuntimeError as error:
+            raise ValueError(f"the weights do not fit {self.job.model}: {error}") from error
+        if found["unexpected_keys"]:
+            raise ValueError(
+                f"the weights hold {sorted(found['unexpected_keys'])[:3]}, which {self.job.model}"
+                " does not have: they belong to another model"
+            )
+        if found["missing_keys"]:
+            raise ValueError(
+                f"the weights lack {sorted(found['missing_keys'])[:3]} of {self.job.model}: those"
+                " tensors would keep their old values"
+            )
+        return loaded.state_dict()
 
     def _fits(self, batch: Sequence[Request], request: Request) -> bool:
         """Whether `request` may join: generate() takes one set of end tokens per batch."""

@@ -1,7 +1,8 @@
 """Buckets of weights as tensors and as safetensors files, for generators and the export.
 
-`types.Bucket` describes the format. Parameter names are those of the Hugging Face checkpoint: a
-tied weight appears once, LoRA adapters are merged into the weights that they adapt.
+`types.Bucket` describes the format. Names are those of the Hugging Face checkpoint, which may
+differ from the module names of transformers. A tied weight appears once, LoRA adapters are merged
+into the weights that they adapt.
 """
 
 from __future__ import annotations

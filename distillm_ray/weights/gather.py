@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from distillm_ray.types import Bucket
 
@@ -21,7 +23,7 @@ _ADAPTED = ".base_layer"  # peft inserts it into the names of adapted weights
 
 
 def gather(
-    model: nn.Module,
+    model: PreTrainedModel,
     dtype: torch.dtype,
     *,
     keep: bool,
@@ -29,8 +31,11 @@ def gather(
 ) -> Iterator[Bucket]:
     """Yield the weights of a Hugging Face model under any ZeRO stage, bucket by bucket.
 
+    Names and shapes are those of the checkpoint, as `save_pretrained` writes it. transformers may
+    rename tensors when it loads them, and it keeps all experts of a layer in one tensor.
+
     A collective: every rank must iterate to the end. Memory beyond the model's own is one gathered
-    bucket and its copy.
+    bucket and its copy, and a second copy of one layer's experts.
 
     Args:
         dtype: floating-point tensors are converted to it.
@@ -45,14 +50,14 @@ def gather(
                 involved += layer.parameters()
         unique = list({id(tensor): tensor for tensor in involved}.values())
         with _whole(unique), torch.no_grad():
-            bucket = {
-                name.replace(_ADAPTED, ""): _to_bytes(
-                    _merged(tensors[name], adapters.get(_adapted_module(name))),
-                    dtype,
-                )
-                for name in names
-                if keep
-            }
+            bucket: Bucket = {}
+            for name in names if keep else ():
+                merged = _merged(tensors[name], adapters.get(_adapted_module(name)))
+                # One at a time is enough: no causal LM builds a tensor of its checkpoint from
+                # several of its own.
+                plain_name = name.replace(_ADAPTED, "")
+                stored = revert_weight_conversion(model, {plain_name: merged})
+                bucket |= {key: _to_bytes(tensor, dtype) for key, tensor in stored.items()}
         yield bucket
 
 
