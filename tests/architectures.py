@@ -134,6 +134,8 @@ MAMBA2: dict[str, Any] = {
 MPT: dict[str, Any] = IDS | {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT}
 WIDTH8: dict[str, Any] = {"head_dim": 8}
 
+_WITHOUT_QUERY_RANK: dict[str, Any] = {**LATENT, "q_lora_rank": None}
+
 # ---- expectations that several architectures share -----------------------------------------------
 
 CONVOLUTION = "convolutions read over the start of a sequence"
@@ -590,7 +592,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         linear_num_heads=4,
         **HYBRID,
         **WIDTH8,
-        **(LATENT | {"q_lora_rank": None}),
+        **_WITHOUT_QUERY_RANK,
     ),
     single(
         "MiniMax",

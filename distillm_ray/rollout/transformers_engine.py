@@ -136,13 +136,14 @@ class TransformersGenerator(Generator):
             ValueError: the weights are incomplete, or belong to another model.
         """
         try:
-            loaded, found = type(model).from_pretrained(
+            both: Any = type(model).from_pretrained(
                 None,
                 config=model.config,
                 state_dict=tensors,
                 dtype=model.dtype,
                 output_loading_info=True,
             )
+            loaded, found = both  # its annotation knows the model alone
         except RuntimeError as error:
             raise ValueError(f"the weights do not fit {self.job.model}: {error}") from error
         if found["unexpected_keys"]:
