@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -32,7 +32,8 @@ class Architecture:
         why: the reason, for a user, why `packs_up_to` is not None, or why the model is refused.
         notes: a part of each of the path's notes.
         refused: a part of the message that refuses the model.
-        vllm: whether vLLM generates with it.
+        vllm: whether vLLM knows the class.
+        transformers: how the transformers engine generates with it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Architecture:
     notes: tuple[str, ...] = ()
     refused: str = ""
     vllm: bool = True
+    transformers: Literal["any batch", "one length", "fails"] = "any batch"
 
     @property
     def class_name(self) -> str:
@@ -152,6 +154,7 @@ def packed(
     attention: str = BY_SEQUENCE,
     notes: tuple[str, ...] = (),
     vllm: bool = True,
+    transformers: Literal["any batch", "one length", "fails"] = "any batch",
     without: tuple[str, ...] = (),
     **settings: Any,
 ) -> Architecture:
@@ -168,6 +171,7 @@ def packed(
         attention=attention,
         notes=notes,
         vllm=vllm,
+        transformers=transformers,
     )
 
 
@@ -597,6 +601,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "minimax",
         RECURRENCE,
         vllm=False,
+        transformers="one length",
         num_local_experts=4,
         block_size=8,
         **HYBRID,
@@ -607,6 +612,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "recurrent_gemma",
         RECURRENCE,
         vllm=False,
+        transformers="one length",
         lru_width=32,
         attention_window_size=8,
         block_types=["recurrent", "attention"],
@@ -619,6 +625,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         IDS,
         attention="eager",
         vllm=False,
+        transformers="one length",
         hidden_size=32,
         attention_hidden_size=32,
         num_hidden_layers=2,
@@ -631,6 +638,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         IDS,
         attention="eager",
         vllm=False,
+        transformers="fails",
         hidden_size=32,
         num_hidden_layers=2,
         num_heads=2,
@@ -648,7 +656,7 @@ def by_name(name: str) -> Architecture:
 def table() -> str:
     """The table of docs/architectures.md."""
     lines = [
-        "| Architecture | Class | Training and scoring | Generation with vLLM |",
+        "| Architecture | Class | Training and scoring | Generation |",
         "|---|---|---|---|",
     ]
     for one in ARCHITECTURES:
@@ -661,9 +669,20 @@ def table() -> str:
                 rows = f"packed rows, one sequence a pass if it is long: {why}"
             case Architecture(why=why):
                 rows = f"refused: {why}"
-        vllm = "yes" if one.vllm and not one.refused else "no"
-        lines.append(f"| {one.name} | `{one.class_name}` | {rows} | {vllm} |")
+        lines.append(f"| {one.name} | `{one.class_name}` | {rows} | {_engines(one)} |")
     return "\n".join(lines) + "\n"
+
+
+def _engines(one: Architecture) -> str:
+    engines = ["vLLM"] if one.vllm else []
+    match one.transformers:
+        case "any batch":
+            engines.append("transformers")
+        case "one length":
+            engines.append("transformers (prompts of one length in a batch)")
+        case "fails":
+            pass
+    return "–" if one.refused or not engines else ", ".join(engines)
 
 
 if __name__ == "__main__":
