@@ -115,6 +115,7 @@ LATENT: dict[str, Any] = {  # multi-head latent attention
     "v_head_dim": 8,
     "num_key_value_heads": 4,
 }
+WITHOUT_QUERY_RANK: dict[str, Any] = LATENT | {"q_lora_rank": None}
 HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
 DELTA: dict[str, Any] = HYBRID | {  # gated delta net
     "head_dim": 8,
@@ -594,7 +595,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         linear_num_heads=4,
         **HYBRID,
         **WIDTH8,
-        **(LATENT | {"q_lora_rank": None}),
+        **WITHOUT_QUERY_RANK,
     ),
     single(
         "MiniMax",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from distillm_ray.config import LoraConfig
 from distillm_ray.learner.student_model import add_adapters
@@ -20,7 +20,7 @@ def tiny_model(*, tied: bool = True) -> LlamaForCausalLM:
 
 
 def gathered(
-    model: torch.nn.Module, dtype: torch.dtype, **arguments: int
+    model: PreTrainedModel, dtype: torch.dtype, **arguments: int
 ) -> dict[str, torch.Tensor]:
     found = {}
     for bucket in gather(model, dtype, keep=True, **arguments):

@@ -189,7 +189,9 @@ class TransformersGenerator(Generator):
             ValueError: the weights are incomplete, or belong to another model.
         """
         try:
-            loaded, found = type(model).from_pretrained(
+            # Typed as Any: the declared result leaves out the loading info.
+            load: Any = type(model).from_pretrained
+            loaded, found = load(
                 None,
                 config=model.config,
                 state_dict=tensors,
