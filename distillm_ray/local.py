@@ -178,6 +178,8 @@ def distil(
         job = student_job(config, preflight.student, end_token_id=end_token_id, device=device_name)
         generator = TransformersGenerator(config.rollout, job)
         runner.run(generator.start())
+        if generator.remark:
+            record(EventRecord(name="generator", detail=generator.remark))
 
     # The frozen teacher. By default its targets are the last hidden states at the positions that
     # predict response tokens, and the learner applies a copy of its output head to them.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -32,7 +32,8 @@ class Architecture:
         why: the reason, for a user, why `packs_up_to` is not None, or why the model is refused.
         notes: a part of each of the path's notes.
         refused: a part of the message that refuses the model.
-        vllm: whether vLLM generates with it.
+        vllm: whether vLLM knows the class.
+        transformers: how the transformers engine generates with it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Architecture:
     notes: tuple[str, ...] = ()
     refused: str = ""
     vllm: bool = True
+    transformers: Literal["any batch", "one length", "fails"] = "any batch"
 
     @property
     def class_name(self) -> str:
@@ -113,6 +115,7 @@ LATENT: dict[str, Any] = {  # multi-head latent attention
     "v_head_dim": 8,
     "num_key_value_heads": 4,
 }
+WITHOUT_QUERY_RANK: dict[str, Any] = LATENT | {"q_lora_rank": None}
 HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
 DELTA: dict[str, Any] = HYBRID | {  # gated delta net
     "head_dim": 8,
@@ -134,8 +137,6 @@ MAMBA2: dict[str, Any] = {
 MPT: dict[str, Any] = IDS | {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT}
 WIDTH8: dict[str, Any] = {"head_dim": 8}
 
-_WITHOUT_QUERY_RANK: dict[str, Any] = {**LATENT, "q_lora_rank": None}
-
 # ---- expectations that several architectures share -----------------------------------------------
 
 CONVOLUTION = "convolutions read over the start of a sequence"
@@ -154,6 +155,7 @@ def packed(
     attention: str = BY_SEQUENCE,
     notes: tuple[str, ...] = (),
     vllm: bool = True,
+    transformers: Literal["any batch", "one length", "fails"] = "any batch",
     without: tuple[str, ...] = (),
     **settings: Any,
 ) -> Architecture:
@@ -170,6 +172,7 @@ def packed(
         attention=attention,
         notes=notes,
         vllm=vllm,
+        transformers=transformers,
     )
 
 
@@ -592,13 +595,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         linear_num_heads=4,
         **HYBRID,
         **WIDTH8,
-        **_WITHOUT_QUERY_RANK,
+        **WITHOUT_QUERY_RANK,
     ),
     single(
         "MiniMax",
         "minimax",
         RECURRENCE,
         vllm=False,
+        transformers="one length",
         num_local_experts=4,
         block_size=8,
         **HYBRID,
@@ -609,6 +613,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "recurrent_gemma",
         RECURRENCE,
         vllm=False,
+        transformers="one length",
         lru_width=32,
         attention_window_size=8,
         block_types=["recurrent", "attention"],
@@ -621,6 +626,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         IDS,
         attention="eager",
         vllm=False,
+        transformers="one length",
         hidden_size=32,
         attention_hidden_size=32,
         num_hidden_layers=2,
@@ -633,6 +639,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         IDS,
         attention="eager",
         vllm=False,
+        transformers="fails",
         hidden_size=32,
         num_hidden_layers=2,
         num_heads=2,
@@ -650,7 +657,7 @@ def by_name(name: str) -> Architecture:
 def table() -> str:
     """The table of docs/architectures.md."""
     lines = [
-        "| Architecture | Class | Training and scoring | Generation with vLLM |",
+        "| Architecture | Class | Training and scoring | Generation |",
         "|---|---|---|---|",
     ]
     for one in ARCHITECTURES:
@@ -663,9 +670,20 @@ def table() -> str:
                 rows = f"packed rows, one sequence a pass if it is long: {why}"
             case Architecture(why=why):
                 rows = f"refused: {why}"
-        vllm = "yes" if one.vllm and not one.refused else "no"
-        lines.append(f"| {one.name} | `{one.class_name}` | {rows} | {vllm} |")
+        lines.append(f"| {one.name} | `{one.class_name}` | {rows} | {_engines(one)} |")
     return "\n".join(lines) + "\n"
+
+
+def _engines(one: Architecture) -> str:
+    engines = ["vLLM"] if one.vllm else []
+    match one.transformers:
+        case "any batch":
+            engines.append("transformers")
+        case "one length":
+            engines.append("transformers (prompts of one length in a batch)")
+        case "fails":
+            pass
+    return "–" if one.refused or not engines else ", ".join(engines)
 
 
 if __name__ == "__main__":

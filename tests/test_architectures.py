@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -9,14 +10,20 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from distillm_ray.config import RolloutConfig, SamplingConfig, TransformersEngine
 from distillm_ray.errors import ModelError
 from distillm_ray.models.directory import check_model_directory
 from distillm_ray.models.heads import load_frozen_head
 from distillm_ray.models.packed import PackedModel, check_head, load_packed_model
+from distillm_ray.rollout.generator import GeneratorJob
+from distillm_ray.rollout.transformers_engine import TransformersGenerator
+from distillm_ray.types import Source
 from distillm_ray.weights.buckets import read_tensors, to_tensors
 from distillm_ray.weights.gather import gather
 from tests import make
@@ -27,6 +34,7 @@ LENGTHS = (6, 1, 30, 2, 9)
 NAMES = [one.name for one in ARCHITECTURES]
 ACCEPTED = [one for one in ARCHITECTURES if not one.refused]
 REFUSED = [one for one in ARCHITECTURES if one.refused]
+GENERATING = [one for one in ACCEPTED if one.transformers != "fails"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -100,8 +108,7 @@ def test_the_logits_of_a_packed_row_are_those_of_each_sequence_alone(
 ) -> None:
     packed = loaded[one.name].packed
     head = load_frozen_head(loaded[one.name].directory, vocabulary_size=NUM_ROWS)
-    plain = one.build().eval()  # as transformers makes it
-    plain.set_attn_implementation("eager")
+    plain = plain_model(one)
     ids_L = torch.randint(3, NUM_ROWS, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
     positions_L = torch.cat([torch.arange(length) for length in LENGTHS])
     found_LV = head.logits(packed.forward(ids_L, positions_L))
@@ -131,6 +138,58 @@ def test_gathered_weights_have_the_names_and_values_of_the_checkpoint(
     assert found.keys() == saved.keys()
     for name, tensor in saved.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("one", GENERATING, ids=[one.name for one in GENERATING])
+async def test_the_transformers_engine_generates_what_the_model_says(
+    one: Architecture, loaded: dict[str, Loaded]
+) -> None:
+    generator = TransformersGenerator(
+        RolloutConfig(engine=TransformersEngine(), dtype="float32", num_threads=1),
+        job(loaded[one.name].directory),
+    )
+    await generator.start()
+    assert ("prompts of one length" in generator.remark) == (one.transformers == "one length")
+    numbers = np.random.default_rng(0)
+    prompts = [make.prompt(token_ids=numbers.integers(4, 60, length)) for length in (12, 3, 7)]
+    greedy = SamplingConfig(temperature=0.0, max_tokens=6)
+    responses = await asyncio.gather(
+        *(generator.complete(prompt, greedy, seed=0) for prompt in prompts)
+    )
+    await generator.stop()
+    plain = plain_model(one)
+    for response in responses:
+        token_ids = np.concatenate([response.prompt_ids, response.response_ids])
+        with torch.no_grad():
+            ids_1L = torch.from_numpy(token_ids).long()[None]
+            logits_LV = plain(input_ids=ids_1L, use_cache=False).logits[0, :, :VOCABULARY_SIZE]
+        log_probs_TV = logits_LV[len(response.prompt_ids) - 1 : -1].log_softmax(-1).numpy()
+        assert response.logprobs is not None
+        # Greedy choices: no other token is better by more than rounding.
+        np.testing.assert_allclose(response.logprobs, log_probs_TV.max(-1), atol=1e-3)
+        chosen_T = np.take_along_axis(log_probs_TV, response.response_ids[:, None], 1)[:, 0]
+        np.testing.assert_allclose(response.logprobs, chosen_T, atol=1e-3)
+
+
+def job(directory: Path) -> GeneratorJob:
+    return GeneratorJob(
+        model=directory,
+        source=Source.STUDENT,
+        sampling=SamplingConfig(),
+        end_token_ids=(2,),
+        vocabulary_size=VOCABULARY_SIZE,
+        max_prompt_tokens=16,
+        max_response_tokens=8,
+        seed=0,
+        device="cpu",
+    )
+
+
+def plain_model(one: Architecture) -> PreTrainedModel:
+    """The model as transformers makes it, with the attention that computes every option."""
+    model = one.build().eval()
+    model.set_attn_implementation("eager")
+    return model
 
 
 def relative_difference(found_LV: Tensor, expected_LV: Tensor) -> float:

@@ -38,6 +38,11 @@ class GeneratorActor(PooledActor):
         await self._generator.start()
 
     @ray.method
+    async def remark(self) -> str:
+        """How the model runs, where that is slower than usual."""
+        return self._generator.remark
+
+    @ray.method
     async def generate(self, demand: Demand) -> Rollout:
         """Respond to a demand, with weights of its minimum version or newer."""
         return await self._generator.generate(demand)

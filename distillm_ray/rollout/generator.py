@@ -123,6 +123,8 @@ def student_job(
 class Generator(ABC):
     """Generates responses with the newest weights that it was given."""
 
+    remark = ""  # what a user should know about how the model runs, set by `start`
+
     def __init__(self, config: GeneratorPoolConfig, job: GeneratorJob) -> None:
         """Store the settings; `start` loads the model.
 

@@ -34,6 +34,12 @@ from distillm_ray.rollout.generator import Generator, Request, Response
 from distillm_ray.types import Bucket, FinishReason
 from distillm_ray.weights.buckets import to_tensors
 
+# Prompt lengths of the batch that is compared with each of its requests alone, and the largest
+# difference of log-probabilities that counts as rounding.
+CHECKED_LENGTHS = (29, 3, 7, 12)
+CHECKED_TOKENS = 3
+TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 0.1}
+
 
 class SamplingProcessor(LogitsProcessor):
     """Samples the next token of each row and masks all others, so that generate() picks it."""
@@ -81,10 +87,21 @@ def sample(log_probs_V: Tensor, sampling: SamplingConfig, generator: torch.Gener
     return ids_V[torch.multinomial(probabilities_V, 1, generator=generator)[0]]
 
 
+def _difference(one: Response, other: Response) -> float:
+    """Of the log-probabilities of two greedy responses, as long as their tokens are the same."""
+    differences = []
+    for index in range(min(len(one.token_ids), len(other.token_ids))):
+        differences.append(abs(float(one.logprobs[index] - other.logprobs[index])))
+        if one.token_ids[index] != other.token_ids[index]:  # the rest follows different texts
+            break
+    return max(differences)
+
+
 class TransformersGenerator(Generator):
     """Runs a Hugging Face model in this process, one batch at a time, in a thread."""
 
     _model: PreTrainedModel | None = None
+    _mixes_lengths = True  # whether prompts of different lengths may share a batch
     _batcher: DynamicBatcher[Request, Response]
 
     async def start(self) -> None:
@@ -95,6 +112,12 @@ class TransformersGenerator(Generator):
         # generate() takes unset parameters from the model's own config, a repetition penalty say.
         model.generation_config = GenerationConfig()
         self._model = cast(Any, model).to(torch.device(self.job.device)).eval()
+        self._mixes_lengths = await asyncio.to_thread(self._padding_is_exact)
+        if not self._mixes_lengths:
+            self.remark = (
+                f"{type(model).__name__}: a batch holds prompts of one length, because padding"
+                " changes its responses"
+            )
         self._batcher = DynamicBatcher(self._generate, self._fits)
         self._batcher.start()
 
@@ -109,6 +132,36 @@ class TransformersGenerator(Generator):
             attn_implementation=None if soft_cap_of(config) is None else "eager",
             use_safetensors=True,
             **shared,
+        )
+
+    def _padding_is_exact(self) -> bool:
+        """Whether a padded prompt has the log-probabilities of the prompt alone.
+
+        Some models with a recurrence read the padding.
+        """
+        numbers = np.random.default_rng(0)
+        requests = [
+            Request(
+                request_id=f"check-{length}",
+                prompt_ids=numbers.integers(
+                    self.job.vocabulary_size,
+                    size=min(length, self.job.max_prompt_tokens),
+                    dtype=np.int32,
+                ),
+                sampling=SamplingConfig(temperature=0.0),
+                max_tokens=CHECKED_TOKENS,
+                stop_token_ids=self.job.end_token_ids or (0,),
+                seed=0,
+                version=0,
+            )
+            for length in CHECKED_LENGTHS
+        ]
+        together = self._generate(requests)
+        alone = [self._generate([request])[0] for request in requests]
+        assert self._model is not None
+        tolerance = TOLERANCES.get(self._model.dtype, TOLERANCES[torch.bfloat16])
+        return all(
+            _difference(one, other) <= tolerance for one, other in zip(together, alone, strict=True)
         )
 
     async def stop(self) -> None:
@@ -136,14 +189,15 @@ class TransformersGenerator(Generator):
             ValueError: the weights are incomplete, or belong to another model.
         """
         try:
-            both: Any = type(model).from_pretrained(
+            # Typed as Any: the declared result leaves out the loading info.
+            load: Any = type(model).from_pretrained
+            loaded, found = load(
                 None,
                 config=model.config,
                 state_dict=tensors,
                 dtype=model.dtype,
                 output_loading_info=True,
             )
-            loaded, found = both  # its annotation knows the model alone
         except RuntimeError as error:
             raise ValueError(f"the weights do not fit {self.job.model}: {error}") from error
         if found["unexpected_keys"]:
@@ -159,12 +213,16 @@ class TransformersGenerator(Generator):
         return loaded.state_dict()
 
     def _fits(self, batch: Sequence[Request], request: Request) -> bool:
-        """Whether `request` may join: generate() takes one set of end tokens per batch."""
+        """Whether `request` may join: generate() takes one set of end tokens per batch.
+
+        Prompts of different lengths are padded, which not every model supports.
+        """
         engine_config = self.config.engine
         assert isinstance(engine_config, TransformersEngine)
         return (
             len(batch) < engine_config.max_batch_size
             and batch[0].stop_token_ids == request.stop_token_ids
+            and (self._mixes_lengths or len(batch[0].prompt_ids) == len(request.prompt_ids))
         )
 
     @torch.inference_mode()

@@ -11,7 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
 
 from distillm_ray.weights.buckets import read_tensors
 
@@ -41,10 +45,18 @@ class WorkerExtension:
 
         `reload_weights` also repacks them for the backend; `model.load_weights` does not.
         """
+        layers = list(self.model_runner.get_model().modules())
+        if current_platform.is_cpu():
+            # vLLM repacks experts for its CPU kernel only when it builds that kernel, and would
+            # multiply with reloaded weights as if they were packed.
+            for layer in layers:
+                method = getattr(layer, "quant_method", None)
+                if isinstance(method, UnquantizedFusedMoEMethod):
+                    method.moe_kernel = None
         self.reload_weights(weights_iterator=read_tensors(Path(directory)))
         # A tied head is not in the checkpoint, so it is not repacked above: on CPUs it would keep
         # multiplying with the old weights.
-        for layer in self.model_runner.get_model().modules():
+        for layer in layers:
             if isinstance(layer, ParallelLMHead):
                 layer.quant_method.process_weights_after_loading(layer)
 

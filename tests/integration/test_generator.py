@@ -1,4 +1,4 @@
-"""Both engines on a tiny Llama generate what the learner's model would generate.
+"""Both engines on tiny models generate what the learner's model would generate.
 
 Axes: T response tokens, V vocabulary.
 """
@@ -15,7 +15,13 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from distillm_ray.config import (
     RolloutConfig,
@@ -27,6 +33,7 @@ from distillm_ray.rollout.generator import Generator, GeneratorJob
 from distillm_ray.rollout.transformers_engine import TransformersGenerator
 from distillm_ray.rollout.vllm_engine import VllmGenerator
 from distillm_ray.types import FinishReason, Prompt, Rollout, Source, Weights
+from distillm_ray.weights.gather import gather
 from tests import make
 
 pytestmark = [
@@ -137,7 +144,7 @@ async def respond(
 
 
 @torch.inference_mode()
-def greedy(model: LlamaForCausalLM, prompt: Prompt, max_tokens: int) -> list[int]:
+def greedy(model: PreTrainedModel, prompt: Prompt, max_tokens: int) -> list[int]:
     """Greedy decoding by transformers, one prompt at a time, in float32."""
     token_ids = torch.from_numpy(prompt.token_ids).long()[None]
     output = cast(Any, model).generate(
@@ -156,7 +163,7 @@ def greedy(model: LlamaForCausalLM, prompt: Prompt, max_tokens: int) -> list[int
 
 
 @torch.inference_mode()
-def logprobs_of(model: LlamaForCausalLM, rollout: Rollout) -> torch.Tensor:
+def logprobs_of(model: PreTrainedModel, rollout: Rollout) -> torch.Tensor:
     """Log-probabilities of the response, `[T]`, by one forward pass over prompt and response."""
     token_ids = np.concatenate([rollout.prompt_ids, rollout.response_ids])
     logits_TV = model(torch.from_numpy(token_ids).long()[None]).logits[0, :, :VOCABULARY_SIZE]
@@ -312,6 +319,64 @@ def test_an_older_version_is_ignored(generator: Generator) -> None:
     stale = to_weights(tiny_llama(1), version - 1)
     assert run(generator.update_weights(stale, keep_in_flight=True)) == 0.0
     assert generator.version == version
+
+
+# Sizes that vLLM's CPU kernels support. Its module names, those of transformers and those of the
+# checkpoint all differ.
+RENAMED: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "moe_intermediate_size": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "gpt_neox": {},
+}
+
+
+def renamed_model(model_type: str, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    sizes = make.SMALL | {
+        "vocab_size": NUM_ROWS,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": list(END_TOKENS),
+    }
+    if model_type == "gpt_neox":
+        del sizes["num_key_value_heads"]
+    config = AutoConfig.for_model(model_type, **(sizes | RENAMED[model_type]))
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("model_type", RENAMED)
+@pytest.mark.parametrize("kind", [TransformersGenerator, VllmGenerator])
+def test_published_weights_reach_a_model_whose_modules_have_other_names(
+    kind: type[Generator], model_type: str, tmp_path: Path
+) -> None:
+    renamed_model(model_type, 0).save_pretrained(tmp_path)
+    engine = VllmEngine() if kind is VllmGenerator else TransformersEngine()
+    made = kind(
+        RolloutConfig(engine=engine, dtype="float32", num_threads=1, timeout_s=100),
+        job(tmp_path, max_prompt_tokens=160, max_response_tokens=96),
+    )
+    run(made.start())
+    learned = renamed_model(model_type, 1)
+    buckets = tuple(gather(learned, torch.float32, keep=True, bucket_elements=20_000))
+    assert len(buckets) > 1
+    run(made.update_weights(make.weights(1, *buckets), keep_in_flight=True))
+    asked = prompts(3)
+    rollouts = run(respond(made, asked, GREEDY))
+    run(made.stop())
+    for prompt, rollout in zip(asked, rollouts, strict=True):
+        assert rollout.response_ids.tolist() == greedy(learned, prompt, 24)
+        assert rollout.logprobs is not None
+        torch.testing.assert_close(
+            torch.from_numpy(rollout.logprobs), logprobs_of(learned, rollout), atol=2e-4, rtol=1e-4
+        )
 
 
 def test_weights_that_lack_a_tensor_are_refused_by_the_transformers_engine(tmp_path: Path) -> None:
