@@ -237,6 +237,88 @@ def test_a_boolean_is_not_a_number() -> None:
     assert refusal(run={"seed": False}) == "run.seed: must be a number, got false"
 
 
+# ---- paths ---------------------------------------------------------------------------------------
+
+
+def with_path(key: str, value: Any) -> dict[str, Any]:
+    """Sections in which one key is a path, or a list with one path."""
+    section, name = key.split(".")
+    given = [value] if section == "data" else value
+    data = {"train": ["a.jsonl"]} if section == "data" else {}
+    return {section: data | {name: given}}
+
+
+PATHS = ["run.directory", "teacher.model", "student.model", "data.train", "data.test"]
+
+
+@pytest.mark.parametrize("key", [*PATHS, "data.validation"])
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("~", "/home/ada"),
+        ("~/one", "/home/ada/one"),
+        ("$HOME/one", "/home/ada/one"),
+        ("${HOME}/one", "/home/ada/one"),
+        ("$ROOT/$USER_1/x", "/home/ada/data/ada/x"),
+        ("/a/~/b", "/a/~/b"),
+        ("/a/b$", "/a/b$"),
+        ("./~one", f"{Path.cwd()}/~one"),
+        ("one", f"{Path.cwd()}/one"),
+    ],
+)
+def test_every_path_is_expanded_and_absolute(
+    key: str, written: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("ROOT", "~/data")
+    monkeypatch.setenv("USER_1", "ada")
+    config = make.config(**with_path(key, written))
+    section, name = key.split(".")
+    found = getattr(getattr(config, section), name)
+    assert found == ((Path(meant),) if section == "data" else Path(meant))
+    assert load_text(dump_config(config)) == config, "a saved config has nothing left to expand"
+
+
+def test_files_and_overrides_expand_paths_too(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    file.write_text(file.read_text().replace("/models/student", "${oc.env:HOME}/student"))
+    overrides = ["run.directory=~/one", "data.train=[~/a.jsonl, $HOME/b.jsonl]"]
+    config = load_config(file, [*overrides, "data.train.1=~/c.jsonl"])
+    assert config.run.directory == Path("/home/ada/one")
+    assert config.data.train == (Path("/home/ada/a.jsonl"), Path("/home/ada/c.jsonl"))
+    assert config.student.model == Path("/home/ada/student")
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize(
+    ("written", "parts"),
+    [
+        ("$NOPE/x", ("must name variables that are set, got $NOPE in '$NOPE/x'", "has no NOPE")),
+        ("~nobody-here/x", ("got '~nobody-here/x': there is no such user", "write ./~")),
+        ("$ODD/x", ("must not lead to a path with $HOME", "got '/a/$HOME/x'", "another name")),
+        ("", ("must be a path, got ''",)),
+        (" ", ("must be a path, got ' '",)),
+        (3, ("must be a path, got 3",)),
+        (True, ("must be a path, got True",)),
+        (float("nan"), ("must be a path, got nan",)),
+        ("a\0b", ("without null characters, got 'a\\x00b'",)),
+        ("a\ud83d", ("must be UTF-8 text", "got 'a\\ud83d'")),
+    ],
+)
+def test_a_path_that_cannot_be_meant_is_refused_by_key(
+    key: str, written: object, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ODD", "/a/$HOME")
+    monkeypatch.delenv("NOPE", raising=False)
+    message = refusal(**with_path(key, written))
+    assert message.startswith(f"{key}.0: " if key.startswith("data.") else f"{key}: ")
+    for part in parts:
+        assert part in message
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("section", ["rollout", "evaluation"])
 def test_a_temperature_that_vllm_refuses_is_refused_for_its_engine_only(section: str) -> None:
     hot = {"sampling": {"temperature": 2.5}}
