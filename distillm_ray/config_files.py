@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ MOST_LEVELS = 32
 MOST_SHOWN = 200
 """Characters of a value in a message."""
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 _REFUSALS = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError)
 """What PyYAML and OmegaConf raise for text that they do not accept."""
 
@@ -38,8 +41,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             nearest known one.
     """
     file = f"config file {path}"
+    text = _read(path)
     try:
-        tree = _parse(_read(path))
+        tree = _parse(text)
     except _REFUSALS as error:
         raise ConfigError(f"{file} is not valid YAML: {_message(error)}") from error
     if tree is None:
@@ -53,11 +57,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         try:
             _override(tree, override)
         except _REFUSALS as error:
-            raise ConfigError(f"override {override!r}: {_message(error)}") from error
+            raise ConfigError(f"override {_shown(override)}: {_message(error)}") from error
     try:
         values = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
     except _REFUSALS as error:
         raise ConfigError(f"{file} with its overrides: {_message(error)}") from error
+    if wrong := list(_broken_texts(values)):
+        raise ConfigError(f"{path}:\n" + "\n".join(wrong))
     return parse_config(values, name=str(path))
 
 
@@ -88,8 +94,10 @@ def dump_config(config: Config) -> str:
 def _read(path: Path) -> str:
     if os.path.isdir(path):
         raise ConfigError(f"config file {path} is a directory: name a YAML file in it")
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise ConfigError(f"config file {path} does not exist")
+    if not os.path.isfile(path):
+        raise ConfigError(f"config file {path} is a device or a pipe: write a file and name it")
     try:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -97,8 +105,8 @@ def _read(path: Path) -> str:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
     if len(content) > MOST_BYTES:
         raise ConfigError(
-            f"config file {path} must hold at most {MOST_BYTES:,} bytes, it holds more: it is no"
-            " config; list directories of data instead of single files if it is one"
+            f"config file {path} must hold at most {MOST_BYTES:,} bytes, it holds more: name a"
+            " YAML file of sections; data files can be listed as one directory"
         )
     try:
         return content.decode("utf-8-sig")
@@ -119,7 +127,7 @@ def _parse(text: str) -> Any:
     """
     _check_events(text)
     if (root := yaml.compose(text, Loader=_Loader)) is not None:
-        _check_keys(root)
+        _check_nodes(root)
     # OmegaConf reads 1e-4 as a number, leaves dates as strings and limits how far aliases expand.
     parsed = OmegaConf.from_dotlist([f"text={text}"])
     return _with_word_keys(OmegaConf.to_container(parsed, resolve=False))["text"]
@@ -143,14 +151,20 @@ def _check_events(text: str) -> None:
             raise ValueError(f"{_line(event)}: a value must have no tag, got {tag}; remove it")
 
 
-def _check_keys(root: yaml.Node) -> None:
-    """Refuse a key that is no word, and a key that stands twice in a mapping."""
+def _check_nodes(root: yaml.Node) -> None:
+    """Refuse keys that are no words or stand twice, and numbers that YAML 1.1 reads as others."""
     waiting, seen = [root], set[int]()
     while waiting:
         node = waiting.pop()
         if id(node) in seen:  # an alias
             continue
         seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode) and _is_odd_number(node):
+            raise ValueError(
+                f"{_line(node)}: a number must have no leading zeros and no colons, got"
+                f" {_shown(node.value)}: YAML reads it with base 8 or 60; write it with base 10, or"
+                " a text in quotes"
+            )
         if isinstance(node, yaml.SequenceNode):
             waiting.extend(node.value)
         elif isinstance(node, yaml.MappingNode):
@@ -158,8 +172,9 @@ def _check_keys(root: yaml.Node) -> None:
             for key, value in node.value:
                 if not _is_word(key):
                     raise ValueError(
-                        f"{_line(key)}: a key must be a word, got {_written(key)}: no key of a"
-                        " config is a number, a boolean, empty, a list or a mapping"
+                        f"{_line(key)}: a key must be a word without dots and brackets, got"
+                        f" {_written(key)}: no key of a config is a number or a boolean; the keys"
+                        " of a section are written in it, as in `learner: {steps: 100}`"
                     )
                 if key.value in lines:
                     raise ValueError(
@@ -170,9 +185,19 @@ def _check_keys(root: yaml.Node) -> None:
                 waiting.append(value)
 
 
+_TAG = "tag:yaml.org,2002:"
+
+
+def _is_odd_number(node: yaml.ScalarNode) -> bool:
+    if node.tag not in (f"{_TAG}int", f"{_TAG}float"):
+        return False
+    return ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value) is not None
+
+
 def _is_word(key: yaml.Node) -> bool:
-    words = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
-    return isinstance(key, yaml.ScalarNode) and (key.tag in words or key.value == "on")
+    if not isinstance(key, yaml.ScalarNode) or set(key.value) & set(".[]") or not key.value:
+        return False
+    return key.tag in (f"{_TAG}str", f"{_TAG}merge") or key.value == "on"
 
 
 def _written(key: yaml.Node) -> str:
@@ -190,6 +215,16 @@ def _with_word_keys(value: Any) -> Any:
     if isinstance(value, dict):
         return {"on" if key is True else key: _with_word_keys(one) for key, one in value.items()}
     return [_with_word_keys(one) for one in value] if isinstance(value, list) else value
+
+
+def _broken_texts(value: Any, key: str = "") -> Iterator[str]:
+    """A line for each text with half of a surrogate pair, as from an environment variable."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for part, one in items:
+            yield from _broken_texts(one, f"{key}.{part}" if key else str(part))
+    elif isinstance(value, str) and _SURROGATE.search(value):
+        yield f"  {key}: must be UTF-8 text, got {_shown(value)}"
 
 
 def _message(error: Exception) -> str:
@@ -228,7 +263,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError("must have the form key=value, as in learner.steps=100")
-    if any("\ud800" <= character <= "\udfff" for character in override):
+    if _SURROGATE.search(override):
         raise ValueError("must be UTF-8 text")
     if "[" in key or "]" in key:
         raise ValueError("the index of an item follows a dot, as in data.train.0=a.jsonl")
@@ -246,7 +281,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _opened(tree: dict[str, Any], owner: Any, parts: list[str], following: str) -> Any:
-    """The value at `parts`, whose last one is in `owner`, with a mapping for one that is not set."""
+    """The value at `parts`, whose last one is in `owner`. What is not set becomes a mapping."""
     value = _child(tree, owner, parts)
     if value is None:
         if following.isdigit():
@@ -314,7 +349,8 @@ def _explain(item: Any) -> str:
             keys.append(part)
     dotted = _dotted(keys) or "the config"
     tags = choices.get(_dotted_without_indices(keys), ())
-    value = "" if isinstance(item["input"], dict) else f", got {_shown(item['input'])}"
+    value = "a mapping" if isinstance(item["input"], dict) else _shown(item["input"])
+    value = f", got {value}"
     message = str(item["msg"]).removeprefix("Value error, ")
     match item["type"]:
         case "extra_forbidden":
