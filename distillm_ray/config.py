@@ -248,7 +248,7 @@ class ModelConfig(Section):
 class ProcessConfig(Section):
     """What one process of a role asks of its node."""
 
-    num_cpus: MayChange[Amount] = 1.0
+    num_cpus: MayChange[Annotated[Amount, Field(le=LARGEST_INTEGER)]] = 1.0
     num_gpus: MayChange[Amount | None] = None  # None: as many as the role needs, 0 without GPUs
     num_threads: MayChange[Positive] = Field(
         default_factory=lambda values: max(1, int(values.get("num_cpus", 1))),
