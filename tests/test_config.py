@@ -114,6 +114,14 @@ def test_an_override_reaches_into_a_section_that_is_an_interpolation(file: Path)
         assert (source.temperature, source.top_p) == (1, 0.9)
 
 
+def test_an_override_of_one_alias_leaves_the_other_as_it_is(file: Path) -> None:
+    pools = "evaluation: {student: &pool {actors: 2, num_cpus: 3}, teacher: *pool}\n"
+    file.write_text(file.read_text() + pools)
+    evaluation = load_config(file, ["evaluation.teacher.actors=5"]).evaluation
+    assert (evaluation.student.actors, evaluation.teacher.actors) == (2, 5)
+    assert evaluation.student.num_cpus == evaluation.teacher.num_cpus == 3
+
+
 def test_a_teacher_can_be_switched_off_by_an_override(file: Path) -> None:
     terms = "loss.terms=[{type: cross_entropy, weight: 2}]"
     config = load_config(file, [terms, "schedule={type: fixed, phi: 0}"])
