@@ -85,7 +85,37 @@ def parse_config(values: Any, *, name: str) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML; `load_config` reads it back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = _escaped(config.model_dump(mode="json"))
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that PyYAML writes plainly and reads back as others.
+
+    1e3 is a number for OmegaConf and not for PyYAML; \\x85 is a line break to fold.
+    """
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+.0-9][-+.0-9_eE]*$"), list("-+.0123456789")
+)
+
+
+def _escaped(value: Any) -> Any:
+    """The value with each `${` in a text written so that OmegaConf reads it as text."""
+    if isinstance(value, dict):
+        return {key: _escaped(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_escaped(one) for one in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 # ---- YAML ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from distillm_ray.config_files import dump_config, load_config, parse_config
@@ -159,6 +159,23 @@ def test_a_tree_with_any_value_at_any_key_loads_or_is_refused(
         owner = owner[part] if isinstance(part, int) else owner.setdefault(part, {})
     owner[last] = value
     loads_or_is_refused(folder, written(tree).encode(errors="surrogatepass"))
+
+
+@given(
+    text=st.text()
+    | TEXTS.filter(str.isprintable)
+    | st.text("\\\\${}x.", max_size=8)
+    | st.from_regex(r"[-+.0-9:_eE]{1,8}", fullmatch=True)
+)
+@example(text="1e999")
+@example(text="\\\\${run}")
+def test_a_saved_config_reads_back_with_every_text(folder: Path, text: str) -> None:
+    assume(text != "???")  # OmegaConf's word for a value that is missing
+    tree = VALID | {"data": VALID["data"] | {"template": {"type": "chat", "system": text}}}
+    config = parse_config(tree, name="x")
+    saved = folder / "saved.yaml"
+    saved.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(saved) == config
 
 
 @given(overrides=st.lists(OVERRIDES, min_size=1, max_size=3))
