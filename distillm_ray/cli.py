@@ -38,7 +38,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
+
+def _path(text: str) -> Path:
+    """A path of the command line. Shells leave the `~` of `--output=~/x` in place."""
+    from distillm_ray.config import expanded_path
+
+    try:
+        return expanded_path(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file.", parser=_path)
+]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, as in learner.steps=100."),
@@ -105,9 +118,12 @@ def evaluate(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     model: Annotated[
-        Path | None, typer.Option(help="A Hugging Face directory; the run's model/ by default.")
+        Path | None,
+        typer.Option(help="A Hugging Face directory; the run's model/ by default.", parser=_path),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write the JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the JSON.", parser=_path)
+    ] = None,
 ) -> None:
     """ROUGE-L, BLEU and validation loss of a model."""
     with _user_errors():
@@ -126,9 +142,13 @@ def generate(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     *,
-    model: Annotated[Path, typer.Option(help="The Hugging Face directory that responds.")],
-    prompts: Annotated[list[Path], typer.Option(help="Files of prompts; may be given again.")],
-    output: Annotated[Path, typer.Option(help="The JSONL to write.")],
+    model: Annotated[
+        Path, typer.Option(help="The Hugging Face directory that responds.", parser=_path)
+    ],
+    prompts: Annotated[
+        list[Path], typer.Option(help="Files of prompts; may be given again.", parser=_path)
+    ],
+    output: Annotated[Path, typer.Option(help="The JSONL to write.", parser=_path)],
     keep_truncated: Annotated[
         bool, typer.Option(help="Keep responses that ended by length.")
     ] = False,
@@ -148,8 +168,8 @@ def generate(
 
 @app.command("init-student")
 def init_student(
-    teacher: Annotated[Path, typer.Argument(help="A Hugging Face directory.")],
-    out: Annotated[Path, typer.Argument(help="The directory to make.")],
+    teacher: Annotated[Path, typer.Argument(help="A Hugging Face directory.", parser=_path)],
+    out: Annotated[Path, typer.Argument(help="The directory to make.", parser=_path)],
     layers: Annotated[str, typer.Option(help="Layers to keep, as in 0,1,2,9.")],
 ) -> None:
     """A student from some of the teacher's layers."""
@@ -214,9 +234,10 @@ def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 @app.command()
 def plot(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: Annotated[Path, typer.Argument(help="A run directory.", parser=_path)],
     compare: Annotated[
-        list[Path] | None, typer.Option(help="Another run for the table; may be given again.")
+        list[Path] | None,
+        typer.Option(help="Another run for the table; may be given again.", parser=_path),
     ] = None,
 ) -> None:
     """Figures, summary and table of a run."""

@@ -11,6 +11,8 @@ must keep its value (`learner/resume.py` compares them).
 
 from __future__ import annotations
 
+import os
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
@@ -38,22 +40,75 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
-Positive = Annotated[int, BeforeValidator(_no_flag), Field(ge=1)]
-NonNegative = Annotated[int, BeforeValidator(_no_flag), Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Open01 = Annotated[float, Field(gt=0.0, lt=1.0)]
-Amount = Annotated[float, Field(ge=0.0)]
-Above0 = Annotated[float, Field(gt=0.0)]
+LARGEST_INTEGER = 2**53
+"""Up to here, NumPy, torch and JSON readers hold every integer exactly."""
+
+Integer = Annotated[int, BeforeValidator(_no_flag), Field(ge=-LARGEST_INTEGER, le=LARGEST_INTEGER)]
+Number = Annotated[float, BeforeValidator(_no_flag)]
+Positive = Annotated[Integer, Field(ge=1)]
+NonNegative = Annotated[Integer, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
+Open01 = Annotated[Number, Field(gt=0.0, lt=1.0)]
+Amount = Annotated[Number, Field(ge=0.0)]
+Above0 = Annotated[Number, Field(gt=0.0)]
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float32"]
 """`auto` is bfloat16 where the processor computes it natively, else float32."""
-AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+
+
+def expanded_path(value: Any) -> Path:
+    """The path that a user wrote, with `$NAME` and a leading `~` expanded. A `Path` stays as it is.
+
+    Raises:
+        ValueError: the value is empty or no path, a variable is not set, or a user does not exist.
+    """
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"must be a path, got {value!r}: write a file or directory, in quotes")
+    text = os.path.expanduser(_VARIABLE.sub(_variable, value))
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"must be UTF-8 text without null characters, got {text!r}")
+    if text.startswith("~"):
+        raise ValueError(
+            f"must begin with the home directory of a user, got {text!r}: there is no such user;"
+            " for a name that begins with ~ write ./~"
+        )
+    return Path(text)
+
+
+def _variable(match: re.Match[str]) -> str:
+    name = match[1] or match[2]
+    if name not in os.environ:
+        raise ValueError(
+            f"must name variables that are set, got {match[0]} in {match.string!r}: the environment"
+            f" has no {name}; set it, or write the path out"
+        )
+    return os.environ[name]
+
+
+def _absolute(path: Path) -> Path:
+    """The path from the root. It expands to itself, so a saved config reads back as it was."""
+    absolute = path.absolute()
+    if again := _VARIABLE.search(str(absolute)):
+        raise ValueError(
+            f"must not lead to a path with {again[0]} in it, got {str(absolute)!r}: a job that"
+            f" reads the saved config would expand {again[0]}; use a directory of another name"
+        )
+    return absolute
+
+
+AbsolutePath = Annotated[Path, BeforeValidator(expanded_path), AfterValidator(_absolute)]
 """Relative paths are resolved where the job starts: Ray's workers run in other directories."""
 
 
 class Section(BaseModel):
-    """Frozen, and an unknown key is an error."""
+    """Frozen. Unknown keys, infinite numbers and NaN are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 # ---- loss --------------------------------------------------------------------------------------
@@ -67,7 +122,7 @@ class LossTerm(Section):
     """One term of the loss: on which text it holds, and its weight in the sum of all terms."""
 
     on: Text = "all"
-    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[Number, Field(gt=0.0)] = 1.0
 
     @property
     def formula(self) -> Self:
@@ -91,7 +146,7 @@ class JensenShannon(LossTerm):
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q."""
 
     type: Literal["jensen_shannon"] = "jensen_shannon"
-    beta: float = 0.5
+    beta: Number = 0.5
 
     @model_validator(mode="after")
     def _beta_is_inside(self) -> JensenShannon:
@@ -151,7 +206,7 @@ class LossConfig(Section):
     """The terms of the loss, and how tokens are weighted in the global batch."""
 
     terms: tuple[Term, ...] = (SkewKL(),)
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0  # of both distributions in a divergence
+    temperature: Annotated[Number, Field(gt=0.0)] = 1.0  # of both distributions in a divergence
     normalize: Literal["source", "tokens", "sequence"] = "source"
     implementation: MayChange[Literal["fused", "plain"]] = "fused"  # plain: the slow reference
     chunk_megabytes: MayChange[Positive | None] = None  # of logits; default: 64, on GPUs 1,024
@@ -194,7 +249,7 @@ class ModelConfig(Section):
 class ProcessConfig(Section):
     """What one process of a role asks of its node."""
 
-    num_cpus: MayChange[Amount] = 1.0
+    num_cpus: MayChange[Annotated[Amount, Field(le=LARGEST_INTEGER)]] = 1.0
     num_gpus: MayChange[Amount | None] = None  # None: as many as the role needs, 0 without GPUs
     num_threads: MayChange[Positive] = Field(
         default_factory=lambda values: max(1, int(values.get("num_cpus", 1))),
@@ -221,7 +276,7 @@ class LoraConfig(Section):
 
     rank: Positive = 16
     alpha: Above0 = 32.0
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Annotated[Number, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
@@ -313,7 +368,7 @@ class DataConfig(Section):
     train: tuple[AbsolutePath, ...] = Field(min_length=1)
     validation: tuple[AbsolutePath, ...] = ()
     test: tuple[AbsolutePath, ...] = ()
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    validation_fraction: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.05
     columns: ColumnsConfig = ColumnsConfig()
     template: Annotated[ChatTemplate | PlainTemplate, Field(discriminator="type")] = ChatTemplate()
     max_prompt_tokens: Positive = 512
@@ -335,7 +390,7 @@ class VllmEngine(Section):
     """vLLM's AsyncLLM, on GPUs or on its CPU build."""
 
     type: Literal["vllm"] = "vllm"
-    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
+    gpu_memory_utilization: Annotated[Number, Field(gt=0.0, le=1.0)] = 0.85
     cpu_kv_cache_gib: Positive = 1
     max_num_seqs: Positive = 64
     enforce_eager: bool = False  # always on without a GPU
@@ -352,10 +407,10 @@ class SamplingConfig(Section):
     """How responses are sampled."""
 
     temperature: Amount = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: Annotated[Number, Field(gt=0.0, le=1.0)] = 1.0
     top_k: NonNegative = 0  # 0: all tokens
     max_tokens: Positive | None = None  # default: data.max_response_tokens
-    stop_token_ids: tuple[int, ...] = ()  # besides the model's own end tokens
+    stop_token_ids: tuple[Integer, ...] = ()  # besides the model's own end tokens
 
     @property
     def limit(self) -> int:
@@ -442,7 +497,7 @@ class AdaptiveSchedule(Section):
 
     type: Literal["adaptive"] = "adaptive"
     start: Fraction = 0.0
-    increment: MayChange[Annotated[float, Field(gt=0.0, le=1.0)]] = 0.1
+    increment: MayChange[Annotated[Number, Field(gt=0.0, le=1.0)]] = 0.1
     tolerance: MayChange[Amount] = 0.0
     reference: ReferenceRule = "best"
     replay_ratio: ReplayRatio = "decreasing"
@@ -473,7 +528,7 @@ class LearnerConfig(ProcessConfig):
     """The Ray Train group and its DeepSpeed engine."""
 
     workers: MayChange[Positive] = 1  # with zero_stage 0 only
-    zero_stage: MayChange[Annotated[int, Field(ge=0, le=3)]] = 1  # between 1 and 2 only
+    zero_stage: MayChange[Annotated[Integer, Field(ge=0, le=3)]] = 1  # between 1 and 2 only
     steps: MayChange[Positive]
     batch_size: Positive  # sequences of the global batch
     max_micro_batch_tokens: MayChange[Positive] = 8192  # of one packed row
@@ -481,7 +536,7 @@ class LearnerConfig(ProcessConfig):
     min_learning_rate_ratio: MayChange[Fraction] = 0.1  # the cosine ends here
     warmup_steps: MayChange[NonNegative] = 0
     weight_decay: MayChange[Amount] = 0.0
-    adam_betas: MayChange[tuple[float, float]] = (0.9, 0.95)
+    adam_betas: MayChange[tuple[Number, Number]] = (0.9, 0.95)
     adam_epsilon: MayChange[Above0] = 1e-8
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: to compare runs without Adam's rounding
     max_gradient_norm: MayChange[Above0] = 1.0

@@ -139,7 +139,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_one(refused: Callable[..., str
         ("data.train=a.jsonl", "data.train: must be a list, as in [a, b]"),
         ("schedule.phi=1.5", "schedule.phi: Input should be less than or equal to 1"),
         ("loss.terms=[{type: kl}]", "loss.terms.0.type: must be one of forward_kl"),
-        ("learner.steps", "override 'learner.steps' must have the form key=value"),
+        ("learner.steps", "override 'learner.steps': must have the form key=value"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_rule(
