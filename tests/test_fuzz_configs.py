@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loads_or_is_refused(folder: Path, content: bytes, overrides: Sequence[str] = ()) -> None:
     path = folder / "config.yaml"
     path.write_bytes(content)
-    begin = time.process_time()
     try:
         config = load_config(path, overrides)
     except ConfigError as error:
@@ -120,7 +118,6 @@ def loads_or_is_refused(folder: Path, content: bytes, overrides: Sequence[str] =
         saved = folder / "saved.yaml"
         saved.write_text(dump_config(config), encoding="utf-8")
         assert load_config(saved) == config
-    assert time.process_time() - begin < 2.0
 
 
 @given(content=st.binary(max_size=60) | TEXTS.map(lambda text: text.encode(errors="replace")))
