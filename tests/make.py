@@ -210,3 +210,25 @@ def tokenizer(
     made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, unk_token="<unk>")
     made.chat_template = chat_template
     return made
+
+
+def byte_tokenizer(
+    special: Sequence[str] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *,
+    text_tokens: Sequence[str] = ("<think>", "</think>"),
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """One id a byte, then the special tokens, of which the first is eos, then the text tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(BPE(vocab={one: index for index, one in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    backend.add_tokens([AddedToken(token, special=False) for token in text_tokens])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=special[0])
+    made.chat_template = chat_template
+    return made

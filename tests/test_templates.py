@@ -24,6 +24,7 @@ CHAT = (
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 USER, ASSISTANT, SYSTEM, END, EOS = 1, 2, 3, 4, 5
+WITH_THOUGHTS = [*WORDS, "<think>", "</think>"]
 IDS = {word: len(SPECIAL) + index for index, word in enumerate(WORDS)}
 
 
@@ -94,7 +95,8 @@ def test_a_template_whose_prompt_is_not_a_prefix_of_the_conversation_is_refused(
 
 REWRITING = CHAT.replace(
     "{{ m['content'] }}",
-    "{{ 'red' if m['role'] == 'assistant' and not loop.last else m['content'] }}",
+    "{{ m['content'] if loop.last or m['role'] != 'assistant'"
+    " else m['content'].split('</think>')[-1] }}",
 )
 
 
@@ -105,21 +107,35 @@ def conversation(*turns: tuple[str, str]) -> Example:
 
 def test_of_a_conversation_that_the_template_rewrites_the_last_response_is_learned() -> None:
     """As Qwen3's template, which drops the thoughts of earlier turns."""
+    tokenizer = make.tokenizer(SPECIAL, WITH_THOUGHTS, chat_template=REWRITING)
     example = conversation(
-        ("user", "why"), ("assistant", "so"), ("user", "and"), ("assistant", "yes")
+        ("user", "why"),
+        ("assistant", "<think> is </think> so"),
+        ("user", "and"),
+        ("assistant", "yes"),
     )
-    renderer = render_with(make_tokenizer(REWRITING))
+    renderer = render_with(tokenizer)
     rendered = renderer.render(example)
     assert rendered.last_only
-    prompt = [USER, *ids_of("why"), END, ASSISTANT, *ids_of("red"), END]
+    prompt = [USER, *ids_of("why"), END, ASSISTANT, *ids_of("so"), END]
     prompt += [USER, *ids_of("and"), END, ASSISTANT]
     assert rendered.demonstration_prompt_ids == rendered.prompt_ids == prompt
     assert rendered.demonstration_response_ids == [*ids_of("yes"), END]
     assert rendered.demonstration_loss_mask == [True, True]
     assert not renderer.render(question("why", "so")).last_only
-    strict = render_with(make_tokenizer(REWRITING), conversations="all")
+    strict = render_with(tokenizer, conversations="all")
     with pytest.raises(RowError, match="rewrites earlier turns: the conversation up to message 4"):
         strict.render(example)
+
+
+def test_a_template_that_drops_an_earlier_answer_is_refused() -> None:
+    dropping = "{{ m['content'] if loop.last or m['role'] != 'assistant' else 'red' }}"
+    renderer = render_with(make_tokenizer(CHAT.replace("{{ m['content'] }}", dropping)))
+    example = conversation(
+        ("user", "why"), ("assistant", "so"), ("user", "and"), ("assistant", "yes")
+    )
+    with pytest.raises(RowError, match="changes an earlier assistant message"):
+        renderer.render(example)
 
 
 def test_the_last_response_alone_is_learned_where_the_config_says_so() -> None:
@@ -201,7 +217,6 @@ def test_an_id_without_a_row_in_the_model_is_refused_by_its_token() -> None:
 
 # What templates of reasoning models do to an assistant's content, and to the generation prompt.
 DROPPING = "{{ m['content'].split('</think>')[-1] }}"
-WITH_THOUGHTS = [*WORDS, "<think>", "</think>"]
 THOUGHT = "<think> why is </think> so"
 
 
@@ -261,6 +276,23 @@ def test_a_generation_prompt_that_opens_a_thought_is_followed_by_the_rest_of_it(
     kept = not (dropped and reasoning == "drop")
     expected = "why is </think> so <end>" if kept else "</think> so <end>"
     assert text(rendered.reference_ids[0]) == expected
+
+
+@pytest.mark.parametrize("content", ["{{ m['content'] }}", DROPPING])
+def test_a_generated_response_closes_the_thought_that_the_prompt_opened(content: str) -> None:
+    """As `generate` writes it: the model saw the opening in its prompt and did not repeat it."""
+    renderer, text = thinking(content=content, opening="<think>\n", reasoning="keep")
+    rendered = renderer.render(question("why", "why is </think> so"))
+    assert text(rendered.reference_ids[0]) == "why is </think> so <end>"
+
+
+def test_a_response_of_reasoning_alone_is_refused() -> None:
+    renderer, _ = thinking(content=DROPPING, reasoning="drop")
+    with pytest.raises(RowError, match="the response is empty without its reasoning"):
+        renderer.render(question("why", "<think> why is </think>"))
+    renderer, _ = thinking(opening="<think>\n")
+    with pytest.raises(RowError, match="has <think> without </think>"):
+        renderer.render(question("why", "<think> so"))
 
 
 def test_an_empty_thought_of_the_template_gives_way_to_the_one_that_is_kept() -> None:

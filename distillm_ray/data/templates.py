@@ -231,9 +231,12 @@ class Renderer:
     def _prompt_text(self, turns: tuple[Turn, ...]) -> str:
         text = self._chat_text(turns, generate=True)
         for turn in turns:
-            # Not the assistant's: templates may drop the reasoning of earlier turns.
-            if turn.role in ("system", "user") and not _contains(text, turn.content):
-                raise RowError("malformed", f"the chat template changes the {turn.role} message")
+            # Templates may drop the reasoning of earlier turns: the model never sees it either.
+            earlier = turn.role == "assistant"
+            content = turn.content.rpartition("</think>")[2] if earlier else turn.content
+            if not _contains(text, content):
+                which = "an earlier assistant message" if earlier else f"the {turn.role} message"
+                raise RowError("malformed", f"the chat template changes {which}")
         return text
 
     def _response_text(self, turns: tuple[Turn, ...], response: str) -> str:
@@ -243,6 +246,8 @@ class Renderer:
         """
         prompt = self._chat_text(turns, generate=True)
         start = prompt.removesuffix(self._opening)
+        if self._opening:
+            response = _with_opened_thought(response)
         tail = self._tail(start, prompt, turns, response)
         thought = _REASONING.fullmatch(response)
         lost = not _contains(tail, response)
@@ -262,9 +267,11 @@ class Renderer:
         if self._opening:
             opened = _OPENING.match(tail)
             tail = tail[opened.end() :] if opened else _CLOSED + tail
-        if self._end_text is not None and (end := tail.rfind(self._end_text)) >= 0:
-            return tail[: end + len(self._end_text)]
-        return tail
+        end = tail.rfind(self._end_text) if self._end_text is not None else -1
+        said = tail[:end] if end >= 0 else tail
+        if not said.removeprefix(_CLOSED).strip():
+            raise RowError("empty", "the response is empty without its reasoning")
+        return tail[: end + len(self._end_text or "")] if end >= 0 else tail
 
     def _tail(self, start: str, prompt: str, turns: tuple[Turn, ...], response: str) -> str:
         """What the template writes after `start` for an assistant turn."""
@@ -422,6 +429,18 @@ class Renderer:
                 " have no end token and the student would never learn to stop"
             )
         return self._eos_token_id
+
+
+def _with_opened_thought(response: str) -> str:
+    """A response after a generation prompt that opens a thought, with that opening.
+
+    What a model says there closes the thought and does not open it; so do files of `generate`.
+    """
+    if not _OPENING.match(response) and "</think>" in response:
+        return f"<think>\n{response}"
+    if _OPENING.match(response) and "</think>" not in response:
+        raise RowError("malformed", "the response has <think> without </think>")
+    return response
 
 
 def _single_turn(prompt_ids: list[int], reference_ids: list[list[int]]) -> RenderedExample:
