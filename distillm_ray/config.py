@@ -103,6 +103,18 @@ AbsolutePath = Annotated[Path, BeforeValidator(expanded_path), AfterValidator(_a
 """Relative paths are resolved where the job starts: Ray's workers run in other directories."""
 
 
+def _moment(value: Any) -> Any:
+    """ISO 8601 only: pydantic would read 20261125 as seconds since 1970."""
+    if isinstance(value, str):
+        try:
+            return datetime.fromisoformat(value)
+        except ValueError:
+            pass
+    if isinstance(value, datetime):
+        return value
+    raise ValueError(f"must be a date, as in 2026-11-25 or 2026-11-25T12:00:00, got {value!r}")
+
+
 class Section(BaseModel):
     """Frozen. Unknown keys, infinite numbers and NaN are errors."""
 
@@ -373,7 +385,8 @@ class DataConfig(Section):
     template: Annotated[ChatTemplate | PlainTemplate, Field(discriminator="type")] = ChatTemplate()
     max_prompt_tokens: Positive = 512
     max_response_tokens: Positive = 512
-    time: datetime | None = None  # what templates see as now; unset: the start of the run
+    # What templates see as now; unset: the start of the run.
+    time: Annotated[datetime, BeforeValidator(_moment)] | None = None
     reasoning: Literal["fail", "keep", "drop"] = "fail"  # thoughts that the template drops
     conversations: Literal["auto", "all", "last", "split"] = "auto"
     """Which responses of a conversation are learned: all in one sequence, the last, or each in a

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -734,3 +735,25 @@ def test_bytes_of_the_command_line_that_are_no_text_are_refused(file: Path) -> N
         assert done.returncode == EXIT_USER_ERROR
         assert b"UTF-8" in done.stderr
         assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("2026-11-25", datetime(2026, 11, 25)),
+        ("2026-11-25T12:30:00", datetime(2026, 11, 25, 12, 30)),
+        ("2026-11-25 12:30:00", datetime(2026, 11, 25, 12, 30)),
+    ],
+)
+def test_a_date_needs_no_quotes(tmp_path: Path, written: str, read: datetime) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make.tree()))
+    assert load_config(path, [f"data.time={written}"]).data.time == read
+
+
+@pytest.mark.parametrize("written", ["20261125", "1", "1.5", "today", "true"])
+def test_a_number_is_no_date(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make.tree()))
+    with pytest.raises(ConfigError, match=r"data\.time: must be a date, as in 2026-11-25"):
+        load_config(path, [f"data.time={written}"])

@@ -222,6 +222,25 @@ class TestWithRayData:
         assert [prompt.prompt_id for prompt in dataset.prompts] == ["x"]
         assert dataset.demonstrations == ()
 
+    def test_a_split_conversation_gives_a_sequence_for_each_response(self, tmp_path: Path) -> None:
+        turns = [("user", "why"), ("assistant", "so"), ("user", "and"), ("assistant", "yes")]
+        row = {"id": "x", "messages": [{"role": role, "content": text} for role, text in turns]}
+        path = write_lines(tmp_path / "a.jsonl", row, {"prompt": "is", "response": "no"})
+        dataset = load(path, conversations="split")
+        assert [prompt.prompt_id for prompt in dataset.prompts] == ["x#1", "x#2", "a-2"]
+        assert dataset.split_keys[0] == dataset.split_keys[1], "never held out without the other"
+        first = [USER, *ids_of("why"), END, ASSISTANT]
+        second = [*first, *ids_of("so"), END, USER, *ids_of("and"), END, ASSISTANT]
+        for demonstration, prompt, response in zip(
+            dataset.demonstrations[:2], (first, second), ("so", "yes"), strict=True
+        ):
+            assert demonstration.prompt_ids.tolist() == prompt
+            assert demonstration.response_ids.tolist() == [*ids_of(response), END]
+            assert demonstration.loss_mask.all()
+        asked = load(path, conversations="split", require_responses=False)
+        assert [prompt.prompt_id for prompt in asked.prompts] == ["x", "a-2"]
+        assert asked.prompts[0].token_ids.tolist() == second
+
     def test_equal_stems_give_different_ids(self, tmp_path: Path) -> None:
         for name in ("one", "two"):
             (tmp_path / name).mkdir()

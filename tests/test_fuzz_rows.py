@@ -194,7 +194,8 @@ def tokenized(
     return table.to_pylist()
 
 
-def squeezed(text: str) -> str:
+def squeezed(text: str | list[str]) -> str:
+    assert isinstance(text, str)
     return "".join(text.split())
 
 
@@ -206,7 +207,7 @@ def contents(row: dict[str, Any]) -> Iterator[str]:
     for name in ("prompt", "instruction", "input", "context"):
         if isinstance(row.get(name), str):
             yield row[name]
-    messages = row.get("messages") or ()
+    messages: list[dict[str, Any]] = row.get("messages") or []
     for index, message in enumerate(messages):
         content = message["content"]
         text = "".join(part["text"] for part in content) if isinstance(content, list) else content
