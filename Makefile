@@ -61,7 +61,7 @@ quickstart: $(INSTALLED) ## distil SmolLM2-135M into a student of half its size
 
 quickstart-ablation: $(INSTALLED) ## train the same student by plain SFT
 	$(BIN)/python scripts/prepare_quickstart.py
-	$(BIN)/distillm-ray train configs/quickstart-sft.yaml
+	$(BIN)/distillm-ray train configs/methods/sft.yaml
 
 lock: ## resolve requirements/*.lock again; UPGRADE=1 takes the newest versions allowed
 	@$(PYTHON) scripts/environment.py lock $(if $(UPGRADE),--upgrade)

@@ -27,6 +27,8 @@ from pydantic import (
     model_validator,
 )
 
+from distillm_ray.methods import MethodName
+
 T = TypeVar("T")
 
 RESUMABLE = "may change on resume"
@@ -618,6 +620,7 @@ class Config(Section):
     config shows them: `replay.min_size` and every `sampling.max_tokens`.
     """
 
+    method: MayChange[MethodName | None] = None  # its settings (methods.py) stand in their own keys
     run: RunConfig
     teacher: TeacherConfig | None = None  # None: no term of the loss compares with a teacher
     student: StudentConfig

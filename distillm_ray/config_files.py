@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from distillm_ray.config import Config
+from distillm_ray.config import Config, expanded_path
 from distillm_ray.config_errors import choices_in, explain
 from distillm_ray.errors import ConfigError
+from distillm_ray.methods import METHODS
 from distillm_ray.strict_yaml import REFUSALS, dump_yaml, message_of, parse_yaml, shown
 
 MOST_BYTES = 2**18
@@ -25,24 +27,18 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path`, apply dotted `key=value` overrides in order, and check the result.
 
+    What is named later wins: the file in `extends`, then the file itself, then the overrides. The
+    settings of a `method` win over what was named before it, and lose against keys beside it.
+
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type,
             or values contradict each other. Lists all problems; for an unknown key it suggests the
             nearest known one.
     """
-    file = f"config file {path}"
-    text = _read(path)
-    try:
-        tree = parse_yaml(text)
-    except REFUSALS as error:
-        raise ConfigError(f"{file} is not valid YAML: {message_of(error)}") from error
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{file} must hold a mapping of sections at its top level, as in `run: {{…}}`, got"
-            f" {shown(tree)}"
-        )
+    tree = _tree_of(path, ())
+    methods = [one.partition("=")[2] for one in overrides if one.partition("=")[0] == "method"]
+    if methods:
+        tree = _layered(tree, {"method": methods[-1]})
     for override in overrides:
         try:
             _override(tree, override)
@@ -51,7 +47,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         values = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
     except REFUSALS as error:
-        raise ConfigError(f"{file} with its overrides: {message_of(error)}") from error
+        raise ConfigError(f"config file {path} with its overrides: {message_of(error)}") from error
     if wrong := list(_broken_texts(values)):
         raise ConfigError(f"{path}:\n" + "\n".join(wrong))
     return parse_config(values, name=str(path))
@@ -76,6 +72,41 @@ def parse_config(values: Any, *, name: str) -> Config:
 def dump_config(config: Config) -> str:
     """The resolved config as YAML; `load_config` reads it back to an equal config."""
     return dump_yaml(config.model_dump(mode="json"))
+
+
+def _tree_of(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """The keys of a file, on top of those of the file that it extends."""
+    file = f"config file {path}"
+    text = _read(path)
+    try:
+        tree = parse_yaml(text)
+    except REFUSALS as error:
+        raise ConfigError(f"{file} is not valid YAML: {message_of(error)}") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{file} must hold a mapping of sections at its top level, as in `run: {{…}}`, got"
+            f" {shown(tree)}"
+        )
+    below: dict[str, Any] = {}
+    if "extends" in tree:
+        try:
+            base = path.parent / expanded_path(tree.pop("extends"))
+        except ValueError as error:
+            raise ConfigError(f"{path}:\n  extends: {error}") from error
+        if base.resolve() in (one.resolve() for one in (*extending, path)):
+            raise ConfigError(f"{file} extends {base}, which leads back to itself: remove one")
+        below = _tree_of(base, (*extending, path))
+    return _layered(below, tree)
+
+
+def _layered(below: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` on top of the settings of its method, on top of what was named before."""
+    method = tree.get("method")
+    if isinstance(method, str) and method in METHODS:
+        below = _merged(below, copy.deepcopy(METHODS[method]), [])
+    return _merged(below, tree, [])
 
 
 def _read(path: Path) -> str:

@@ -28,7 +28,7 @@ from distillm_ray.config_files import dump_config, load_config, parse_config
 from distillm_ray.errors import ConfigError
 from tests import make
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 
 def refusal(**sections: Any) -> str:
@@ -55,7 +55,7 @@ def test_there_are_configs_to_load() -> None:
     assert "quickstart.yaml" in {path.name for path in CONFIGS}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_survives_the_round_trip(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     copy = tmp_path / "copy.yaml"

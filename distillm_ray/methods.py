@@ -1,0 +1,52 @@
+"""Methods of distillation: names for settings of schedule, loss and rollouts. Plain data.
+
+`method: NAME` in a config is the same as writing these keys out. Keys beside it win. No code asks
+for the name; what a run does follows from its keys alone, and `distillm-ray show` prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+MethodName: TypeAlias = Literal["sft", "kd", "imitkd", "gkd", "opd", "distillm"]
+
+_DATASET_ONLY: Mapping[str, Any] = {"type": "fixed", "phi": 0.0}
+_STUDENT_ONLY: Mapping[str, Any] = {"type": "fixed", "phi": 1.0, "replay_ratio": "none"}
+# Every sample comes from the weights that it trains.
+_STRICTLY_ON_POLICY: Mapping[str, Any] = {"lookahead": 1, "sync_interval": 1, "max_staleness": 0}
+
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    # Supervised fine-tuning on the data set's responses.
+    "sft": {
+        "schedule": _DATASET_ONLY,
+        "loss": {"terms": [{"on": "dataset", "type": "cross_entropy"}]},
+    },
+    # Word-level distillation on the data set's responses: Hinton et al., 2015; Sanh et al., 2019.
+    "kd": {
+        "schedule": _DATASET_ONLY,
+        "loss": {"terms": [{"on": "dataset", "type": "forward_kl"}]},
+    },
+    # On-policy imitation of the teacher: Lin et al., EMNLP 2020.
+    "imitkd": {
+        "schedule": _STUDENT_ONLY,
+        "loss": {"terms": [{"on": "student", "type": "forward_kl"}]},
+        "rollout": _STRICTLY_ON_POLICY,
+    },
+    # Generalized knowledge distillation: Agarwal et al., ICLR 2024. phi is the paper's lambda.
+    "gkd": {
+        "schedule": {"type": "fixed", "phi": 0.5, "replay_ratio": "none"},
+        "loss": {"terms": [{"on": "all", "type": "jensen_shannon", "beta": 0.5}]},
+        "rollout": _STRICTLY_ON_POLICY,
+    },
+    # On-policy distillation with the reverse KL, exact over the vocabulary.
+    "opd": {
+        "schedule": _STUDENT_ONLY,
+        "loss": {"terms": [{"on": "student", "type": "reverse_kl"}]},
+    },
+    # Skew KL, an adaptive share of student text, replay: Ko et al., ICML 2024.
+    "distillm": {
+        "schedule": {"type": "adaptive", "replay_ratio": "decreasing"},
+        "loss": {"terms": [{"on": "all", "type": "skew_kl", "alpha": 0.1}]},
+    },
+}
