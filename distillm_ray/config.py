@@ -137,11 +137,14 @@ class LossTerm(Section):
 
     on: Text = "all"
     weight: Annotated[Number, Field(gt=0.0)] = 1.0
+    # Largest weight q / b of a token that the student sampled from b; unset: 1 for every token.
+    max_importance: Annotated[Number, Field(gt=0.0)] | None = None
 
     @property
     def formula(self) -> Self:
-        """The term with its parameters only: `on` and `weight` have their defaults."""
-        return type(self).model_validate(self.model_dump(exclude={"on", "weight"}))
+        """The term with its parameters only: what decides on the weights has its defaults."""
+        weighting = {"on", "weight", "max_importance"}
+        return type(self).model_validate(self.model_dump(exclude=weighting))
 
 
 class ForwardKL(LossTerm):
@@ -210,10 +213,35 @@ class CrossEntropy(LossTerm):
     on: Text = "dataset"
 
 
+class PolicyGradient(LossTerm):
+    """Clipped policy gradient of KL(q || p) at the tokens that the student sampled.
+
+    `horizon: token` rewards each token with its own log p - log q, as RL frameworks distil.
+    `horizon: rest` rewards it with the mean of the tokens after it: MiniLLM's long part.
+    """
+
+    type: Literal["policy_gradient"] = "policy_gradient"
+    on: Text = "student"
+    horizon: Literal["token", "rest"] = "token"
+    clip: Open01 = 0.2  # ratios of the trained to the sampling student count within 1 +- clip
+
+    @model_validator(mode="after")
+    def _on_is_student(self) -> PolicyGradient:
+        if self.on != "student":
+            raise ValueError(
+                f"on must be student with type: policy_gradient, got {self.on}: it rewards tokens"
+                " that the student sampled"
+            )
+        return self
+
+
+SAMPLED = (CrossEntropy, PolicyGradient)
+"""Terms that depend on the probability of the sampled token only."""
+
 Divergence: TypeAlias = (
     ForwardKL | ReverseKL | JensenShannon | SkewKL | SkewReverseKL | TotalVariation | AdaptiveKL
 )
-Term: TypeAlias = Annotated[Divergence | CrossEntropy, Field(discriminator="type")]
+Term: TypeAlias = Annotated[Divergence | CrossEntropy | PolicyGradient, Field(discriminator="type")]
 
 
 class LossConfig(Section):
@@ -230,6 +258,11 @@ class LossConfig(Section):
         """Whether any term compares with the teacher."""
         return any(not isinstance(term, CrossEntropy) for term in self.terms)
 
+    @property
+    def has_policy_gradient(self) -> bool:
+        """Whether any term rewards sampled tokens."""
+        return any(isinstance(term, PolicyGradient) for term in self.terms)
+
     @model_validator(mode="after")
     def _terms_differ(self) -> LossConfig:
         if not self.terms:
@@ -239,6 +272,11 @@ class LossConfig(Section):
             )
         seen: dict[tuple[str, LossTerm], int] = {}
         for index, term in enumerate(self.terms):
+            if term.max_importance is not None and term.on != "student":
+                raise ValueError(
+                    f"loss.terms.{index}.max_importance needs on: student, got {term.on}: only"
+                    " text that the student sampled has probabilities of its sampling"
+                )
             first = seen.setdefault((term.on, term.formula), index)
             if first != index:
                 raise ValueError(
@@ -737,6 +775,11 @@ class Config(Section):
                     f" {sampling.temperature:g}: vLLM refuses it; lower it or use"
                     f" {pool_key}.engine.type=transformers"
                 )
+        if self.targets.type == "top_k" and self.loss.has_policy_gradient:
+            raise ValueError(
+                "targets.type must be hidden or logits with type: policy_gradient, got top_k: the"
+                " teacher's probability of a sampled token outside of the k ids is not known"
+            )
         if self.targets.type == "top_k" and self.loss.needs_teacher and self.loss.temperature != 1:
             raise ValueError(
                 f"loss.temperature must be 1 with targets.type=top_k, got"

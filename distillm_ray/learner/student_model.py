@@ -91,6 +91,10 @@ def training_request(
         teacher=teacher,
         labels_N=_to_device(batch.labels_N, torch.int64, device),
         temperature=loss.temperature,
+        behaviour_N=None
+        if batch.behaviour_logprobs_N is None
+        else _to_device(batch.behaviour_logprobs_N, torch.float32, device),
+        sequence_N=_to_device(batch.sequence_index_N, torch.int64, device),
     )
 
 

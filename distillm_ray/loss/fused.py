@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillm_ray.config import CrossEntropy
+from distillm_ray.config import SAMPLED
 from distillm_ray.loss.head_loss import HeadLoss, LossRequest, assemble
 from distillm_ray.loss.teacher_tensors import TeacherHidden, TeacherLogits, TeacherTopK
 from distillm_ray.loss.token_losses import Recipe, RowLosses, Rows, token_losses_in_place
@@ -68,6 +68,7 @@ def fused_loss(
         Two tokens, a vocabulary of two ids and a head that makes the logits equal to the hidden
         states. The first token costs log 2, the second log(1 + 1/e); both have weight 1/2.
 
+        >>> from distillm_ray.config import CrossEntropy
         >>> from distillm_ray.loss.head_loss import WeightedTerm
         >>> hidden_ND = torch.tensor([[0.0, 0.0], [0.0, 1.0]], requires_grad=True)
         >>> request = LossRequest(
@@ -85,12 +86,23 @@ def fused_loss(
         >>> [[round(value, 4) for value in row] for row in hidden_ND.grad.tolist()]
         [[0.25, -0.25], [0.1345, -0.1345]]
     """
+    memory_bytes = memory_bytes or DEFAULT_MEMORY_BYTES[hidden_ND.device.type]
+    if request.needs_samples:
+        request = _with_samples(
+            hidden_ND,
+            weight_VD,
+            bias_V,
+            rule=rule,
+            vocabulary_size=vocabulary_size,
+            request=request,
+            memory_bytes=memory_bytes,
+        )
     walk = _Walk(
         rule=rule,
         vocabulary_size=vocabulary_size,
         request=request,
         cross_entropy_weights_N=_cross_entropy_weights(request),
-        memory_bytes=memory_bytes or DEFAULT_MEMORY_BYTES[hidden_ND.device.type],
+        memory_bytes=memory_bytes,
     )
     grad = torch.is_grad_enabled() and bool(request.terms)
     wants = (
@@ -104,12 +116,47 @@ def fused_loss(
 
 
 def _cross_entropy_weights(request: LossRequest) -> Tensor | None:
-    """`[N]`, the sum over the cross-entropy terms: their gradients differ by the weight only."""
+    """`[N]`, the sum over the terms of the label: their gradients differ by the weight only.
+
+    A policy gradient is a cross-entropy whose weight is multiplied by minus its slope.
+    """
     total_N = None
     for one in request.terms:
-        if isinstance(one.term, CrossEntropy):
-            total_N = one.weights_N if total_N is None else total_N + one.weights_N
+        if not isinstance(one.term, SAMPLED):
+            continue
+        weights_N = one.weights_N
+        if one.policy is not None:
+            weights_N = -one.policy.slopes_N * weights_N
+        total_N = weights_N if total_N is None else total_N + weights_N
     return total_N
+
+
+@torch.no_grad()
+def _with_samples(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    *,
+    rule: LogitRule,
+    vocabulary_size: int,
+    request: LossRequest,
+    memory_bytes: int,
+) -> LossRequest:
+    """The request with what its sampled tokens are worth: one more pass through both heads."""
+    labels = LossRequest(labels_N=request.labels_N)
+    log_q_N = fused_loss(
+        hidden_ND,
+        weight_VD,
+        bias_V,
+        rule=rule,
+        vocabulary_size=vocabulary_size,
+        request=labels,
+        memory_bytes=memory_bytes,
+    ).log_probs_N
+    assert log_q_N is not None
+    # The teacher's logits and their log-probabilities, in float32.
+    chunk = max(1, memory_bytes // (8 * vocabulary_size))
+    return request.with_samples(log_q_N, vocabulary_size=vocabulary_size, chunk=chunk)
 
 
 # ---- the walk over chunks of tokens --------------------------------------------------------------
@@ -209,7 +256,7 @@ class _Walk:
             weights=tuple(
                 one.weights_N[start:stop]
                 for one in request.terms
-                if not isinstance(one.term, CrossEntropy)
+                if not isinstance(one.term, SAMPLED)
             ),
             labels_R=None if labels_N is None else labels_N[start:stop],
             cross_entropy_weights_R=None if weights_N is None else weights_N[start:stop],

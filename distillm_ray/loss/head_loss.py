@@ -9,7 +9,7 @@ Axes: N loss positions, D hidden size, V vocabulary, M terms.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,13 @@ from distillm_ray.loss.divergences import (
     define,
     divergence_of_log_probabilities,
     log_probabilities,
+)
+from distillm_ray.loss.policy_gradient import (
+    SampledTokens,
+    advantages,
+    importance_weights,
+    surrogate,
+    teacher_log_probs,
 )
 from distillm_ray.loss.teacher_tensors import (
     TeacherHidden,
@@ -34,6 +41,13 @@ from distillm_ray.models.heads import finish_logits
 from distillm_ray.models.logit_rules import LogitRule
 
 
+class PolicyTokens(NamedTuple):
+    """The loss of each token of a policy gradient, and its slope in log q(label)."""
+
+    values_N: Tensor
+    slopes_N: Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WeightedTerm:
     """A term of the loss and the weight of each token's value in it.
@@ -44,6 +58,7 @@ class WeightedTerm:
 
     term: config.Term
     weights_N: Tensor
+    policy: PolicyTokens | None = None  # of a policy gradient, once the samples are known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,8 +71,10 @@ class LossRequest:
 
     terms: tuple[WeightedTerm, ...] = ()
     teacher: TeacherTensors | None = None  # needed by divergences
-    labels_N: Tensor | None = None  # int64; needed by cross-entropy
-    temperature: float = 1.0  # of both sides of the divergences; cross-entropy is always at 1
+    labels_N: Tensor | None = None  # int64; needed by cross-entropy and policy gradients
+    temperature: float = 1.0  # of both sides of the divergences; sampled tokens are always at 1
+    behaviour_N: Tensor | None = None  # log-probability that a label was sampled with; NaN: unknown
+    sequence_N: Tensor | None = None  # int64; needed by policy gradients
 
     def __post_init__(self) -> None:
         """Reject combinations that would silently compute something else."""
@@ -65,6 +82,8 @@ class LossRequest:
         assert self.labels_N is not None or len(self.divergences) == len(self.terms), (
             "cross-entropy needs labels"
         )
+        if self.needs_samples:
+            assert self.labels_N is not None, "sampled tokens are the labels"
         if isinstance(self.teacher, TeacherTopK) and self.temperature != 1.0:
             raise ValueError(
                 f"loss.temperature must be 1 with targets.type: top_k, got {self.temperature}: the"
@@ -73,10 +92,51 @@ class LossRequest:
 
     @property
     def divergences(self) -> tuple[config.Divergence, ...]:
-        """The divergences among the terms, without the cross-entropy."""
-        return tuple(
-            one.term for one in self.terms if not isinstance(one.term, config.CrossEntropy)
+        """The divergences among the terms: their values depend on all ids, not on the label."""
+        return tuple(one.term for one in self.terms if not isinstance(one.term, config.SAMPLED))
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether a term depends on how probable the student's samples are today."""
+        return any(
+            isinstance(one.term, config.PolicyGradient) or one.term.max_importance is not None
+            for one in self.terms
         )
+
+    def with_samples(self, log_q_N: Tensor, *, vocabulary_size: int, chunk: int) -> LossRequest:
+        """The request with the policy gradients' tokens, and importance in the weights.
+
+        Args:
+            log_q_N: the student's log-probabilities of the labels.
+            chunk: tokens whose teacher logits exist at the same time.
+        """
+        log_q_N = log_q_N.detach()
+        assert self.labels_N is not None
+        log_p_N = torch.zeros_like(log_q_N)
+        if any(isinstance(one.term, config.PolicyGradient) for one in self.terms):
+            assert self.teacher is not None, "a policy gradient needs a teacher"
+            log_p_N = teacher_log_probs(
+                self.teacher, self.labels_N, vocabulary_size=vocabulary_size, chunk=chunk
+            ).to(log_q_N.dtype)
+        sequence_N = self.sequence_N
+        tokens = SampledTokens(
+            log_p_N=log_p_N,
+            log_q_N=log_q_N,
+            behaviour_N=self.behaviour_N,
+            sequence_N=torch.zeros_like(self.labels_N) if sequence_N is None else sequence_N,
+        )
+        return replace(self, terms=tuple(_sampled(one, tokens) for one in self.terms))
+
+
+def _sampled(one: WeightedTerm, tokens: SampledTokens) -> WeightedTerm:
+    weights_N = one.weights_N
+    if one.term.max_importance is not None:
+        weights_N = weights_N * importance_weights(tokens, one.term.max_importance)
+    policy = None
+    if isinstance(one.term, config.PolicyGradient):
+        advantages_N = advantages(one.term, tokens)
+        policy = PolicyTokens(*surrogate(one.term, tokens.log_ratio_N, advantages_N))
+    return replace(one, weights_N=weights_N, policy=policy)
 
 
 class HeadLoss(NamedTuple):
@@ -107,6 +167,12 @@ def plain_loss(
     weight_VD = weight_VD[:vocabulary_size]
     bias_V = None if bias_V is None else bias_V[:vocabulary_size]
     logits_NV = finish_logits(hidden_ND.to(weight_VD.dtype) @ weight_VD.T, bias_V, rule)
+    if request.needs_samples:
+        labels_N1 = _labels(request).unsqueeze(-1)
+        log_q_N = log_probabilities(logits_NV.detach()).gather(-1, labels_N1).squeeze(-1)
+        request = request.with_samples(
+            log_q_N, vocabulary_size=vocabulary_size, chunk=max(1, len(hidden_ND))
+        )
     divergences = [_plain_divergence(one, logits_NV, request) for one in request.divergences]
     log_probs_N = None
     if request.labels_N is not None:
@@ -133,6 +199,12 @@ def assemble(
         if isinstance(one.term, config.CrossEntropy):
             assert log_probs_N is not None
             values.append(-log_probs_N)
+        elif isinstance(one.term, config.PolicyGradient):
+            assert one.policy is not None and log_probs_N is not None
+            # The slope carries the gradient; the added part is zero.
+            known_N = log_probs_N.masked_fill(log_probs_N.isinf(), 0.0)
+            moving_N = known_N - known_N.detach()
+            values.append(one.policy.values_N + one.policy.slopes_N * moving_N)
         else:
             values.append(next(remaining))
     losses = [
@@ -141,7 +213,8 @@ def assemble(
     ]
     losses_M = torch.stack(losses) if losses else empty
     num_infinite = torch.zeros((), dtype=torch.int64, device=empty.device)
-    for values_N in divergences if log_probs_N is None else (*divergences, log_probs_N):
+    policies = [one.policy.values_N for one in request.terms if one.policy is not None]
+    for values_N in (*divergences, *policies, *([] if log_probs_N is None else [log_probs_N])):
         num_infinite = num_infinite + values_N.isinf().sum()
     return HeadLoss(
         loss=losses_M.sum(),
@@ -150,6 +223,11 @@ def assemble(
         log_probs_N=None if log_probs_N is None else log_probs_N.detach(),
         num_infinite=num_infinite,
     )
+
+
+def _labels(request: LossRequest) -> Tensor:
+    assert request.labels_N is not None
+    return request.labels_N
 
 
 def _plain_divergence(

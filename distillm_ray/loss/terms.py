@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from distillm_ray.config import CrossEntropy, LossConfig, Term
+from distillm_ray.config import SAMPLED, LossConfig, Term
 from distillm_ray.types import Float32Array, Rollout, Source
 
 Normalize: TypeAlias = Literal["source", "tokens", "sequence"]
@@ -34,7 +34,7 @@ def term_names(terms: Sequence[Term]) -> tuple[str, ...]:
     names = []
     for term, name in zip(terms, short, strict=True):
         if short.count(name) > 1:
-            parameters = term.model_dump(exclude={"on", "weight", "type"})
+            parameters = term.model_dump(exclude={"on", "weight", "type"}, exclude_none=True)
             values = ", ".join(f"{key}={value}" for key, value in parameters.items())
             name = f"{term.type}({values}) on {term.on}"
         names.append(name)
@@ -50,9 +50,9 @@ def term_weights(
     the term's `weight`, and 0 on text that the term does not cover. So `on: dataset` and
     `on: student` of one divergence add up to `on: all` exactly.
 
-    Cross-entropy has a denominator of its own: the weights that `loss.normalize` gives the covered
-    tokens are divided by their sum, so that the term is the mean over the covered tokens, times its
-    `weight`. It is 0 in a batch without covered tokens.
+    Cross-entropy and policy gradients have a denominator of their own: the weights that
+    `loss.normalize` gives the covered tokens are divided by their sum, so that the term is the mean
+    over the covered tokens, times its `weight`. It is 0 in a batch without covered tokens.
 
     Raises:
         ValueError: no rollout has a loss token.
@@ -127,7 +127,7 @@ def _weights_in(
     """One term's weights for each rollout."""
     covered = [covers(term, rollout.source) for rollout in rollouts]
     share = 1.0
-    if isinstance(term, CrossEntropy):
+    if isinstance(term, SAMPLED):
         pairs = zip(weights, covered, strict=True)
         share = sum(float(weight.sum()) for weight, is_covered in pairs if is_covered)
     return [
