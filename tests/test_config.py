@@ -258,8 +258,8 @@ def test_an_unknown_key_is_refused_and_the_nearest_one_named(
         (
             {"loss": {"terms": [{"type": "skew"}]}},
             "loss.terms.0.type: must be one of forward_kl, reverse_kl, jensen_shannon, skew_kl,"
-            " skew_reverse_kl, total_variation, adaptive_kl, cross_entropy, policy_gradient, got skew;"
-            " did you mean skew_kl?",
+            " skew_reverse_kl, total_variation, adaptive_kl, cross_entropy, policy_gradient, got"
+            " skew; did you mean skew_kl?",
         ),
         (
             {"loss": {"terms": [{"type": "skew_kl", "alpha": 3}]}},
