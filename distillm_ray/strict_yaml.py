@@ -6,7 +6,7 @@ Refused are tags, keys that are no words or stand twice, numbers of base 8 and 6
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from omegaconf import OmegaConf
@@ -14,6 +14,8 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 MOST_LEVELS = 32
 """Of mappings and lists inside each other; libyaml overflows the stack at some ten thousand."""
+MOST_DIGITS = 100
+"""Of a number. Python refuses to write integers of some thousand digits, as messages do."""
 MOST_SHOWN = 200
 """Characters of a value in a message."""
 
@@ -63,7 +65,12 @@ def _check_nodes(root: yaml.Node) -> None:
         if id(node) in seen:  # an alias
             continue
         seen.add(id(node))
-        if isinstance(node, yaml.ScalarNode) and _is_odd_number(node):
+        if _is_number(node) and len(node.value) > MOST_DIGITS:
+            raise ValueError(
+                f"{_line(node)}: a number must have at most {MOST_DIGITS} characters, got"
+                f" {len(node.value):,}; write a text in quotes"
+            )
+        if _is_number(node) and _is_odd(node.value):
             raise ValueError(
                 f"{_line(node)}: a number must have no leading zeros and no colons, got"
                 f" {shown(node.value)}: YAML reads it with base 8 or 60; write it with base 10, or"
@@ -92,10 +99,12 @@ def _check_nodes(root: yaml.Node) -> None:
 _TAG = "tag:yaml.org,2002:"
 
 
-def _is_odd_number(node: yaml.ScalarNode) -> bool:
-    if node.tag not in (f"{_TAG}int", f"{_TAG}float"):
-        return False
-    return ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value) is not None
+def _is_number(node: yaml.Node) -> TypeGuard[yaml.ScalarNode]:
+    return isinstance(node, yaml.ScalarNode) and node.tag in (f"{_TAG}int", f"{_TAG}float")
+
+
+def _is_odd(number: str) -> bool:
+    return ":" in number or re.fullmatch(r"[-+]?0[0-9_]+", number) is not None
 
 
 def _is_word(key: yaml.Node) -> bool:
@@ -135,10 +144,7 @@ def message_of(error: Exception) -> str:
 
 
 def shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return "an integer of thousands of digits"
+    text = repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 

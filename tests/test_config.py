@@ -159,7 +159,7 @@ def test_the_key_on_is_a_string_and_not_the_boolean_of_yaml_1_1(tmp_path: Path) 
         ("learner={steps: 1, steps: 2}", "line 1: a key may stand once, got steps again after li"),
         ("learner={1: 2}", "line 1: a key must be a word without dots and brackets, got '1'"),
         ("learner.steps=!!python/none", "line 1: a value must have no tag, got tag:yaml.org,2002"),
-        ("learner.steps=" + "9" * 5000, "Exceeds the limit (4300 digits)"),
+        ("learner.steps=" + "9" * 5000, "a number must have at most 100 characters, got 5,000"),
         ("run.directory=\ud83d", "must be UTF-8 text"),
         ("run.directory=${", "no viable alternative at input '${'"),
         ("data.train=" + "[" * 100, "line 1: mappings and lists must be nested at most 32 deep"),
@@ -357,7 +357,7 @@ NUMBERS = [
 def test_a_number_is_neither_a_boolean_nor_infinite_nor_nan(file: Path, key: str) -> None:
     file.write_text(dump_config(make.config()))
     assert f"  {key}: must be a number, got true" in rejected(file, f"{key}=true")
-    for written in (".inf", "-.inf", ".nan", f"0x{'f' * 5000}"):
+    for written in (".inf", "-.inf", ".nan"):
         assert f"  {key}: " in rejected(file, f"{key}={written}")
 
 

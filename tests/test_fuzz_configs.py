@@ -44,6 +44,8 @@ def keys_of(value: Any, prefix: str = "") -> Iterator[str]:
 FULL = yaml.safe_load(dump_config(parse_config(VALID, name="x")))
 KEYS = sorted(keys_of(FULL))
 
+pytestmark = pytest.mark.timeout(3600)  # 20,000 random examples take minutes
+
 # ---- strategies ----------------------------------------------------------------------------------
 
 MARKS = [": ", "- ", "? ", "|\n", ">\n", "---\n", "...\n", "\n", "\t", "  ", *"[]{},\"'#%@`~=.$&*!"]

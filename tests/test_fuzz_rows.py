@@ -23,6 +23,8 @@ from distillm_ray.data.templates import Renderer
 from distillm_ray.data.tokenizing import raw_table, tokenize_rows
 from tests import make
 
+pytestmark = pytest.mark.timeout(3600)  # 20,000 random examples take minutes
+
 # ---- templates -----------------------------------------------------------------------------------
 
 
