@@ -427,6 +427,8 @@ class DataConfig(Section):
     max_response_tokens: Positive = 512
     # What templates see as now; unset: the start of the run.
     time: Annotated[datetime, BeforeValidator(_moment)] | None = None
+    # Who wrote the responses of `train`; the teacher's come from `distillm-ray generate`.
+    responses: Literal["dataset", "teacher"] = "dataset"
     reasoning: Literal["fail", "keep", "drop"] = "fail"  # thoughts that the template drops
     conversations: Literal["auto", "all", "last", "split"] = "auto"
     """Which responses of a conversation are learned: all in one sequence, the last, or each in a
@@ -564,7 +566,18 @@ class FixedSchedule(Section):
     replay_ratio: FixedReplayRatio = "none"
 
 
-ScheduleConfig: TypeAlias = Annotated[AdaptiveSchedule | FixedSchedule, Field(discriminator="type")]
+class PairedSchedule(Section):
+    """Every slot is a pair: the response of the data and a fresh one of the student to its prompt.
+
+    A global batch has twice `learner.batch_size` sequences. Terms hold on one side or on both.
+    """
+
+    type: Literal["paired"] = "paired"
+
+
+ScheduleConfig: TypeAlias = Annotated[
+    AdaptiveSchedule | FixedSchedule | PairedSchedule, Field(discriminator="type")
+]
 
 
 class ReplayConfig(Section):
@@ -688,13 +701,23 @@ class Config(Section):
                 return True
             case FixedSchedule(phi=phi):
                 return phi > 0.0
+            case PairedSchedule():
+                return True
 
     @property
-    def drawn_text(self) -> tuple[Literal["dataset", "student"], ...]:
-        """The sources of text that the run can draw. phi never falls, so phi 1 leaves no data."""
-        phi = self.schedule.start if self.schedule.type == "adaptive" else self.schedule.phi
-        student = ("student",) if self.wants_rollouts else ()
-        return student if phi == 1.0 else ("dataset", *student)
+    def draws_data(self) -> bool:
+        """Whether the responses of the data are trained on. phi never falls: 1 leaves no data."""
+        match self.schedule:
+            case AdaptiveSchedule(start=phi) | FixedSchedule(phi=phi):
+                return phi < 1.0
+            case PairedSchedule():
+                return True
+
+    @property
+    def drawn_text(self) -> tuple[Literal["dataset", "teacher", "student"], ...]:
+        """The sources of text that the run can draw."""
+        data = (self.data.responses,) if self.draws_data else ()
+        return (*data, "student") if self.wants_rollouts else data
 
     @property
     def wants_generators(self) -> bool:
@@ -799,7 +822,7 @@ class Config(Section):
         drawn = self.drawn_text
         for index, term in enumerate(self.loss.terms):
             if term.on != "all" and term.on not in drawn:
-                reason, remedy = _WHY_NOT_DRAWN[term.on]
+                reason, remedy = self._why_not_drawn(term.on)
                 raise ValueError(
                     f"loss.terms.{index}.on must name text that the run draws"
                     f" ({' or '.join(drawn)}) or be all, got {term.on}: {reason}, so"
@@ -815,14 +838,23 @@ class Config(Section):
                     f" add a term with on: {text} or on: all, or {remedy}"
                 )
 
+    def _why_not_drawn(self, text: Text) -> tuple[str, str]:
+        """The reason, and the remedy."""
+        if text == "student":
+            return "phi is always 0", "raise schedule.phi or set schedule.type=adaptive"
+        if not self.draws_data:
+            return "phi is always 1", "lower schedule.phi or schedule.start"
+        wrote = self.data.responses
+        return (
+            f"data.responses says that the {'data set' if wrote == 'dataset' else wrote} wrote the"
+            " responses of data.train",
+            f"set data.responses={text} or on: {wrote}",
+        )
 
-_WHY_NOT_DRAWN = {
-    "dataset": ("phi is always 1", "lower schedule.phi or schedule.start"),
-    "student": ("phi is always 0", "raise schedule.phi or set schedule.type=adaptive"),
-    "teacher": ("no part of a run draws teacher responses yet", "use on: dataset"),
-}
+
 _WHY_NOT_COVERED = {
     "dataset": ("data-set slots would teach nothing", "set schedule={type: fixed, phi: 1}"),
+    "teacher": ("the teacher's responses would teach nothing", "set data.responses=dataset"),
     "student": (
         "student outputs would be generated and thrown away",
         "set schedule={type: fixed, phi: 0}",

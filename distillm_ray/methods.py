@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-MethodName: TypeAlias = Literal["sft", "kd", "imitkd", "gkd", "opd", "distillm"]
+MethodName: TypeAlias = Literal[
+    "sft", "kd", "seqkd", "imitkd", "gkd", "opd", "minillm", "distillm", "distillm2"
+]
 
 _DATASET_ONLY: Mapping[str, Any] = {"type": "fixed", "phi": 0.0}
 _STUDENT_ONLY: Mapping[str, Any] = {"type": "fixed", "phi": 1.0, "replay_ratio": "none"}
@@ -26,6 +28,12 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "kd": {
         "schedule": _DATASET_ONLY,
         "loss": {"terms": [{"on": "dataset", "type": "forward_kl"}]},
+    },
+    # Sequence-level distillation: SFT on the teacher's responses. Kim and Rush, EMNLP 2016.
+    "seqkd": {
+        "data": {"responses": "teacher"},
+        "schedule": _DATASET_ONLY,
+        "loss": {"terms": [{"on": "teacher", "type": "cross_entropy"}]},
     },
     # On-policy imitation of the teacher: Lin et al., EMNLP 2020.
     "imitkd": {
@@ -44,9 +52,32 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "schedule": _STUDENT_ONLY,
         "loss": {"terms": [{"on": "student", "type": "reverse_kl"}]},
     },
+    # The sequence-level reverse KL by policy gradient: Gu et al., ICLR 2024. The single-step part
+    # is exact; the long part rewards a token with the mean of those after it.
+    "minillm": {
+        "schedule": _STUDENT_ONLY,
+        "loss": {
+            "terms": [
+                {"on": "student", "type": "reverse_kl", "max_importance": 1.2},
+                {"on": "student", "type": "policy_gradient", "horizon": "rest", "clip": 0.2},
+            ]
+        },
+    },
     # Skew KL, an adaptive share of student text, replay: Ko et al., ICML 2024.
     "distillm": {
         "schedule": {"type": "adaptive", "replay_ratio": "decreasing"},
         "loss": {"terms": [{"on": "all", "type": "skew_kl", "alpha": 0.1}]},
+    },
+    # Pairs of the teacher's and the student's response, with a divergence for each side: Ko et al.,
+    # ICML 2025. Without the curriculum on alpha and weights.
+    "distillm2": {
+        "data": {"responses": "teacher"},
+        "schedule": {"type": "paired"},
+        "loss": {
+            "terms": [
+                {"on": "teacher", "type": "skew_kl", "alpha": 0.1},
+                {"on": "student", "type": "skew_reverse_kl", "alpha": 0.1},
+            ]
+        },
     },
 }

@@ -280,7 +280,8 @@ def test_an_unknown_key_is_refused_and_the_nearest_one_named(
         ({"loss": {"terms": {"type": "skew_kl"}}}, "loss.terms: must be a list, as in [a, b]"),
         (
             {"schedule": {"type": "adaptiv"}},
-            "schedule.type: must be one of adaptive, fixed, got adaptiv; did you mean adaptive?",
+            "schedule.type: must be one of adaptive, fixed, paired, got adaptiv; did you mean"
+            " adaptive?",
         ),
     ],
 )

@@ -16,6 +16,8 @@ from distillm_ray.config import (
     FixedSchedule,
     ForwardKL,
     JensenShannon,
+    PairedSchedule,
+    PolicyGradient,
     ReverseKL,
     SkewKL,
     SkewReverseKL,
@@ -27,13 +29,17 @@ from tests import make
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NO_DATA = FixedSchedule(phi=1.0, replay_ratio="none")
-EXPECTED: dict[str, tuple[Any, ...]] = {
-    "sft": (FixedSchedule(phi=0.0), CrossEntropy(on="dataset"), False),
-    "kd": (FixedSchedule(phi=0.0), ForwardKL(on="dataset"), False),
-    "imitkd": (NO_DATA, ForwardKL(on="student"), True),
-    "gkd": (FixedSchedule(phi=0.5, replay_ratio="none"), JensenShannon(beta=0.5), True),
-    "opd": (NO_DATA, ReverseKL(on="student"), False),
-    "distillm": (AdaptiveSchedule(), SkewKL(alpha=0.1), False),
+LONG_PART = PolicyGradient(horizon="rest", clip=0.2)
+EXPECTED: dict[str, tuple[Any, ...]] = {  # schedule, terms, strictly on-policy
+    "sft": (FixedSchedule(phi=0.0), [CrossEntropy(on="dataset")], False),
+    "kd": (FixedSchedule(phi=0.0), [ForwardKL(on="dataset")], False),
+    "seqkd": (FixedSchedule(phi=0.0), [CrossEntropy(on="teacher")], False),
+    "imitkd": (NO_DATA, [ForwardKL(on="student")], True),
+    "gkd": (FixedSchedule(phi=0.5, replay_ratio="none"), [JensenShannon(beta=0.5)], True),
+    "opd": (NO_DATA, [ReverseKL(on="student")], False),
+    "minillm": (NO_DATA, [ReverseKL(on="student", max_importance=1.2), LONG_PART], False),
+    "distillm": (AdaptiveSchedule(), [SkewKL(alpha=0.1)], False),
+    "distillm2": (PairedSchedule(), [SkewKL(on="teacher"), SkewReverseKL(on="student")], False),
 }
 
 
@@ -55,10 +61,10 @@ def test_every_name_has_settings_and_a_file() -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_method_is_its_schedule_and_its_loss(name: str, tmp_path: Path) -> None:
-    schedule, term, strict = EXPECTED[name]
+    schedule, terms, strict = EXPECTED[name]
     config = load_config(write(tmp_path / "a.yaml", method=name))
     assert config.schedule == schedule
-    assert config.loss.terms == (term,)
+    assert config.loss.terms == tuple(terms)
     assert is_strictly_on_policy(config) == strict
     assert config.method == name
 
@@ -67,21 +73,26 @@ def test_a_method_is_its_schedule_and_its_loss(name: str, tmp_path: Path) -> Non
 def test_the_file_of_a_method_is_the_quickstart_with_another_method(name: str) -> None:
     base = load_config(CONFIGS / "quickstart.yaml")
     config = load_config(CONFIGS / "methods" / f"{name}.yaml")
-    schedule, term, strict = EXPECTED[name]
+    schedule, terms, strict = EXPECTED[name]
     if name != "distillm":
-        assert (config.schedule, config.loss.terms) == (schedule, (term,))
+        assert (config.schedule, config.loss.terms) == (schedule, tuple(terms))
         assert is_strictly_on_policy(config) == strict
-    for section in ("teacher", "student", "data", "learner", "evaluation", "validation"):
+    for section in ("teacher", "student", "learner", "evaluation", "validation"):
         assert getattr(config, section) == getattr(base, section)
+    assert config.data.model_copy(update={"responses": "dataset"}) == base.data
+    by_teacher = config.data.responses == "teacher"
+    assert by_teacher == any(term.on == "teacher" for term in config.loss.terms)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_one_word_on_the_command_line_runs_another_method(name: str) -> None:
     """Also where the file writes out the settings of its own method."""
     one = load_config(CONFIGS / "quickstart.yaml", [f"method={name}"])
-    schedule, term, strict = EXPECTED[name]
-    assert one.loss.terms == (term,)
-    assert one.schedule.model_copy(update={"start": 0.0}) == schedule or one.schedule == schedule
+    schedule, terms, strict = EXPECTED[name]
+    assert one.loss.terms == tuple(terms)
+    if name == "distillm":
+        schedule = AdaptiveSchedule(start=0.35)  # a key of the file that the method leaves open
+    assert one.schedule == schedule
     assert is_strictly_on_policy(one) == strict
 
 

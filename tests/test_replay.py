@@ -76,6 +76,7 @@ class Run:
     num_prompts: int = 7
     num_demonstrations: int = 5
     losses: tuple[float, ...] = (1.0,)
+    paired: bool = False
 
     def buffer(self) -> ReplayBuffer:
         return ReplayBuffer(
@@ -88,6 +89,7 @@ class Run:
                 increment=self.increment,
                 rule=self.rule,
             ),
+            paired=self.paired,
             batch_size=self.batch_size,
             capacity=self.capacity,
             min_size=self.min_size,
@@ -617,6 +619,57 @@ def test_prompts_and_data_are_shuffled_independently_and_again_in_each_epoch() -
     assert first != second
     assert first != data.indices(0, 50)
     assert prompts.indices(130, 135) == prompts.indices(100, 150)[30:35]
+
+
+# ---- pairs ---------------------------------------------------------------------------------------
+
+paired_runs = runs.map(
+    lambda run: replace(
+        run, paired=True, phi=1.0, ratio="none", increment=0.0, num_demonstrations=run.num_prompts
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    run=paired_runs,
+    events=st.integers(0, 2**32),
+    prefetch=st.integers(0, 4),
+    restarts=st.booleans(),
+)
+def test_a_pair_is_a_fresh_rollout_and_the_demonstration_of_its_prompt(
+    run: Run, events: int, prefetch: int, restarts: bool
+) -> None:
+    draws = World(run=run, rng=random.Random(events), prefetch=prefetch, restarts=restarts).play()
+    fresh = fresh_ordinals(draws)
+    assert fresh == list(range(run.total_steps * run.batch_size))
+    for draw in draws:
+        size = run.batch_size
+        assert (draw.mix.fresh, draw.mix.replay, draw.mix.dataset) == (size, 0, size)
+        pairs = list(zip(draw.sequences[::2], draw.sequences[1::2], strict=True))
+        assert len(pairs) == size
+        for demonstration, rollout in pairs:
+            assert (demonstration.shelf, rollout.shelf) == (Shelf.DATASET, Shelf.FRESH)
+            assert demonstration.rollout.prompt_id == rollout.rollout.prompt_id
+            assert demonstration.age == 0
+    assert [slots(draw) for draw in draws] == [slots(draw) for draw in play(run)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(run=paired_runs)
+def test_the_demonstration_of_a_pair_is_announced_before_its_step(run: Run) -> None:
+    buffer = run.buffer()
+    announced: list[str] = []
+    for step in range(run.total_steps):
+        if step % run.validation_interval == 0:
+            buffer.report(run.validation(step))
+        announced += [one.rollout_id for one in buffer.upcoming_dataset()]
+        finish_all(buffer)
+        draw = buffer.draw(step)
+        buffer.advance(step + 1)
+        size = run.batch_size
+        drawn = [one.rollout.rollout_id for one in draw.sequences[::2]]
+        assert announced[step * size : (step + 1) * size] == drawn
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

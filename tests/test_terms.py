@@ -283,7 +283,7 @@ def test_terms_that_differ_in_one_parameter_or_the_text_are_two_terms() -> None:
             [{"type": "skew_kl"}, {"type": "cross_entropy", "on": "teacher"}],
             None,
             "loss.terms.1.on must name text that the run draws (dataset or student) or be all, got"
-            " teacher: no part of a run draws teacher responses yet,",
+            " teacher: data.responses says that the data set wrote the responses of data.train,",
         ),
     ],
 )

@@ -215,6 +215,7 @@ def _collect(
     columns: list[dict[str, Any]] = []
     places: list[tuple[int, int, int]] = []
     num_last_only = 0
+    source = Source(config.responses) if split == "train" else Source.DATASET
     for row in _iterate(table):
         file: DataFile = files[row["file"]]
         position = file.position(row["row"])
@@ -236,7 +237,7 @@ def _collect(
         prompts.append(_prompt(prompt_id, row))
         split_keys.append(row["split_key"])
         if require_responses:
-            demonstrations.append(_demonstration(prompt_id, row))
+            demonstrations.append(_demonstration(prompt_id, row, source))
         else:
             columns.append(json.loads(row["columns"]))
     _refuse(problems, config, split)
@@ -292,14 +293,14 @@ def _prompt(prompt_id: str, row: dict[str, Any]) -> Prompt:
     )
 
 
-def _demonstration(prompt_id: str, row: dict[str, Any]) -> Rollout:
+def _demonstration(prompt_id: str, row: dict[str, Any], source: Source) -> Rollout:
     return Rollout(
-        rollout_id=f"dataset-{prompt_id}",
+        rollout_id=f"{source}-{prompt_id}",
         prompt_id=prompt_id,
         prompt_ids=_int32(row["demonstration_prompt_ids"]),
         response_ids=_int32(row["demonstration_response_ids"]),
         loss_mask=np.array(row["demonstration_loss_mask"], dtype=np.bool_),
-        source=Source.DATASET,
+        source=source,
         version=0,
         finish_reason=FinishReason.STOP,
         text=row["references"][0],

@@ -87,6 +87,7 @@ class ReplayBuffer:
         prompts: Sequence[Prompt],
         demonstrations: Sequence[Rollout],
         schedule: Schedule,
+        paired: bool = False,
         batch_size: int,
         capacity: int,
         min_size: int,
@@ -98,6 +99,7 @@ class ReplayBuffer:
         """Open the demand of the first `lookahead` steps.
 
         Args:
+            paired: every slot takes a fresh rollout and the data's response to the same prompt.
             capacity: sequences on the replay shelf.
             min_size: sequences that the replay shelf must hold before a slot replays one.
             sync_interval: steps between two publications of weights.
@@ -117,6 +119,7 @@ class ReplayBuffer:
                 f" {len(prompts)} and {len(demonstrations)}: a slot could never be filled"
             )
         self._schedule = schedule
+        self._paired = paired
         self._batch_size = batch_size
         self._capacity = capacity
         self._min_size = min_size
@@ -134,7 +137,12 @@ class ReplayBuffer:
         }
 
         self._shelves = Shelves(
-            prompts, demonstrations, batch_size=batch_size, capacity=capacity, seed=seed
+            prompts,
+            demonstrations,
+            paired=paired,
+            batch_size=batch_size,
+            capacity=capacity,
+            seed=seed,
         )
         self._ordinals = self._shelves.ordinals
         self._completed = 0
@@ -167,6 +175,8 @@ class ReplayBuffer:
 
         Scored ahead of their step, so that the draw does not wait for the teacher.
         """
+        if self._paired:
+            return self._shelves.announce_pairs()
         return self._shelves.announce(
             sum(self._batch_size - self._num_student(step) for step in self._undrawn_steps())
         )
@@ -391,7 +401,7 @@ class ReplayBuffer:
             mix=Mix(
                 fresh=num_fresh,
                 replay=num_student - num_fresh,
-                dataset=self._batch_size - num_student,
+                dataset=num_fresh if self._paired else self._batch_size - num_student,
             ),
             sequences=taken.sequences,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distillm_ray.config import Config
+from distillm_ray.config import Config, PairedSchedule
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.schedule import Schedule
 from distillm_ray.types import Prompt, Rollout
@@ -18,6 +18,7 @@ def build_buffer(
         prompts=prompts,
         demonstrations=demonstrations,
         schedule=Schedule.from_config(config.schedule, total_steps=config.learner.steps),
+        paired=isinstance(config.schedule, PairedSchedule),
         batch_size=config.learner.batch_size,
         capacity=config.replay.capacity,
         min_size=config.replay_min_size,

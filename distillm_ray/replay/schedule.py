@@ -14,6 +14,7 @@ from distillm_ray.config import (
     AdaptiveSchedule,
     FixedReplayRatio,
     FixedSchedule,
+    PairedSchedule,
     ReferenceRule,
     ScheduleConfig,
 )
@@ -60,6 +61,8 @@ class Schedule:
                 )
             case FixedSchedule():
                 return cls(phi=config.phi, total_steps=total_steps, ratio=config.replay_ratio)
+            case PairedSchedule():  # every slot has a fresh student output, beside the data's
+                return cls(phi=1.0, total_steps=total_steps, ratio="none")
 
     def replay_ratio(self, step: int) -> float:
         """r(t): the share of SGO slots that are fresh. With `none` all of them are."""

@@ -40,11 +40,15 @@ class Shelves:
         prompts: Sequence[Prompt],
         demonstrations: Sequence[Rollout],
         *,
+        paired: bool = False,
         batch_size: int,
         capacity: int,
         seed: int,
     ) -> None:
-        """`capacity` limits the replay shelf, which drops its oldest sequence first."""
+        """`capacity` limits the replay shelf, which drops its oldest sequence first.
+
+        With `paired`, each fresh rollout is taken together with the demonstration of its prompt.
+        """
         self.ordinals = Ordinals(prompts, seed=seed)
         self._demonstrations = demonstrations
         self._order = EpochOrder(seed=seed, stream=Stream.DEMONSTRATIONS, size=len(demonstrations))
@@ -53,6 +57,7 @@ class Shelves:
         self._announced = 0
         self._batch_size = batch_size
         self._seed = seed
+        self._partners = {one.prompt_id: one for one in demonstrations} if paired else None
 
     @property
     def num_replay(self) -> int:
@@ -74,6 +79,15 @@ class Shelves:
         self._announced = max(start, self._dataset_position + num_slots)
         return self._dataset(start, self._announced)
 
+    def announce_pairs(self) -> list[Rollout]:
+        """The demonstrations of all demanded ordinals that were not returned before."""
+        start = max(self._announced, self.ordinals.first)
+        self._announced = max(start, self.ordinals.end)
+        partners = self._partners
+        assert partners is not None
+        prompts = self.ordinals.prompts(start, self._announced)
+        return [partners[prompt.prompt_id] for prompt in prompts]
+
     def take(self, step: int, *, num_fresh: int, num_student: int) -> Taken:
         """Fill the slots of a step. Its fresh rollouts then move to the replay shelf."""
         before = self.position
@@ -90,6 +104,18 @@ class Shelves:
         }
         self._replay.extend(fresh)
         self._dataset_position += num_dataset
+        if self._partners is not None:
+            assert num_replay == num_dataset == 0, "pairs have no other slots"
+            pairs = [(self._partners[one.prompt_id], one) for one in fresh]
+            return Taken(
+                sequences=tuple(
+                    _drawn(one, shelf, step)
+                    for pair in pairs
+                    for one, shelf in zip(pair, (Shelf.DATASET, Shelf.FRESH), strict=True)
+                ),
+                fresh=fresh,
+                before=before,
+            )
         slots = assign_shelves(
             slot_uniforms(self._seed, step, self._batch_size),
             num_fresh=num_fresh,
@@ -104,7 +130,9 @@ class Shelves:
     def restore(self, *, dataset_position: int, replay: Iterable[Rollout]) -> None:
         """Restore a saved position; the ordinals are restored on their own."""
         self._replay = deque(replay, maxlen=self._replay.maxlen)
-        self._dataset_position = self._announced = dataset_position
+        self._dataset_position = dataset_position
+        # Of pairs, the ordinals that were announced before are announced once more.
+        self._announced = dataset_position if self._partners is None else 0
 
     def _dataset(self, start: int, stop: int) -> list[Rollout]:
         return [self._demonstrations[index] for index in self._order.indices(start, stop)]
