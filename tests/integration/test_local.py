@@ -54,6 +54,8 @@ METHODS = {
         "loss.terms=[{type: cross_entropy}]",
         "learner={optimizer: adamw, learning_rate: 0.01}",
     ),
+    "distillm2": ("method=distillm2", "learner={optimizer: sgd, learning_rate: 0.3}"),
+    "minillm": ("method=minillm", "learner={optimizer: sgd, learning_rate: 0.1}"),
 }
 # Float32 sums in another order. Weights are around 0.2, and the largest moves by more than 0.01.
 ROUNDING = 1e-5
@@ -126,6 +128,8 @@ def test_every_step_draws_the_same_sequences(pair: Pair) -> None:
             "distillm": {"fresh", "replay", "dataset"},
             "on-policy": {"fresh"},
             "sft": {"dataset"},
+            "distillm2": {"fresh", "dataset"},
+            "minillm": {"fresh"},
         }[pair.method]
     )
 

@@ -1,0 +1,93 @@
+"""Every method in a run of twenty steps: what its batches hold, and that its own loss falls."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from distillm_ray import local, preflight
+from distillm_ray.config_files import load_config
+from distillm_ray.log.records import StepRecord
+from distillm_ray.methods import METHODS
+from distillm_ray.report.console import ConsoleView
+from tests.integration.tiny import make_config, records
+
+STEPS, BATCH_SIZE = 20, 8
+DATA, STUDENT = {"dataset"}, {"fresh"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a method's batches hold."""
+
+    shelves: set[str]  # that any step drew from
+    max_age: int = 0  # of the student's text
+    sequences: int = STEPS * BATCH_SIZE
+    writer: str = "dataset"  # of the responses of the data
+    overrides: tuple[str, ...] = ()
+
+
+# At the default lookahead of two steps and a publication every two steps, text is up to two old.
+EXPECTED = {
+    "sft": Expected(shelves=DATA),
+    "kd": Expected(shelves=DATA),
+    "seqkd": Expected(shelves=DATA, writer="teacher"),
+    "imitkd": Expected(shelves=STUDENT),
+    "gkd": Expected(shelves=DATA | STUDENT),
+    "opd": Expected(shelves=STUDENT, max_age=2),
+    "minillm": Expected(shelves=STUDENT, max_age=2),
+    "distillm": Expected(
+        shelves=DATA | STUDENT | {"replay"},
+        max_age=STEPS,
+        overrides=("schedule.start=0.5", "schedule.replay_ratio=decreasing"),
+    ),
+    "distillm2": Expected(
+        shelves=DATA | STUDENT, max_age=2, sequences=2 * STEPS * BATCH_SIZE, writer="teacher"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_config(tmp_path_factory.mktemp("methods"), steps=STEPS, batch_size=BATCH_SIZE)
+
+
+def run(job: Path, directory: Path, *overrides: str) -> list[StepRecord]:
+    config = load_config(job, ["run.mode=local", f"run.directory={directory}", *overrides])
+    local.check(config)
+    view = ConsoleView(config.learner.steps, stream=io.StringIO())
+    local.train(config, preflight.check(config), view)
+    return records(config.run.directory, StepRecord)
+
+
+def test_every_method_is_run() -> None:
+    assert set(EXPECTED) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_method_trains_on_its_text_and_lowers_its_own_loss(
+    name: str, job: Path, tmp_path: Path
+) -> None:
+    expected = EXPECTED[name]
+    learner = "learner={learning_rate: 0.003, warmup_steps: 0, min_learning_rate_ratio: 1.0}"
+    steps = run(job, tmp_path / "run", f"method={name}", learner, *expected.overrides)
+    assert [step.step for step in steps] == list(range(1, STEPS + 1))
+    ids = [
+        (shelf, one)
+        for step in steps
+        for shelf in step.rollout_ids
+        for one in step.rollout_ids[shelf]
+    ]
+    assert {shelf for shelf, _ in ids} == expected.shelves
+    assert len(ids) == expected.sequences
+    assert {one.split("-")[0] for shelf, one in ids if shelf == "dataset"} <= {expected.writer}
+    assert all(one.startswith("student-") for shelf, one in ids if shelf != "dataset")
+    ages = [step.fresh_age_max for step in steps if step.mix.fresh]
+    assert max(ages, default=0) <= expected.max_age
+    assert not any(step.skipped for step in steps)
+    losses = [step.loss for step in steps]
+    assert mean(losses[-5:]) < mean(losses[:5])
