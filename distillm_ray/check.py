@@ -74,13 +74,17 @@ def check(config: Config, preflight: Preflight, say: Say) -> None:
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
     train = load_splits(
-        config.data, tokenizer, config.run.seed, vocabulary_size=preflight.vocabulary_size
+        config.data,
+        tokenizer,
+        config.run.seed,
+        responses_needed_by=config.responses_needed_by,
+        vocabulary_size=preflight.vocabulary_size,
     ).train
     ends = preflight.student.ends(train.end_token_id)
     say(f"\nthe first {min(NUM_ROWS, len(train.prompts))} rows")
-    say(describe_rows(train.demonstrations[:NUM_ROWS], tokenizer, ends))
+    say(describe_rows(train.rows[:NUM_ROWS], tokenizer, ends))
     if config.teacher is not None:
-        say(compare_tokenizers(config, train.demonstrations[:NUM_ROWS], tokenizer))
+        say(compare_tokenizers(config, train.rows[:NUM_ROWS], tokenizer))
 
     say("\npacked rows")
     if config.teacher is not None and config.loss.needs_teacher:
@@ -117,7 +121,9 @@ def describe_model(facts: ModelFacts) -> str:
 
 
 def compare_tokenizers(
-    config: Config, rows: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    rows: Sequence[Rollout] | Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     """Whether the teacher's tokenizer reads the student's rows as the same ids."""
     assert config.teacher is not None
@@ -125,7 +131,10 @@ def compare_tokenizers(
         config.teacher.model, trust_remote_code=config.teacher.trust_remote_code
     )
     for row in rows:
-        ids = [*row.prompt_ids.tolist(), *row.response_ids.tolist()]
+        if isinstance(row, Prompt):
+            ids = row.token_ids.tolist()
+        else:
+            ids = [*row.prompt_ids.tolist(), *row.response_ids.tolist()]
         text = tokenizer.decode(ids, skip_special_tokens=False)
         theirs = teacher(text, add_special_tokens=False, verbose=False)["input_ids"]
         ours = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -714,6 +714,18 @@ class Config(Section):
                 return True
 
     @property
+    def responses_needed_by(self) -> str | None:
+        """The term that trains on the responses of the data; None where prompts are enough."""
+        if not self.draws_data:
+            return None
+        index, term = next(
+            (index, term)
+            for index, term in enumerate(self.loss.terms)
+            if term.on in ("all", self.data.responses)
+        )
+        return f"loss.terms.{index} ({term.type} on {term.on})"
+
+    @property
     def drawn_text(self) -> tuple[Literal["dataset", "teacher", "student"], ...]:
         """The sources of text that the run can draw."""
         data = (self.data.responses,) if self.draws_data else ()

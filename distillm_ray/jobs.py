@@ -48,7 +48,7 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
         raise DataError(f"--output {output} must be a directory, it is a file")
     check_engines({"evaluation.student": config.evaluation.student})
     facts = _check(config, directory, config.longest_response)
-    check_files(config.data)
+    check_files(config.data, require_responses=config.draws_data)
     device = _connect(config, placement.evaluate_phases, view)
     tokenizer = _tokenizer(directory, config)
     view.start("reading data")
@@ -56,11 +56,18 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
         config.data,
         tokenizer,
         config.run.seed,
+        responses_needed_by=config.responses_needed_by,
         tokenize=ray_data.tokenize_files,
         vocabulary_size=facts.vocabulary_size,
     )
     test = splits.test or splits.validation
-    prompts = test.prompts[: config.evaluation.max_prompts]
+    answered = tuple(prompt for prompt in test.prompts if prompt.references)
+    if not answered:
+        raise DataError(
+            f"data.{test.split}: no row has a response, so there is nothing to compare the model's"
+            " with; name files with responses in data.test"
+        )
+    prompts = answered[: config.evaluation.max_prompts]
     view.start(f"responding to {len(prompts)} prompts")
     scores, _ = score_model(
         config,
@@ -122,7 +129,7 @@ def generate(
         config.data,
         tokenizer,
         split="test",
-        require_responses=False,
+        responses_needed_by=None,
         tokenize=ray_data.tokenize_files,
         vocabulary_size=facts.vocabulary_size,
     )

@@ -43,7 +43,7 @@ from distillm_ray.config_files import dump_config
 from distillm_ray.data.splits import Splits, load_splits
 from distillm_ray.errors import ConfigError, UserError
 from distillm_ray.files import write_atomically
-from distillm_ray.learner.held_out_loss import cross_entropy_sum
+from distillm_ray.learner.held_out_loss import cross_entropy_sum, own_text_sum
 from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at
 from distillm_ray.learner.step_statistics import StepStatistics
 from distillm_ray.learner.student_model import build_student, run_row, training_request
@@ -76,6 +76,7 @@ from distillm_ray.teacher.target_store import TargetStore
 from distillm_ray.types import (
     TRAINING,
     Device,
+    LearnerBatch,
     Rollout,
     TeacherTargets,
     Validation,
@@ -110,7 +111,11 @@ def train(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
     splits = load_splits(
-        config.data, tokenizer, config.run.seed, vocabulary_size=preflight.vocabulary_size
+        config.data,
+        tokenizer,
+        config.run.seed,
+        responses_needed_by=config.responses_needed_by,
+        vocabulary_size=preflight.vocabulary_size,
     )
     for line in splits.describe():
         view.note(line)
@@ -120,7 +125,7 @@ def train(
         check_run_directory(config)
         write_atomically(directory / CONFIG_FILE, dump_config(config).encode())
         ends = preflight.student.ends(splits.train.end_token_id)
-        for line in write_first_rows(directory, splits.train.demonstrations, tokenizer, ends):
+        for line in write_first_rows(directory, splits.train.rows, tokenizer, ends):
             view.note(line)
         with (
             closing(MetricsLog(directory, commit=package_commit(), command=command)) as log,
@@ -199,22 +204,57 @@ def distil(
     # The replay buffer decides what every step trains on. Distributed: cluster/buffer.py.
     buffer = build_buffer(config, splits.train.prompts, splits.train.demonstrations)
 
-    (held_out_plans,) = plan_validation(
-        splits.validation.demonstrations[: config.validation.max_prompts],
-        num_ranks=1,
-        max_micro_batch_tokens=max_tokens,
-    )
-    held_out = [pack(plan, None) for plan in held_out_plans]
+    limit = config.validation.max_prompts
+    validation_work: Counter[str] = Counter()  # since the last step
+    held_out = pack_held_out(splits.validation.demonstrations[:limit], None, max_tokens)
 
     def validate_and_adapt(completed: int) -> None:
         """phi, the share of student text, rises where the held-out loss does not improve."""
         started = time.monotonic()
-        loss_sum, num_tokens = cross_entropy_sum(student, held_out, device).tolist()
+        if held_out:
+            total = cross_entropy_sum(student, held_out, device)
+        else:
+            total = loss_on_own_text(completed)
+        loss_sum, num_tokens = total.tolist()
         loss = loss_sum / num_tokens if num_tokens else math.nan
         validation = Validation(step=completed, loss=loss, tokens=int(num_tokens))
         phi = buffer.report(validation).phi  # the rule is in replay/schedule.py
         seconds = time.monotonic() - started
-        record(ValidationRecord(**dataclasses.asdict(validation), phi=phi, seconds=seconds))
+        text = "dataset" if held_out else "student"
+        facts = dataclasses.asdict(validation)
+        record(ValidationRecord(**facts, text=text, phi=phi, seconds=seconds))
+
+    def loss_on_own_text(completed: int) -> torch.Tensor:
+        """Without held-out responses: the divergence on the student's, under its weights of now."""
+        engine = generator
+        assert engine is not None
+        publish(completed)
+        sampling, seed = config.rollout.sampling, config.run.seed
+        prompts = splits.validation.prompts[:limit]
+
+        async def respond() -> list[Rollout]:
+            return await asyncio.gather(
+                *(engine.complete(one, sampling, seed=seed) for one in prompts)
+            )
+
+        responses = runner.run(respond())
+        for response in responses:
+            validation_work.update(response_counts(response, response_facts(response)))
+        targets = None
+        if scorer is not None and identity is not None:
+            targets, counts = runner.run(targets_of(responses, scorer, identity, store))
+            validation_work.update(counts)
+        rows = pack_held_out(responses, targets, max_tokens)
+        return own_text_sum(student, rows, config.loss, frozen_head, device)
+
+    def publish(completed: int) -> None:
+        """Give the generator the student's weights. Distributed: learner/train_loop.py."""
+        assert generator is not None
+        if generator.version < completed:
+            dtype = resolve_dtype(config.rollout.dtype, device)
+            buckets = tuple(gather(student.model, dtype, keep=True))
+            weights = Weights(version=completed, buckets=buckets, nbytes=0)  # none are sent
+            runner.run(generator.update_weights(weights, keep_in_flight=False))
 
     # ---- The loop -------------------------------------------------------------------------------
 
@@ -224,17 +264,15 @@ def distil(
             validate_and_adapt(step)
         started = time.monotonic()
         evictions = store.counters.evictions
-        work: Counter[str] = Counter()
+        work = validation_work.copy()
+        validation_work.clear()
 
         # Publish. The generator takes the student's weights every `sync_interval` steps, unless
-        # nothing will be generated with them. Distributed: learner/train_loop.py.
+        # nothing will be generated with them.
         interval = config.rollout.sync_interval
         due = step // interval * interval
         if generator is not None and buffer.wants_weights and generator.version < due:
-            dtype = resolve_dtype(config.rollout.dtype, device)
-            buckets = tuple(gather(student.model, dtype, keep=True))
-            weights = Weights(version=step, buckets=buckets, nbytes=0)  # none are sent anywhere
-            runner.run(generator.update_weights(weights, keep_in_flight=False))
+            publish(step)
         published = time.monotonic()
 
         # Generate what the buffer demands: the fresh responses of the coming `lookahead` steps.
@@ -313,6 +351,16 @@ def distil(
         torch.float32,
         end_token_ids=preflight.student.ends(splits.train.end_token_id),
     )
+
+
+def pack_held_out(
+    rollouts: Sequence[Rollout], targets: dict[str, TeacherTargets] | None, max_tokens: int
+) -> list[LearnerBatch]:
+    """Held-out sequences in rows, for one rank."""
+    if not rollouts:
+        return []
+    (plans,) = plan_validation(rollouts, num_ranks=1, max_micro_batch_tokens=max_tokens)
+    return [pack(plan, targets) for plan in plans]
 
 
 async def meet_demand(

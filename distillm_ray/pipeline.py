@@ -94,6 +94,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                         config.data,
                         tokenizer,
                         config.run.seed,
+                        responses_needed_by=config.responses_needed_by,
                         tokenize=ray_data.tokenize_files,
                         vocabulary_size=preflight.vocabulary_size,
                     )
@@ -109,9 +110,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
             write_atomically(config.run.directory / CONFIG_FILE, dump_config(config).encode())
             keep_or_compare(config.run.directory, splits, resumed=resume_from is not None)
             ends = preflight.student.ends(splits.train.end_token_id)
-            for line in write_first_rows(
-                config.run.directory, splits.train.demonstrations, tokenizer, ends
-            ):
+            for line in write_first_rows(config.run.directory, splits.train.rows, tokenizer, ends):
                 view.note(line)
             run = Run(config, preflight, splits, resume_from, device, command=command)
             watch.control = ControlClient(run.control)
@@ -252,7 +251,7 @@ class Run:
     def start_learners(self) -> LearnerGroup:
         """They load, validate and wait for the first draw, which waits for the orchestrator."""
         config = self.config
-        held_out = self.splits.validation
+        held_out, limit = self.splits.validation, config.validation.max_prompts
         job = LearnerJob(
             config=config,
             device=self.device,
@@ -266,7 +265,8 @@ class Run:
             ),
             vocabulary_size=self.preflight.vocabulary_size,
             end_token_ids=self.preflight.student.ends(self.splits.train.end_token_id),
-            validation=ray.put(held_out.demonstrations[: config.validation.max_prompts]),
+            validation=ray.put(held_out.demonstrations[:limit]),
+            held_out_prompts=() if held_out.demonstrations else held_out.prompts[:limit],
             probe_prompts=held_out.prompts[: config.validation.probe_prompts],
         )
         group = LearnerGroup(placement.learners(config, self.device), job, worker.run)

@@ -94,7 +94,7 @@ def check(config: Config) -> Preflight:
     vocabulary_size = student.vocabulary_size
     check_lengths(config, teacher, student)
     check_targets(config.targets, vocabulary_size)
-    check_files(config.data)
+    check_files(config.data, require_responses=config.draws_data)
     check_run_directory(config)
     if config.run.directory.is_dir():
         with held(config.run.directory):

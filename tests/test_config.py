@@ -739,6 +739,25 @@ def test_bytes_of_the_command_line_that_are_no_text_are_refused(file: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("overrides", "term"),
+    [
+        ([], "loss.terms.0 (skew_kl on all)"),
+        (["method=kd"], "loss.terms.0 (forward_kl on dataset)"),
+        (["method=seqkd"], "loss.terms.0 (cross_entropy on teacher)"),
+        (["method=opd"], None),
+        (["method=minillm"], None),
+        (["schedule={type: adaptive, start: 1.0}"], None),
+    ],
+)
+def test_the_term_that_trains_on_responses_is_known(
+    tmp_path: Path, overrides: list[str], term: str | None
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make.tree()))
+    assert load_config(path, overrides).responses_needed_by == term
+
+
+@pytest.mark.parametrize(
     ("written", "read"),
     [
         ("2026-11-25", datetime(2026, 11, 25)),

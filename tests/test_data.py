@@ -106,7 +106,7 @@ def test_a_file_listed_twice_is_refused(tmp_path: Path) -> None:
 
 
 def load(
-    *paths: Path, require_responses: bool = True, tokenizer: Any = None, **changes: Any
+    *paths: Path, needed_by: str | None = "training", tokenizer: Any = None, **changes: Any
 ) -> Dataset:
     config = DataConfig(train=paths, **changes)
     return load_dataset(
@@ -114,7 +114,7 @@ def load(
         config,
         tokenizer or make_tokenizer(),
         split="train",
-        require_responses=require_responses,
+        responses_needed_by=needed_by,
         tokenize=ray_data.tokenize_files,
     )
 
@@ -218,9 +218,37 @@ class TestWithRayData:
 
     def test_prompts_are_read_without_responses_for_generation(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "a.jsonl", {"id": "x", "topic": "y", "prompt": "why"})
-        dataset = load(path, require_responses=False)
+        dataset = load(path, needed_by=None)
         assert [prompt.prompt_id for prompt in dataset.prompts] == ["x"]
         assert dataset.demonstrations == ()
+
+    def test_prompts_alone_are_enough_where_no_term_trains_on_responses(
+        self, tmp_path: Path
+    ) -> None:
+        path = write_lines(tmp_path / "a.jsonl", {"prompt": "why"}, {"prompt": "is"})
+        dataset = load(path, needed_by=None)
+        assert dataset.demonstrations == ()
+        assert dataset.rows == dataset.prompts
+        assert dataset.summary().endswith("; 2 of them without a response")
+        with pytest.raises(DataError) as caught:
+            load(path, needed_by="loss.terms.0 (skew_kl on all)")
+        assert str(caught.value).splitlines()[0].startswith(f"{path}:1: the row has no response")
+        assert "loss.terms.0 (skew_kl on all) trains on responses" in str(caught.value)
+
+    def test_responses_that_are_not_needed_are_kept_if_every_row_has_one(
+        self, tmp_path: Path
+    ) -> None:
+        answered = {"prompt": "why", "response": "so"}
+        every = load(write_lines(tmp_path / "a.jsonl", answered), needed_by=None)
+        assert [one.text for one in every.demonstrations] == ["so"]
+        long = {"prompt": "is", "response": "sky is blue"}
+        some = load(
+            write_lines(tmp_path / "b.jsonl", answered, long),
+            needed_by=None,
+            max_response_tokens=3,
+        )
+        assert some.demonstrations == ()
+        assert [prompt.references for prompt in some.prompts] == [("so",), ("sky is blue",)]
 
     def test_a_split_conversation_gives_a_sequence_for_each_response(self, tmp_path: Path) -> None:
         turns = [("user", "why"), ("assistant", "so"), ("user", "and"), ("assistant", "yes")]
@@ -237,7 +265,7 @@ class TestWithRayData:
             assert demonstration.prompt_ids.tolist() == prompt
             assert demonstration.response_ids.tolist() == [*ids_of(response), END]
             assert demonstration.loss_mask.all()
-        asked = load(path, conversations="split", require_responses=False)
+        asked = load(path, conversations="split", needed_by=None)
         assert [prompt.prompt_id for prompt in asked.prompts] == ["x", "a-2"]
         assert asked.prompts[0].token_ids.tolist() == second
 

@@ -83,6 +83,7 @@ class LearnerJob:
     vocabulary_size: int
     end_token_ids: tuple[int, ...]  # of the trained model
     validation: ray.ObjectRef[Sequence[Rollout]]  # held-out demonstrations
+    held_out_prompts: tuple[Prompt, ...]  # where there are no held-out demonstrations
     probe_prompts: tuple[Prompt, ...]
 
 

@@ -71,7 +71,7 @@ def find_files(paths: Sequence[Path], split: Split) -> tuple[DataFile, ...]:
     return tuple(files)
 
 
-def check_files(config: DataConfig) -> None:
+def check_files(config: DataConfig, *, require_responses: bool = True) -> None:
     """Check existence, format and first rows of every file, in milliseconds and without Ray.
 
     Raises:
@@ -85,7 +85,7 @@ def check_files(config: DataConfig) -> None:
     for split, paths in splits:
         for file in find_files(paths, split):
             if config.bad_rows == "fail":
-                _check_first_rows(file, config.columns)
+                _check_first_rows(file, config.columns, require_responses)
 
 
 def read_rows(stream: BinaryIO, file: DataFile) -> Iterator[tuple[int, bytes]]:
@@ -146,7 +146,7 @@ def _record_batches(stream: BinaryIO, file: DataFile) -> Iterator[pa.RecordBatch
             yield from reader
 
 
-def _check_first_rows(file: DataFile, columns: ColumnsConfig) -> None:
+def _check_first_rows(file: DataFile, columns: ColumnsConfig, require_responses: bool) -> None:
     with file.path.open("rb") as stream:
         rows = read_rows(stream, file)
         for _ in range(_NUM_ROWS_CHECKED):
@@ -160,7 +160,7 @@ def _check_first_rows(file: DataFile, columns: ColumnsConfig) -> None:
                     " line (JSONL)"
                 )
             try:
-                parse_row(decode_row(payload), require_responses=True, columns=columns)
+                parse_row(decode_row(payload), require_responses=require_responses, columns=columns)
             except RowError as error:
                 raise DataError(f"{file.position(number)}: {error.reason}") from error
 

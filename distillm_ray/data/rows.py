@@ -20,6 +20,8 @@ PROMPT_COLUMNS = ("prompt", INSTRUCTION)
 CONTEXT_COLUMNS = ("input", "context")
 RESPONSE_COLUMNS = ("response", "responses", "output", "references")
 
+NO_RESPONSE = "the row has no response"
+
 KNOWN_FORMS = (
     "prompt + response, instruction [+ input or context] + output or response, or messages"
     " (several responses: a list of texts); name other columns in data.columns"
@@ -240,7 +242,7 @@ def _references(
             if names.response is not None:
                 _named(values, names.response)
             wanted = ", ".join(RESPONSE_COLUMNS)
-            raise RowError("malformed", f"the row has no response: one of {wanted} is required")
+            raise RowError("malformed", f"{NO_RESPONSE}: one of {wanted} is required")
         return ()
     (first, texts), *others = found.items()
     for name, other in others:

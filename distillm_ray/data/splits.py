@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from distillm_ray.config import DataConfig
 from distillm_ray.data.files import DataFile, Split, find_files
-from distillm_ray.data.rows import RowProblemKind
+from distillm_ray.data.rows import NO_RESPONSE, RowProblemKind
 from distillm_ray.data.templates import Renderer
 from distillm_ray.data.tokenizing import TokenizeFiles, tokenize_files
 from distillm_ray.errors import DataError
@@ -49,11 +49,14 @@ class RowProblem:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Dataset:
-    """One split. `demonstrations[i]` is the data set's response to `prompts[i]`."""
+    """One split. `demonstrations[i]` is the response of the data to `prompts[i]`.
+
+    Where responses are not required, there are demonstrations only if every row has one.
+    """
 
     split: Split
     prompts: tuple[Prompt, ...]
-    demonstrations: tuple[Rollout, ...]  # empty if responses are not required
+    demonstrations: tuple[Rollout, ...]
     split_keys: tuple[bytes, ...]  # equal for prompts with equal text
     files: tuple[str, ...]  # as the user wrote them
     places: NDArray[np.int64]  # `[N, 3]`: index into `files`, row, turn of a split conversation
@@ -62,6 +65,11 @@ class Dataset:
     end_token_id: int  # ends every response; generators must stop at it
     num_skipped: dict[RowProblemKind, int]
     skipped: tuple[RowProblem, ...]  # the first few
+
+    @property
+    def rows(self) -> tuple[Rollout, ...] | tuple[Prompt, ...]:
+        """The demonstrations, or the prompts where there are none: what models see first."""
+        return self.demonstrations or self.prompts
 
     def summary(self) -> str:
         """One line of counts, and one for each of the first skipped rows."""
@@ -74,6 +82,9 @@ class Dataset:
             f" {num_prompt_tokens} prompt and {num_response_tokens} response tokens"
             + (f"; skipped: {skipped}" if skipped else "")
         )
+        if not self.demonstrations:
+            bare = sum(not prompt.references for prompt in self.prompts)
+            head += f"; {bare} of them without a response"
         if self.num_last_only:
             head += (
                 f"; of {self.num_last_only} conversations the last response is learned, because the"
@@ -108,13 +119,15 @@ def load_splits(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     *,
+    responses_needed_by: str | None = "training",
     tokenize: TokenizeFiles = tokenize_files,
     vocabulary_size: int | None = None,
 ) -> Splits:
     """Read all splits; without validation files, hold out a part of the training prompts.
 
     The choice of held-out prompts depends only on their text and the seed; equal prompts stay
-    together. `tokenize` decides where the rows are read: in this process, or with Ray Data.
+    together. `responses_needed_by` names what trains on responses; None: prompts are enough.
+    `tokenize` decides where the rows are read: in this process, or with Ray Data.
     `vocabulary_size` is the number of ids for which the models have rows; None: all ids have one.
 
     Raises:
@@ -127,6 +140,7 @@ def load_splits(
             config,
             tokenizer,
             split=split,
+            responses_needed_by=responses_needed_by,
             tokenize=tokenize,
             vocabulary_size=vocabulary_size,
         )
@@ -152,7 +166,7 @@ def load_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     split: Split,
-    require_responses: bool = True,
+    responses_needed_by: str | None = "training",
     tokenize: TokenizeFiles = tokenize_files,
     vocabulary_size: int | None = None,
 ) -> Dataset:
@@ -167,8 +181,8 @@ def load_dataset(
     """
     files = find_files(paths, split)
     renderer = Renderer(tokenizer, config, vocabulary_size=vocabulary_size)
-    table = tokenize(files, renderer, config, require_responses)
-    return _collect(table, files, renderer, config, split, require_responses=require_responses)
+    table = tokenize(files, renderer, config, responses_needed_by is not None)
+    return _collect(table, files, renderer, config, split, responses_needed_by)
 
 
 def hold_out(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -203,8 +217,7 @@ def _collect(
     renderer: Renderer,
     config: DataConfig,
     split: Split,
-    *,
-    require_responses: bool,
+    responses_needed_by: str | None,
 ) -> Dataset:
     stems = Counter(file.path.stem for file in files)
     first_with_id: dict[str, str] = {}
@@ -236,11 +249,12 @@ def _collect(
         places.append((row["file"], row["row"], row["turn"]))
         prompts.append(_prompt(prompt_id, row))
         split_keys.append(row["split_key"])
-        if require_responses:
+        response = row["demonstration_response_ids"]
+        if response and len(row["reference_ids"][0]) <= config.max_response_tokens:
             demonstrations.append(_demonstration(prompt_id, row, source))
-        else:
+        if row["columns"] is not None:
             columns.append(json.loads(row["columns"]))
-    _refuse(problems, config, split)
+    _refuse(problems, config, split, responses_needed_by)
     if not prompts:
         raise DataError(
             f"data.{split}: no usable row in {', '.join(file.name for file in files)}"
@@ -250,7 +264,7 @@ def _collect(
     return Dataset(
         split=split,
         prompts=tuple(prompts),
-        demonstrations=tuple(demonstrations),
+        demonstrations=tuple(demonstrations) if len(demonstrations) == len(prompts) else (),
         split_keys=tuple(split_keys),
         files=tuple(file.name for file in files),
         places=np.array(places, dtype=np.int64).reshape(-1, 3),
@@ -262,7 +276,12 @@ def _collect(
     )
 
 
-def _refuse(problems: Sequence[RowProblem], config: DataConfig, split: Split) -> None:
+def _refuse(
+    problems: Sequence[RowProblem],
+    config: DataConfig,
+    split: Split,
+    responses_needed_by: str | None,
+) -> None:
     refused = [
         problem
         for problem in problems
@@ -275,6 +294,11 @@ def _refuse(problems: Sequence[RowProblem], config: DataConfig, split: Split) ->
         lines.append(f"and {len(refused) - len(lines)} more")
     keys = sorted({"long_rows" if p.kind == "long" else "bad_rows" for p in refused})
     remedy = " and ".join(f"data.{key}=skip" for key in keys)
+    if responses_needed_by and any(NO_RESPONSE in problem.reason for problem in refused):
+        lines.append(
+            f"data.{split}: {responses_needed_by} trains on responses; for rows of prompts alone"
+            " use student text only, as method=opd does"
+        )
     raise DataError("\n".join([*lines, f"data.{split}: correct these rows, or set {remedy}"]))
 
 

@@ -121,7 +121,8 @@ def _rendered(
     """The columns of one sequence, or what is wrong with it."""
     try:
         rendered = renderer.render(example)
-        _check_lengths(rendered, config.max_prompt_tokens, config.max_response_tokens)
+        limit = config.max_response_tokens if require_responses else None
+        _check_lengths(rendered, config.max_prompt_tokens, limit)
     except RowError as error:
         return {"kind": error.kind, "reason": error.reason}
     except Exception as error:
@@ -156,9 +157,12 @@ def _columns(example: Example, rendered: RenderedExample) -> dict[str, Any]:
 
 
 def _check_lengths(
-    rendered: RenderedExample, max_prompt_tokens: int, max_response_tokens: int
+    rendered: RenderedExample, max_prompt_tokens: int, max_response_tokens: int | None
 ) -> None:
-    """Check prompt and first reference; a demonstration has the same tokens."""
+    """Check prompt and first reference; a demonstration has the same tokens.
+
+    Without a limit, responses are not trained on.
+    """
     if not rendered.prompt_ids:
         raise RowError("empty", "the prompt has no tokens")
     if len(rendered.prompt_ids) > max_prompt_tokens:
@@ -167,7 +171,9 @@ def _check_lengths(
             f"the prompt has {len(rendered.prompt_ids)} tokens, data.max_prompt_tokens is"
             f" {max_prompt_tokens}",
         )
-    if rendered.reference_ids and len(rendered.reference_ids[0]) > max_response_tokens:
+    if max_response_tokens is None or not rendered.reference_ids:
+        return
+    if len(rendered.reference_ids[0]) > max_response_tokens:
         raise RowError(
             "long",
             f"the response has {len(rendered.reference_ids[0])} tokens, data.max_response_tokens is"

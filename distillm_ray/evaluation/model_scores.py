@@ -87,8 +87,12 @@ def score_model(
         end_token_id=end_token_id,
         interrupt=interrupt,
     ) as responder:
-        loss = start_held_out_loss(config, served, validation, device=device)
+        loss = None
+        if validation:
+            loss = start_held_out_loss(config, served, validation, device=device)
         model_scores, responses = score_responses(responder, prompts, config)
+    if loss is None:
+        return model_scores, responses
     limit_s = config.evaluation.held_out_loss.timeout_s
     validation_loss = ask(
         loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
 
 
 class RunEvaluator:
-    """Scores the models of a run. `prompts` is empty where `evaluation.at_end` is off."""
+    """Scores the models of a run.
+
+    `prompts` is empty where `evaluation.at_end` is off, or no test prompt has a reference.
+    """
 
     def __init__(
         self,
@@ -55,7 +59,8 @@ class RunEvaluator:
         test = splits.test or splits.validation
         self.prompts: tuple[Prompt, ...] = ()
         if config.evaluation.at_end:
-            self.prompts = test.prompts[: config.evaluation.max_prompts]
+            answered = tuple(prompt for prompt in test.prompts if prompt.references)
+            self.prompts = answered[: config.evaluation.max_prompts]
 
     def before(self, responder: Responder) -> Evaluation:
         """The student before training; its responses become the samples' first half."""
@@ -105,8 +110,10 @@ class RunEvaluator:
         losses = {
             record.step: record.loss
             for record in read_records(self._config.run.directory / FILE_NAME)
-            if isinstance(record, ValidationRecord)
+            if isinstance(record, ValidationRecord) and record.text == "dataset"
         }
+        if not losses:
+            losses = {0: math.nan}
         before = dataclasses.replace(
             evaluation.models[STUDENT_BEFORE], validation_loss=losses[min(losses)]
         )

@@ -13,12 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from distillm_ray.batching import pack, plan_validation
-from distillm_ray.config import Dtype
+from distillm_ray.config import SAMPLED, CrossEntropy, Dtype, LossConfig, ReverseKL, Term
 from distillm_ray.learner.step_statistics import counted_tokens
-from distillm_ray.learner.student_model import PackedStudent, label_logprobs
+from distillm_ray.learner.student_model import (
+    PackedStudent,
+    label_logprobs,
+    run_row,
+    training_request,
+)
 from distillm_ray.loss.distillation_head import install_distillation_head
 from distillm_ray.models.directory import Role
 from distillm_ray.models.dtypes import resolve_dtype
+from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.packed import load_packed_model
 from distillm_ray.types import LearnerBatch, Rollout
 
@@ -75,3 +81,38 @@ def cross_entropy_sum(
         total[0] -= log_probs_N[counts_N].double().sum()
         total[1] += counts_N.sum()
     return total
+
+
+@torch.no_grad()
+def own_text_sum(
+    student: nn.Module,
+    batches: Sequence[LearnerBatch],
+    loss: LossConfig,
+    teacher_head: FrozenHead | None,
+    device: torch.device,
+) -> Tensor:
+    """`[2]`, float64: the divergence summed over the student's own tokens, and their number.
+
+    For prompts without a response: the rows hold what the student said to them. The divergence is
+    that of the first term that has one on the student's text, else the reverse KL. A token whose
+    divergence is +inf is left out. The student is left in evaluation mode.
+    """
+    student.eval()
+    single = loss.model_copy(update={"terms": (own_text_term(loss),)})
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        request = training_request(batch, single, teacher_head, device)
+        (values_N,) = run_row(student, batch, request, device).values
+        counts_N = torch.from_numpy(counted_tokens(batch)).to(device) & ~values_N.isposinf()
+        total[0] += values_N[counts_N].double().sum()
+        total[1] += counts_N.sum()
+    return total
+
+
+def own_text_term(loss: LossConfig) -> Term:
+    """The term whose value is the held-out loss where there are no held-out responses."""
+    on_student = [term.formula for term in loss.terms if term.on in ("all", "student")]
+    divergences = [term for term in on_student if not isinstance(term, SAMPLED)]
+    if divergences:
+        return divergences[0]
+    return ReverseKL() if loss.needs_teacher else CrossEntropy(on="student")

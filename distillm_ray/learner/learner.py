@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from distillm_ray.config import LearnerConfig, LossConfig, StudentConfig
 from distillm_ray.errors import ConfigError
@@ -37,7 +37,7 @@ from distillm_ray.learner.deepspeed_engine import (
     random_state,
     set_random_state,
 )
-from distillm_ray.learner.held_out_loss import cross_entropy_sum
+from distillm_ray.learner.held_out_loss import cross_entropy_sum, own_text_sum
 from distillm_ray.learner.host_memory import return_freed_memory
 from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at
 from distillm_ray.learner.step_statistics import StepStatistics
@@ -174,7 +174,15 @@ class Learner:
 
         Fillers are computed and not counted.
         """
-        total = cross_entropy_sum(self._engine, batches, self.device)
+        return self._summed(cross_entropy_sum(self._engine, batches, self.device))
+
+    def own_text_loss(self, batches: Sequence[LearnerBatch]) -> tuple[float, int]:
+        """Sum of the divergence over the student's own tokens of all ranks, and their number."""
+        return self._summed(
+            own_text_sum(self._engine, batches, self._loss, self._teacher_head, self.device)
+        )
+
+    def _summed(self, total: Tensor) -> tuple[float, int]:
         dist.all_reduce(total)
         loss_sum, num_tokens = total.tolist()
         return loss_sum, int(num_tokens)

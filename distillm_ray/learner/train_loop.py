@@ -80,6 +80,8 @@ class TrainLoop:
         publish_dtype: dtype of the weights that the generators get.
         end_token_ids: at which the trained model ends its responses; written to the export.
         probe_prompts: held-out prompts whose responses go to the log.
+        held_out_prompts: where there are no held-out responses, the prompts to which the student
+            responds at each validation; the same on all ranks.
         decode: the text of a response.
     """
 
@@ -94,6 +96,7 @@ class TrainLoop:
         publish_dtype: torch.dtype,
         end_token_ids: Sequence[int],
         probe_prompts: Sequence[Prompt] = (),
+        held_out_prompts: Sequence[Prompt] = (),
         decode: Callable[[Rollout], str] = lambda rollout: rollout.text,
     ) -> None:
         self._learner = learner
@@ -104,6 +107,7 @@ class TrainLoop:
         self._publish_dtype = publish_dtype
         self._end_token_ids = end_token_ids
         self._probe_prompts = probe_prompts
+        self._held_out_prompts = held_out_prompts
         self._decode = decode
         self._speaks = learner.rank == 0
         self._phi = 0.0
@@ -229,10 +233,9 @@ class TrainLoop:
         if self._published < newest:
             self._publish(completed)
 
-    def _publish(self, completed: int) -> None:
+    def _publish(self, completed: int, *, wanted: bool = False) -> None:
         """Hand the weights over bucket by bucket, if any generator needs them."""
-        wanted = False
-        if self._speaks:
+        if self._speaks and not wanted:
             config = self._config
             # The student is evaluated with the weights of the last step.
             evaluated = completed == config.learner.steps and config.evaluation.at_end
@@ -258,15 +261,21 @@ class TrainLoop:
     def _validate(self, completed: int) -> None:
         """Compute the held-out loss, adapt the schedule, and let the student respond to probes."""
         started = time.monotonic()
+        if self._held_out_prompts and self._published != completed:
+            self._publish(completed, wanted=True)
         probing = (
-            self._published == completed
+            not self._held_out_prompts
+            and self._published == completed
             and self._config.wants_rollouts
             and len(self._probe_prompts) > 0
         )
         if probing and self._speaks:
             # Before the validation, so that the generators work while the learners compute it.
             self._links.orchestrator.start_probe(self._probe_prompts)
-        loss_sum, num_tokens = self._learner.validation_loss(self._validation_batches)
+        if self._held_out_prompts:
+            loss_sum, num_tokens = self._own_text_loss(completed)
+        else:
+            loss_sum, num_tokens = self._learner.validation_loss(self._validation_batches)
         loss = loss_sum / num_tokens if num_tokens else math.nan
         self._validation = Validation(step=completed, loss=loss, tokens=num_tokens)
         if self._speaks:
@@ -275,6 +284,7 @@ class TrainLoop:
             ValidationRecord(
                 step=completed,
                 loss=loss,
+                text="student" if self._held_out_prompts else "dataset",
                 tokens=num_tokens,
                 phi=self._phi,
                 seconds=time.monotonic() - started,
@@ -283,6 +293,32 @@ class TrainLoop:
         self._publish_if_due(completed)  # phi may have left 0 in this validation
         if probing:
             self._finish_probe(completed)
+
+    def _own_text_loss(self, completed: int) -> tuple[float, int]:
+        """The divergence on the student's responses to held-out prompts, summed, and its tokens."""
+        responses = None
+        if self._speaks:
+            self._links.orchestrator.start_probe(self._held_out_prompts)
+            responses = self._links.orchestrator.finish_probe()
+        rollouts = self._learner.collect(responses)[0]
+        assert rollouts is not None, "rank 0 has the responses"
+        plans = plan_validation(
+            rollouts,
+            num_ranks=self._learner.num_ranks,
+            max_micro_batch_tokens=self._config.learner.max_micro_batch_tokens,
+        )[self._learner.rank]
+        targets = None
+        if self._links.targets is not None:
+            mine = {one.rollout.rollout_id: one.rollout for plan in plans for one in plan.sequences}
+            targets = self._links.targets.fetch(list(mine.values()))
+        shown = zip(self._probe_prompts, rollouts, strict=False)
+        samples = tuple(self._sample(prompt, rollout) for prompt, rollout in shown)
+        self._log(ProbeRecord(step=completed, samples=samples))
+        return self._learner.own_text_loss([pack(plan, targets) for plan in plans])
+
+    def _sample(self, prompt: Prompt, rollout: Rollout) -> Sample:
+        reference = prompt.references[0] if prompt.references else ""
+        return Sample(prompt=prompt.text, reference=reference, response=self._decode(rollout))
 
     def _finish_probe(self, completed: int) -> None:
         """Log the responses, and compare the engine's log-probabilities with the learner's."""
@@ -301,11 +337,7 @@ class TrainLoop:
             gaps.append(np.abs(self._learner.token_logprobs(batch) - batch.behaviour_logprobs_N))
         gap = float(np.concatenate(gaps).mean())
         samples = tuple(
-            Sample(
-                prompt=prompt.text,
-                reference=prompt.references[0],
-                response=self._decode(rollout),
-            )
+            self._sample(prompt, rollout)
             for prompt, rollout in zip(self._probe_prompts, rollouts, strict=True)
         )
         self._log(ProbeRecord(step=completed, samples=samples, logprob_gap=gap))

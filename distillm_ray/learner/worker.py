@@ -38,11 +38,14 @@ def run(job: LearnerJob) -> None:
         device=device,
         seed=config.run.seed,
     )
-    plans = plan_validation(
-        ray.get(job.validation),
-        num_ranks=learner.num_ranks,
-        max_micro_batch_tokens=config.learner.max_micro_batch_tokens,
-    )
+    held_out = ray.get(job.validation)
+    plans = ((),) * learner.num_ranks
+    if held_out:
+        plans = plan_validation(
+            held_out,
+            num_ranks=learner.num_ranks,
+            max_micro_batch_tokens=config.learner.max_micro_batch_tokens,
+        )
     checkpoints = CheckpointDirectory(
         config.run.directory / CHECKPOINT_FOLDER, keep=config.checkpoint.keep
     )
@@ -60,5 +63,6 @@ def run(job: LearnerJob) -> None:
         publish_dtype=resolve_dtype(config.rollout.dtype, device),
         end_token_ids=job.end_token_ids,
         probe_prompts=job.probe_prompts,
+        held_out_prompts=job.held_out_prompts,
         decode=partial(decode, tokenizer),
     ).run(start)

@@ -139,6 +139,9 @@ class ValidationRecord:
     step: int
     time: float = 0.0
     loss: float
+    text: Literal["dataset", "student"] = "dataset"
+    """Held-out responses, whose loss is the cross-entropy, or the student's own to held-out prompts
+    without a response, whose loss is the divergence from the teacher."""
     tokens: int = 0
     phi: float = 0.0  # from the next draw on
     seconds: float = 0.0

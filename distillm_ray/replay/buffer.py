@@ -113,9 +113,9 @@ class ReplayBuffer:
                 f" {batch_size} <= {min_size} <= {capacity}: a step could not replay its whole"
                 " batch without replacement, or the shelf would never begin to replay"
             )
-        if not prompts or not demonstrations:
+        if not prompts or not (demonstrations or (schedule.phi == 1.0 and not paired)):
             raise ValueError(
-                "a replay buffer needs prompts and data-set responses, got"
+                "a replay buffer needs prompts, and data-set responses unless phi is 1, got"
                 f" {len(prompts)} and {len(demonstrations)}: a slot could never be filled"
             )
         self._schedule = schedule

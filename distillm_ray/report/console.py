@@ -109,8 +109,10 @@ def line(record: Record, total_steps: int) -> str:
             )
             return text + ("  SKIPPED: loss or gradient not finite" if record.skipped else "")
         case ValidationRecord():
+            what = "loss" if record.text == "dataset" else "divergence on the student's own text"
             return (
-                f"validation after step {record.step}: loss {record.loss:.4f}, phi {record.phi:.2f}"
+                f"validation after step {record.step}: {what} {record.loss:.4f},"
+                f" phi {record.phi:.2f}"
             )
         case PublishRecord():
             size = record.nbytes / 2**20

@@ -107,7 +107,8 @@ def draw_loss(ax: Axes, records: Sequence[Record]) -> None:
             smooth = running_mean(of_term, _SMOOTHING_STEPS)
             ax.plot(at, smooth, style, color=SKY, linewidth=1, label=f"{name} (left)")
     ax.set_ylabel("training loss, nats a token", color=BLUE)
-    ax.set_ylim(bottom=0)
+    if all(record.loss >= 0 for record in steps):  # policy gradients have losses below 0
+        ax.set_ylim(bottom=0)
     held_out = [record for record in records if isinstance(record, ValidationRecord)]
     right = _right_axis(ax)
     right.plot(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distillm_ray.files import write_atomically
-from distillm_ray.types import Rollout
+from distillm_ray.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ _MAX_CHARACTERS = 400  # likewise
 
 
 def describe_rows(
-    demonstrations: Sequence[Rollout],
+    rows: Sequence[Rollout] | Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     end_token_ids: Collection[int],
 ) -> str:
@@ -35,29 +35,33 @@ def describe_rows(
                    7 3
                    ends with 3 '<end>', an end token
     """
-    return "\n".join(_describe(one, tokenizer, end_token_ids) for one in demonstrations)
+    return "\n".join(_describe(one, tokenizer, end_token_ids) for one in rows)
 
 
 def write_first_rows(
     directory: Path,
-    demonstrations: Sequence[Rollout],
+    rows: Sequence[Rollout] | Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     end_token_ids: Collection[int],
 ) -> list[str]:
     """Write the first rows of a run's data to a file; returns the first of them, for the screen."""
-    first = demonstrations[:NUM_ROWS]
+    first = rows[:NUM_ROWS]
     path = directory / ROWS_FILE
     write_atomically(path, f"{describe_rows(first, tokenizer, end_token_ids)}\n".encode())
-    head = f"the first of {len(demonstrations)} rows, as the models see it (more in {path}):"
+    head = f"the first of {len(rows)} rows, as the models see it (more in {path}):"
     return [head, *describe_rows(first[:1], tokenizer, end_token_ids).splitlines()]
 
 
 def _describe(
-    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int]
+    row: Rollout | Prompt, tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int]
 ) -> str:
-    ids = [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
-    learned = [False] * len(rollout.prompt_ids) + rollout.loss_mask.tolist()
-    lines = [f"{rollout.prompt_id}: {len(ids)} tokens, {sum(learned)} under the loss"]
+    if isinstance(row, Prompt):
+        ids = row.token_ids.tolist()
+        learned = [False] * len(ids)
+    else:
+        ids = [*row.prompt_ids.tolist(), *row.response_ids.tolist()]
+        learned = [False] * len(row.prompt_ids) + row.loss_mask.tolist()
+    lines = [f"{row.prompt_id}: {len(ids)} tokens, {sum(learned)} under the loss"]
     for in_loss, group in itertools.groupby(zip(learned, ids, strict=True), key=lambda one: one[0]):
         span = [index for _, index in group]
         text = str(tokenizer.decode(span, skip_special_tokens=False))

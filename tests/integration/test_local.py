@@ -56,6 +56,11 @@ METHODS = {
     ),
     "distillm2": ("method=distillm2", "learner={optimizer: sgd, learning_rate: 0.3}"),
     "minillm": ("method=minillm", "learner={optimizer: sgd, learning_rate: 0.1}"),
+    "prompts": (
+        "method=opd",
+        "learner={optimizer: sgd, learning_rate: 0.1}",
+        "data={train: [prompts.jsonl], validation: [held_out_prompts.jsonl]}",
+    ),
 }
 # Float32 sums in another order. Weights are around 0.2, and the largest moves by more than 0.01.
 ROUNDING = 1e-5
@@ -82,11 +87,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 if parameter.ndim == 2:
                     parameter.mul_(10.0)
         model.save_pretrained(path.parent / name)
+    for source, target in (("train", "prompts"), ("validation", "held_out_prompts")):
+        rows = map(json.loads, (path.parent / f"{source}.jsonl").read_text().splitlines())
+        prompts = [json.dumps({"prompt": row["prompt"]}) for row in rows]
+        (path.parent / f"{target}.jsonl").write_text("\n".join(prompts))
     return path
 
 
 def train(config: Path, name: str, overrides: Sequence[str]) -> Path:
     run = config.parent / name
+    overrides = [
+        one.replace("[", f"[{config.parent}/") if ".jsonl" in one else one for one in overrides
+    ]
     command = ("train", str(config), f"run.directory={run}", *EXACT, *overrides)
     with Driver(*command, log=run.with_suffix(".log")) as driver:
         assert driver.wait(LIMIT_S) == 0, driver.output()
@@ -130,6 +142,7 @@ def test_every_step_draws_the_same_sequences(pair: Pair) -> None:
             "sft": {"dataset"},
             "distillm2": {"fresh", "dataset"},
             "minillm": {"fresh"},
+            "prompts": {"fresh"},
         }[pair.method]
     )
 
@@ -152,6 +165,8 @@ def test_validation_and_phi_are_the_same_at_the_same_steps(pair: Pair) -> None:
     assert [(one.step, one.phi) for one in local] == [(one.step, one.phi) for one in cluster]
     assert (local[-1].phi > local[0].phi) == (pair.method == "distillm")
     assert [one.loss for one in local] == pytest.approx([one.loss for one in cluster], abs=ROUNDING)
+    assert {one.text for one in local} == {"student" if pair.method == "prompts" else "dataset"}
+    assert [one.tokens for one in local] == [one.tokens for one in cluster]
 
 
 def test_the_work_of_generator_and_scorer_is_the_same(pair: Pair) -> None:
