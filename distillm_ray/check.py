@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from distillm_ray import __version__
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.data.splits import Dataset, load_splits
+from distillm_ray.data.tokenizing import tokenize_files
 from distillm_ray.errors import ModelError
 from distillm_ray.log.commit import package_commit
 from distillm_ray.models.directory import ModelFacts
@@ -43,6 +45,7 @@ from distillm_ray.types import Device, Prompt, Rollout
 from distillm_ray.weights.export import export_model
 from distillm_ray.weights.gather import gather
 
+MAX_ROWS = 1000  # of each file that are read; `train` reads all
 NUM_PROMPTS = 4  # that the engine responds to
 MAX_TOKENS = 32  # of a response
 _SHOWN_BYTES = 4000  # of an engine's output, if it fails
@@ -78,10 +81,14 @@ def check(config: Config, preflight: Preflight, say: Say) -> None:
         tokenizer,
         config.run.seed,
         responses_needed_by=config.responses_needed_by,
+        tokenize=partial(tokenize_files, max_rows=MAX_ROWS),
         vocabulary_size=preflight.vocabulary_size,
     ).train
     ends = preflight.student.ends(train.end_token_id)
-    say(f"\nthe first {min(NUM_ROWS, len(train.prompts))} rows")
+    say(
+        f"\nthe first {min(NUM_ROWS, len(train.prompts))} rows; read were at most {MAX_ROWS:,} of"
+        " each file"
+    )
     say(describe_rows(train.rows[:NUM_ROWS], tokenizer, ends))
     if config.teacher is not None:
         say(compare_tokenizers(config, train.rows[:NUM_ROWS], tokenizer))

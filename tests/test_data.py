@@ -14,9 +14,17 @@ from transformers import PreTrainedTokenizerFast
 
 from distillm_ray.config import DataConfig
 from distillm_ray.data import ray_data
-from distillm_ray.data.files import DataFile, check_files, decode_row, read_rows
+from distillm_ray.data.files import (
+    DataFile,
+    check_files,
+    decode_row,
+    find_files,
+    read_rows,
+)
 from distillm_ray.data.rows import Example, RowError, parse_row
 from distillm_ray.data.splits import Dataset, hold_out, load_dataset, load_splits
+from distillm_ray.data.templates import Renderer
+from distillm_ray.data.tokenizing import tokenize_files
 from distillm_ray.errors import DataError
 from tests import make
 
@@ -100,6 +108,18 @@ def test_a_file_listed_twice_is_refused(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", {"prompt": "why", "response": "so"})
     with pytest.raises(DataError, match="is listed twice"):
         check_files(DataConfig(train=(path, tmp_path / "." / "a.jsonl")))
+
+
+def test_only_the_first_rows_of_each_file_are_read_where_that_is_enough(tmp_path: Path) -> None:
+    answered = {"prompt": "why", "response": "so"}
+    paths = tuple(
+        write_lines(tmp_path / name, answered, answered, "{bad") for name in ("a.jsonl", "b.jsonl")
+    )
+    config = DataConfig(train=paths)
+    files = find_files(paths, "train")
+    table = tokenize_files(files, Renderer(make_tokenizer(), config), config, True, max_rows=2)
+    assert table["row"].to_pylist() == [1, 2, 1, 2]
+    assert table["kind"].to_pylist() == [None] * 4
 
 
 # ---- Ray Data -----------------------------------------------------------------------------------

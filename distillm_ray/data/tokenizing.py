@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeAlias
@@ -46,9 +47,16 @@ TokenizeFiles: TypeAlias = Callable[[Sequence[DataFile], Renderer, DataConfig, b
 
 
 def tokenize_files(
-    files: Sequence[DataFile], renderer: Renderer, config: DataConfig, require_responses: bool
+    files: Sequence[DataFile],
+    renderer: Renderer,
+    config: DataConfig,
+    require_responses: bool,
+    *,
+    max_rows: int | None = None,
 ) -> pa.Table:
     """All rows in the order of files and rows, with the columns of `TOKENIZED`.
+
+    `max_rows` of each file are read, None: all.
 
     Raises:
         DataError: a file cannot be read.
@@ -56,19 +64,21 @@ def tokenize_files(
     tables = [TOKENIZED.empty_table()]
     for index, file in enumerate(files):
         with file.path.open("rb") as stream:
-            for batch in raw_batches(stream, file, index):
+            for batch in raw_batches(stream, file, index, max_rows=max_rows):
                 tables.append(tokenize_rows(batch, renderer, config, require_responses))
     return pa.concat_tables(tables)
 
 
-def raw_batches(stream: BinaryIO, file: DataFile, index: int) -> Iterator[pa.Table]:
+def raw_batches(
+    stream: BinaryIO, file: DataFile, index: int, *, max_rows: int | None = None
+) -> Iterator[pa.Table]:
     """The rows of a file as tables of (file, row number, JSON); `index` goes into `file`.
 
     Raises:
         DataError: the file is damaged.
     """
     rows: list[tuple[int, bytes]] = []
-    for row in read_rows(stream, file):
+    for row in itertools.islice(read_rows(stream, file), max_rows):
         rows.append(row)
         if len(rows) == _ROWS_PER_BATCH:
             yield raw_table(index, rows)
