@@ -73,6 +73,8 @@ def check(config: Config, preflight: Preflight, say: Say) -> None:
         if facts is not None:
             say(describe_model(facts))
 
+    for remark in config.remarks:
+        say(remark)
     tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )

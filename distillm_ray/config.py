@@ -732,6 +732,22 @@ class Config(Section):
         return (*data, "student") if self.wants_rollouts else data
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know of settings that are allowed and unusual."""
+        sampling = self.rollout.sampling
+        plain = (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
+        if plain or not any(
+            isinstance(term, PolicyGradient) or term.max_importance is not None
+            for term in self.loss.terms
+        ):
+            return ()
+        return (
+            "warning: rollout.sampling changes the distribution that responses are sampled from,"
+            " and policy gradients and importance weights take them for samples of the student at"
+            " temperature 1: their expectation is another one than the reverse KL's gradient",
+        )
+
+    @property
     def wants_generators(self) -> bool:
         """Whether a run generates: rollouts, or responses to evaluate the student."""
         return self.wants_rollouts or self.evaluation.at_end

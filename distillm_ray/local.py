@@ -117,7 +117,7 @@ def train(
         responses_needed_by=config.responses_needed_by,
         vocabulary_size=preflight.vocabulary_size,
     )
-    for line in splits.describe():
+    for line in (*splits.describe(), *config.remarks):
         view.note(line)
     directory.mkdir(parents=True, exist_ok=True)
     with held(directory):

@@ -99,7 +99,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                         vocabulary_size=preflight.vocabulary_size,
                     )
                 )
-                for line in splits.describe():
+                for line in (*splits.describe(), *config.remarks):
                     view.note(line)
         except Stopped:
             return Ended(status="stopped", step=_checkpointed(config))

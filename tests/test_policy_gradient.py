@@ -268,6 +268,21 @@ def test_a_token_that_the_teacher_excludes_is_counted_and_teaches_nothing() -> N
     assert gradient(result.loss, logits_NV)[1].abs().max() == 0.0
 
 
+def test_samples_of_another_distribution_than_the_students_are_remarked() -> None:
+    schedule = {"type": "fixed", "phi": 1.0, "replay_ratio": "none"}
+    terms = [{"type": "reverse_kl", "on": "student"}, {"type": "policy_gradient"}]
+
+    def remarks(terms: list[dict[str, str]], **sampling: float) -> tuple[str, ...]:
+        tree = make.tree(loss={"terms": terms}, schedule=schedule, rollout={"sampling": sampling})
+        return parse_config(tree, name="x").remarks
+
+    assert remarks(terms) == ()
+    assert remarks(terms[:1], temperature=0.5) == ()
+    for sampling in ({"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 5}):
+        (remark,) = remarks(terms, **sampling)
+        assert remark.startswith("warning: rollout.sampling changes the distribution")
+
+
 def test_configs_that_cannot_reward_samples_are_refused() -> None:
     with pytest.raises(ValidationError, match="on must be student with type: policy_gradient"):
         PolicyGradient(on="dataset")
