@@ -3,8 +3,8 @@
     python bench/lab.py [--quick] [--seeds 3] [--jobs 2] [--methods kd,distillm]
 
 The task is column addition with written-out carries: some fifty tokens, each of which must be
-right. The teacher (1.2M parameters) is trained on many rows in which one column in twenty is wrong,
-so it knows more than any row says. The student (0.14M) starts from supervised fine-tuning on few of
+right. The teacher (1.2M parameters) is trained on many rows in which one column in ten is wrong, so
+it knows more than any row says. The student (0.14M) starts from supervised fine-tuning on few of
 these rows, as in the DistiLLM paper, and is then trained by `distillm-ray train method=NAME` on the
 same few. All models are trained by the product, in one process each (`run.mode=local`).
 
@@ -49,7 +49,7 @@ from distillm_ray.log.records import StepRecord, ValidationRecord
 from distillm_ray.methods import METHODS
 
 DIGITS = 6
-WRONG_COLUMNS = 0.05
+WRONG_COLUMNS = 0.1
 SPECIAL = ("<unk>", "<user>", "<assistant>", "<end>")
 WORDS = (*"0123456789", "+", ":", ";", "=")
 CHAT = (
@@ -65,15 +65,15 @@ class Size:
     """How much of everything."""
 
     teacher_rows: int = 20_000
-    teacher_steps: int = 1500
-    rows: int = 600
-    initial_steps: int = 300
+    teacher_steps: int = 1400
+    rows: int = 1500
+    initial_steps: int = 800
     steps: int = 400
     batch_size: int = 32
     test_problems: int = 400
 
 
-QUICK = Size(teacher_steps=600, steps=60, initial_steps=150, test_problems=100)
+QUICK = Size(teacher_steps=1000, rows=3000, initial_steps=700, steps=100, test_problems=200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +259,7 @@ def prepare(lab: Path, size: Size) -> Path:
             f"student.model={lab / 'teacher-start'}",
             f"data.train=[{lab / 'teacher.jsonl'}]",
             f"learner.steps={size.teacher_steps}",
-            "learner.num_threads=2",
+            "learner.learning_rate=1.5e-3",
         )
     for _ in once(lab / "student.done"):
         train(
@@ -268,6 +268,7 @@ def prepare(lab: Path, size: Size) -> Path:
             *sft,
             f"student.model={lab / 'student-start'}",
             f"learner.steps={size.initial_steps}",
+            "learner.learning_rate=2e-3",
         )
         (lab / "student-init").unlink(missing_ok=True)
         (lab / "student-init").symlink_to(lab / "initial" / "model")
