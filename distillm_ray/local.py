@@ -77,6 +77,7 @@ from distillm_ray.types import (
     TRAINING,
     Device,
     LearnerBatch,
+    Prompt,
     Rollout,
     TeacherTargets,
     Validation,
@@ -226,20 +227,11 @@ def distil(
 
     def loss_on_own_text(completed: int) -> torch.Tensor:
         """Without held-out responses: the divergence on the student's, under its weights of now."""
-        engine = generator
-        assert engine is not None
+        assert generator is not None
         publish(completed)
-        sampling, seed = config.rollout.sampling, config.run.seed
         prompts = splits.validation.prompts[:limit]
-
-        async def respond() -> list[Rollout]:
-            return await asyncio.gather(
-                *(engine.complete(one, sampling, seed=seed) for one in prompts)
-            )
-
-        responses = runner.run(respond())
-        for response in responses:
-            validation_work.update(response_counts(response, response_facts(response)))
+        responses, counts = runner.run(respond(prompts, generator, config))
+        validation_work.update(counts)
         targets = None
         if scorer is not None and identity is not None:
             targets, counts = runner.run(targets_of(responses, scorer, identity, store))
@@ -361,6 +353,19 @@ def pack_held_out(
         return []
     (plans,) = plan_validation(rollouts, num_ranks=1, max_micro_batch_tokens=max_tokens)
     return [pack(plan, targets) for plan in plans]
+
+
+async def respond(
+    prompts: Sequence[Prompt], generator: TransformersGenerator, config: Config
+) -> tuple[list[Rollout], Counter[str]]:
+    """The student's responses to held-out prompts, and what to count."""
+    sampling, seed = config.rollout.sampling, config.run.seed
+    calls = [generator.complete(prompt, sampling, seed=seed) for prompt in prompts]
+    responses = await asyncio.gather(*calls)
+    counts: Counter[str] = Counter()
+    for response in responses:
+        counts.update(response_counts(response, response_facts(response)))
+    return responses, counts
 
 
 async def meet_demand(
