@@ -4,9 +4,9 @@
 
 The task is column addition with written-out carries: some fifty tokens, each of which must be
 right. The teacher (1.2M parameters) is trained on many rows in which one column in ten is wrong, so
-it knows more than any row says. The student (0.14M) starts from supervised fine-tuning on few of
-these rows, as in the DistiLLM paper, and is then trained by `distillm-ray train method=NAME` on the
-same few. All models are trained by the product, in one process each (`run.mode=local`).
+it knows more than any row says. The student (0.14M) starts from supervised fine-tuning on rows of
+the same kind, as in the DistiLLM paper, and is then trained by `distillm-ray train method=NAME` on
+few other rows. All models are trained by the product, in one process each (`run.mode=local`).
 
 Runs that are finished are kept in runs/lab; the same command continues. Exact match is of the final
 sum, greedy, on problems that no training saw and without wrong columns.
@@ -66,14 +66,15 @@ class Size:
 
     teacher_rows: int = 20_000
     teacher_steps: int = 1400
-    rows: int = 1500
+    initial_rows: int = 2000
+    rows: int = 300
     initial_steps: int = 800
     steps: int = 400
     batch_size: int = 32
     test_problems: int = 400
 
 
-QUICK = Size(teacher_steps=1000, rows=3000, initial_steps=700, steps=100, test_problems=200)
+QUICK = Size(teacher_steps=1000, initial_rows=3000, initial_steps=700, steps=100, test_problems=200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +246,8 @@ def prepare(lab: Path, size: Size) -> Path:
         write_rows(
             lab / "teacher.jsonl", problems("teacher", size.teacher_rows, wrong=WRONG_COLUMNS)
         )
-        write_rows(lab / "train.jsonl", problems("train", size.rows, wrong=WRONG_COLUMNS))
+        write_rows(lab / "initial.jsonl", problems("train", size.initial_rows, wrong=WRONG_COLUMNS))
+        write_rows(lab / "train.jsonl", problems("few", size.rows, wrong=WRONG_COLUMNS))
         write_rows(lab / "validation.jsonl", problems("validation", 200, wrong=0.0))
         write_rows(lab / "test.jsonl", problems("test", size.test_problems, wrong=0.0))
         make_model(lab / "teacher-start", TEACHER, seed=1)
@@ -267,6 +269,7 @@ def prepare(lab: Path, size: Size) -> Path:
             lab / "initial",
             *sft,
             f"student.model={lab / 'student-start'}",
+            f"data.train=[{lab / 'initial.jsonl'}]",
             f"learner.steps={size.initial_steps}",
             "learner.learning_rate=2e-3",
         )
