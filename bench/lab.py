@@ -1,4 +1,4 @@
-"""The laboratory: every method on a task where differences show, at equal steps.
+"""The laboratory: every method on a task where differences show, at equal steps and equal cost.
 
     python bench/lab.py [--quick] [--seeds 3] [--jobs 2] [--methods kd,distillm]
 
@@ -7,6 +7,8 @@ right. The teacher (1.2M parameters) is trained on many rows in which one column
 it knows more than any row says. The student (0.14M) starts from supervised fine-tuning on rows of
 the same kind, as in the DistiLLM paper, and is then trained by `distillm-ray train method=NAME` on
 few other rows. All models are trained by the product, in one process each (`run.mode=local`).
+
+At equal cost, each method takes as many steps as fit into the CPU time of DistiLLM's run.
 
 Runs that are finished are kept in runs/lab; the same command continues. Exact match is of the final
 sum, greedy, on problems that no training saw and without wrong columns.
@@ -83,6 +85,7 @@ class Outcome:
 
     method: str
     seed: int
+    steps: int
     exact_match: float  # percent
     validation_loss: float
     cpu_seconds: float  # of the whole process, its start included
@@ -303,27 +306,28 @@ def responses(directory: Path, rows: Sequence[dict[str, str]]) -> list[dict[str,
     return written
 
 
-def run(path: Path, lab: Path, method: str, seed: int) -> Outcome:
+def run(path: Path, lab: Path, method: str, seed: int, steps: int) -> Outcome:
     """One method with one seed; a finished run is read."""
-    directory = lab / method / f"seed-{seed}"
+    directory = lab / method / f"seed-{seed}-steps-{steps}"
     result = directory.with_suffix(".json")
     if not result.exists():
-        overrides = [f"method={method}", f"run.seed={seed}"]
+        overrides = [f"method={method}", f"run.seed={seed}", f"learner.steps={steps}"]
         if METHODS[method].get("data", {}).get("responses") == "teacher":
             overrides.append(f"data.train=[{lab / 'responses.jsonl'}]")
         cpu_seconds = train(path, directory, *overrides)
         records = list(read_records(directory / FILE_NAME))
-        steps = [record for record in records if isinstance(record, StepRecord)]
+        work = [record.work for record in records if isinstance(record, StepRecord)]
         losses = [record.loss for record in records if isinstance(record, ValidationRecord)]
         test = [json.loads(line) for line in (lab / "test.jsonl").read_text().splitlines()]
         outcome = Outcome(
             method=method,
             seed=seed,
+            steps=steps,
             exact_match=exact_match(directory / "model", test),
             validation_loss=losses[-1],
             cpu_seconds=cpu_seconds,
-            generated_tokens=sum(step.work.generated_tokens for step in steps),
-            scored_tokens=sum(step.work.scored_tokens for step in steps),
+            generated_tokens=sum(one.generated_tokens for one in work),
+            scored_tokens=sum(one.scored_tokens for one in work),
         )
         result.write_text(json.dumps(asdict(outcome)))
     return Outcome(**json.loads(result.read_text()))
@@ -332,11 +336,13 @@ def run(path: Path, lab: Path, method: str, seed: int) -> Outcome:
 # ---- what is shown -------------------------------------------------------------------------------
 
 
-def table_of(by_method: dict[str, list[Outcome]]) -> Table:
-    table = Table("method", "exact match, %", "validation loss", "CPU-s", "generated", "scored")
+def table_of(title: str, by_method: dict[str, list[Outcome]]) -> Table:
+    names = ("method", "steps", "exact match, %", "validation loss", "CPU-s", "generated", "scored")
+    table = Table(*names, title=title)
     for method, outcomes in by_method.items():
         table.add_row(
             method,
+            f"{statistics.median(one.steps for one in outcomes):.0f}",
             spread([one.exact_match for one in outcomes], 1),
             spread([one.validation_loss for one in outcomes], 4),
             f"{statistics.median(one.cpu_seconds for one in outcomes):.0f}",
@@ -390,18 +396,37 @@ def main() -> None:
     )
     print(f"exact match: teacher {teacher:.1f} %, student before {start:.1f} %", flush=True)
     methods = arguments.methods.split(",")
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        futures = [
-            (method, pool.submit(run, path, lab, method, seed))
-            for seed in range(seeds)
-            for method in methods
-        ]
-        by_method: dict[str, list[Outcome]] = {method: [] for method in methods}
-        for method, future in futures:
-            outcome = future.result()
-            by_method[method].append(outcome)
-            print(f"{method} seed {outcome.seed}: {outcome.exact_match:.1f} %", flush=True)
-    Console(width=120).print(table_of(by_method))
+
+    def run_all(steps: dict[str, int]) -> dict[str, list[Outcome]]:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            futures = [
+                (method, pool.submit(run, path, lab, method, seed, steps[method]))
+                for seed in range(seeds)
+                for method in methods
+            ]
+            found: dict[str, list[Outcome]] = {method: [] for method in methods}
+            for method, future in futures:
+                outcome = future.result()
+                found[method].append(outcome)
+                print(f"{method} seed {outcome.seed}: {outcome.exact_match:.1f} %", flush=True)
+        return found
+
+    by_method = run_all(dict.fromkeys(methods, size.steps))
+    tables = [table_of(f"equal steps: {size.steps}", by_method)]
+    at_equal_cost: dict[str, list[Outcome]] = {}
+    if "distillm" in methods:
+        cost = {
+            method: statistics.median(one.cpu_seconds for one in outcomes)
+            for method, outcomes in by_method.items()
+        }
+        budget = cost["distillm"]
+        steps = {
+            method: max(30, round(size.steps * budget / cost[method], -1)) for method in methods
+        }
+        at_equal_cost = run_all({method: int(count) for method, count in steps.items()})
+        tables.append(table_of(f"equal cost: {budget:.0f} CPU-seconds", at_equal_cost))
+    for table in tables:
+        Console(width=120).print(table)
     name = "lab_quick" if arguments.quick else "lab"
     draw(by_method, start, teacher, RESULTS / f"{name}.png")
     write(
@@ -411,7 +436,8 @@ def main() -> None:
             "jobs": arguments.jobs,
             "teacher": teacher,
             "student_before": start,
-            "outcomes": [asdict(one) for outcomes in by_method.values() for one in outcomes],
+            "equal_steps": [asdict(one) for found in by_method.values() for one in found],
+            "equal_cost": [asdict(one) for found in at_equal_cost.values() for one in found],
             "seconds": time.monotonic() - started,
         },
     )

@@ -170,21 +170,51 @@ def generate(
 def init_student(
     teacher: Annotated[Path, typer.Argument(help="A Hugging Face directory.", parser=_path)],
     out: Annotated[Path, typer.Argument(help="The directory to make.", parser=_path)],
-    layers: Annotated[str, typer.Option(help="Layers to keep, as in 0,1,2,9.")],
+    layers: Annotated[str | None, typer.Option(help="Layers to keep, as in 0,1,2,9.")] = None,
+    keep: Annotated[
+        int | None, typer.Option(help="How many layers to keep, chosen by --by.")
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="loss: remove what is missed least; influence: what changes least.")
+    ] = "loss",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Rows to choose by, with --keep; may be given again.", parser=_path),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="How many rows of --data.")] = 8,
 ) -> None:
-    """A student from some of the teacher's layers."""
+    """A student from some of the teacher's layers: named, or chosen by what they do."""
     with _user_errors():
-        try:
-            numbers = tuple(int(part) for part in layers.split(","))
-        except ValueError:
+        if (layers is None) == (keep is None):
             raise UserError(
-                f"--layers must be numbers with commas between them, as in 0,1,2,9, got {layers!r}"
-            ) from None
-        _quiet()
-        from distillm_ray.models import students
+                "init-student needs either --layers, as in --layers 0,1,2,9, or --keep with --data,"
+                " as in --keep 20 --by loss --data rows.jsonl"
+            )
+        if layers is not None:
+            try:
+                numbers = tuple(int(part) for part in layers.split(","))
+            except ValueError:
+                raise UserError(
+                    "--layers must be numbers with commas between them, as in 0,1,2,9, got"
+                    f" {layers!r}"
+                ) from None
+            _quiet()
+            from distillm_ray import new_student
 
-        students.init_student(teacher, out, numbers)
-        typer.echo(f"{out}: {len(numbers)} layers of {teacher}")
+            lines = new_student.named_student(teacher, out, numbers)
+        else:
+            assert keep is not None
+            _quiet()
+            from transformers.utils.logging import disable_progress_bar
+
+            from distillm_ray import new_student
+
+            disable_progress_bar()  # of loading weights
+            lines = new_student.chosen_student(
+                teacher, out, keep, by=by, files=data or (), num_rows=rows
+            )
+        for line in lines:
+            typer.echo(line)
 
 
 @app.command()

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("report",),
     ("preflight", "watch"),
-    ("check", "jobs", "local", "pipeline"),
+    ("check", "jobs", "local", "new_student", "pipeline"),
     ("doctor",),
     ("cli",),
 )

@@ -452,6 +452,17 @@ def test_init_student_and_plot_refuse_wrong_arguments(tiny_job: Path, tmp_path: 
     init = ["init-student", teacher, str(out), "--layers"]
     assert "--layers must be numbers with commas" in refusal(*init, "0,first")
     assert "9" in refusal(*init, "0,9")
+    rows = str(tiny_job.parent / "train.jsonl")
+    init = ["init-student", teacher, str(out)]
+    assert "needs either --layers" in refusal(*init)
+    assert "needs either --layers" in refusal(*init, "--layers", "0", "--keep", "1")
+    assert "--keep 1 needs --data" in refusal(*init, "--keep", "1")
+    choose = [*init, "--keep", "1", "--data", rows]
+    assert refusal(*choose, "--by", "size") == "--by must be loss or influence, got 'size'"
+    assert refusal(*choose, "--rows", "0") == "--rows must be at least 1, got 0"
+    message = refusal(*init, "--keep", "3", "--data", rows)
+    assert message.startswith("--keep must lie between 1 and 2, got 3")
+    assert "nowhere.jsonl does not exist" in refusal(*choose, "--data", "nowhere.jsonl")
     assert not out.exists()
     assert str(tmp_path / "nowhere") in refusal("plot", str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()

@@ -21,7 +21,9 @@ from distillm_ray.models.safetensors_files import TensorInfo, write_tensors
 
 _LAYER_NAME = re.compile(r"^((?:model\.layers|(?:transformer\.)?h)\.)(\d+)(\..+)$")
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
-_WEIGHT_FILES = ("config.json", "model.safetensors.index.json")
+LAYERS_FILE = "layers.json"
+"""In a student's directory, where its layers were chosen: which are kept, and why."""
+_NOT_COPIED = ("config.json", "model.safetensors.index.json", LAYERS_FILE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,7 @@ def init_student(
     with new_directory(out) as directory:
         for pattern in _COPIED:
             for file in teacher.glob(pattern):
-                if file.name not in _WEIGHT_FILES:
+                if file.name not in _NOT_COPIED:
                     shutil.copyfile(file, directory / file.name)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_tensors(directory / "model.safetensors", tensors)
