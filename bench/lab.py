@@ -8,7 +8,7 @@ it knows more than any row says. The student (0.14M) starts from supervised fine
 the same kind, as in the DistiLLM paper, and is then trained by `distillm-ray train method=NAME` on
 few other rows. All models are trained by the product, in one process each (`run.mode=local`).
 
-At equal cost, each method takes as many steps as fit into the CPU time of DistiLLM's run.
+Variants of DistiLLM exchange one part of it. At equal cost, each method takes as many steps as fit into the CPU time of DistiLLM's run.
 
 Runs that are finished are kept in runs/lab; the same command continues. Exact match is of the final
 sum, greedy, on problems that no training saw and without wrong columns.
@@ -60,6 +60,20 @@ CHAT = (
 )
 TEACHER = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5, "heads": 4}
 STUDENT = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "heads": 2}
+
+
+# DistiLLM with one part exchanged, for the paper's claims.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "distillm, phi 0": ("method=distillm", "schedule={type: fixed, phi: 0}"),
+    "distillm, on-policy": (
+        "method=distillm",
+        "schedule={type: fixed, phi: 1, replay_ratio: none}",
+    ),
+    "distillm, forward KL": ("method=distillm", "loss.terms=[{type: forward_kl}]"),
+    "distillm, reverse KL": ("method=distillm", "loss.terms=[{type: reverse_kl}]"),
+    "distillm, JSD": ("method=distillm", "loss.terms=[{type: jensen_shannon}]"),
+    "distillm, SRKL": ("method=distillm", "loss.terms=[{type: skew_reverse_kl}]"),
+}
 
 
 @dataclass(frozen=True)
@@ -308,11 +322,12 @@ def responses(directory: Path, rows: Sequence[dict[str, str]]) -> list[dict[str,
 
 def run(path: Path, lab: Path, method: str, seed: int, steps: int) -> Outcome:
     """One method with one seed; a finished run is read."""
-    directory = lab / method / f"seed-{seed}-steps-{steps}"
+    directory = lab / method.replace(", ", "-").replace(" ", "-") / f"seed-{seed}-steps-{steps}"
     result = directory.with_suffix(".json")
     if not result.exists():
-        overrides = [f"method={method}", f"run.seed={seed}", f"learner.steps={steps}"]
-        if METHODS[method].get("data", {}).get("responses") == "teacher":
+        overrides = [*VARIANTS.get(method, (f"method={method}",))]
+        overrides += [f"run.seed={seed}", f"learner.steps={steps}"]
+        if METHODS.get(method, {}).get("data", {}).get("responses") == "teacher":
             overrides.append(f"data.train=[{lab / 'responses.jsonl'}]")
         cpu_seconds = train(path, directory, *overrides)
         records = list(read_records(directory / FILE_NAME))
@@ -400,11 +415,11 @@ def main() -> None:
     def run_all(steps: dict[str, int]) -> dict[str, list[Outcome]]:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             futures = [
-                (method, pool.submit(run, path, lab, method, seed, steps[method]))
+                (method, pool.submit(run, path, lab, method, seed, count))
                 for seed in range(seeds)
-                for method in methods
+                for method, count in steps.items()
             ]
-            found: dict[str, list[Outcome]] = {method: [] for method in methods}
+            found: dict[str, list[Outcome]] = {method: [] for method in steps}
             for method, future in futures:
                 outcome = future.result()
                 found[method].append(outcome)
@@ -414,7 +429,10 @@ def main() -> None:
     by_method = run_all(dict.fromkeys(methods, size.steps))
     tables = [table_of(f"equal steps: {size.steps}", by_method)]
     at_equal_cost: dict[str, list[Outcome]] = {}
+    variants: dict[str, list[Outcome]] = {}
     if "distillm" in methods:
+        variants = run_all(dict.fromkeys(VARIANTS, size.steps))
+        tables.append(table_of(f"variants of distillm, equal steps: {size.steps}", variants))
         cost = {
             method: statistics.median(one.cpu_seconds for one in outcomes)
             for method, outcomes in by_method.items()
@@ -437,6 +455,7 @@ def main() -> None:
             "teacher": teacher,
             "student_before": start,
             "equal_steps": [asdict(one) for found in by_method.values() for one in found],
+            "variants": [asdict(one) for found in variants.values() for one in found],
             "equal_cost": [asdict(one) for found in at_equal_cost.values() for one in found],
             "seconds": time.monotonic() - started,
         },
