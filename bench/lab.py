@@ -8,7 +8,8 @@ it knows more than any row says. The student (0.14M) starts from supervised fine
 the same kind, as in the DistiLLM paper, and is then trained by `distillm-ray train method=NAME` on
 few other rows. All models are trained by the product, in one process each (`run.mode=local`).
 
-Variants of DistiLLM exchange one part of it. At equal cost, each method takes as many steps as fit into the CPU time of DistiLLM's run.
+Variants of DistiLLM exchange one part of it. At equal cost, each method takes as many steps as fit
+into the CPU time of DistiLLM's run.
 
 Runs that are finished are kept in runs/lab; the same command continues. Exact match is of the final
 sum, greedy, on problems that no training saw and without wrong columns.
