@@ -22,6 +22,7 @@ from distillm_ray.evaluation.model_scores import evaluation_seeds, score_model, 
 from distillm_ray.evaluation.responder import ServedModel, serving
 from distillm_ray.evaluation.results import Evaluation
 from distillm_ray.files import write_atomically
+from distillm_ray.models.completeness import check_complete
 from distillm_ray.models.directory import ModelFacts, check_context, check_model_directory
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import check_engines
@@ -180,6 +181,7 @@ def _check(config: Config, directory: Path, longest_response: int) -> ModelFacts
         directory, "model", trust_remote_code=config.student.trust_remote_code
     )
     check_context(config.data.max_prompt_tokens, longest_response, facts)
+    check_complete(facts, trust_remote_code=config.student.trust_remote_code)
     return facts
 
 

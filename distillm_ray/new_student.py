@@ -16,6 +16,7 @@ from distillm_ray.data.tokenizing import tokenize_files
 from distillm_ray.errors import DataError, ModelError, UserError
 from distillm_ray.files import write_atomically
 from distillm_ray.learner.layer_choice import LayerChoice, LayerChooser
+from distillm_ray.models.completeness import check_complete
 from distillm_ray.models.directory import check_model_directory
 from distillm_ray.models.students import LAYERS_FILE, init_student
 from distillm_ray.models.tokenizers import load_tokenizer
@@ -27,6 +28,9 @@ def named_student(teacher: Path, out: Path, layers: Sequence[int]) -> list[str]:
     Raises:
         ModelError: as in `init_student`.
     """
+    if out.exists():
+        raise ModelError(f"{out} exists: name a new directory, or remove it first")
+    check_complete(check_model_directory(teacher, "teacher"))
     summary = init_student(teacher, out, layers)
     return [
         f"{out}: {len(layers)} layers of {teacher}, {summary.num_parameters / 1e6:.1f} M of"
@@ -58,6 +62,7 @@ def chosen_student(
     if out.exists():
         raise ModelError(f"{out} exists: name a new directory, or remove it first")
     facts = check_model_directory(teacher, "teacher")
+    check_complete(facts)
     if not 1 <= keep <= facts.num_layers:
         raise UserError(
             f"--keep must lie between 1 and {facts.num_layers}, got {keep}: {teacher} has"

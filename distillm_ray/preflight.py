@@ -17,6 +17,7 @@ from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.learner.resume import check_resume
 from distillm_ray.log.metrics import FILE_NAME, read_records
 from distillm_ray.log.records import DoneRecord
+from distillm_ray.models.completeness import check_complete
 from distillm_ray.models.directory import (
     ModelFacts,
     check_lengths,
@@ -94,6 +95,9 @@ def check(config: Config) -> Preflight:
     vocabulary_size = student.vocabulary_size
     check_lengths(config, teacher, student)
     check_targets(config.targets, vocabulary_size)
+    if teacher is not None and config.teacher is not None:
+        check_complete(teacher, trust_remote_code=config.teacher.trust_remote_code)
+    check_complete(student, trust_remote_code=config.student.trust_remote_code)
     check_files(config.data, require_responses=config.draws_data)
     check_run_directory(config)
     if config.run.directory.is_dir():

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from distillm_ray.config import RolloutConfig, SamplingConfig, TransformersEngine
 from distillm_ray.errors import ModelError
+from distillm_ray.models.completeness import check_complete
 from distillm_ray.models.directory import check_model_directory
 from distillm_ray.models.heads import load_frozen_head
 from distillm_ray.models.packed import PackedModel, check_head, load_packed_model
@@ -76,6 +77,7 @@ every = pytest.mark.parametrize("one", ACCEPTED, ids=[one.name for one in ACCEPT
 @every
 def test_the_directory_is_accepted(one: Architecture, loaded: dict[str, Loaded]) -> None:
     facts = check_model_directory(loaded[one.name].directory, "student")
+    check_complete(facts)
     assert facts.architecture == one.class_name
     assert (facts.num_rows, facts.vocabulary_size) == (NUM_ROWS, VOCABULARY_SIZE)
     assert facts.end_token_ids == (2,)

@@ -281,8 +281,16 @@ def _read_weights(path: Path, role: Role) -> dict[str, TensorInfo]:
                 f"{key_of(role)}: {path} lacks {', '.join(missing)}, which {index_path.name} names"
             )
     else:
-        shards = sorted(path.glob("*.safetensors"))
+        # Other files beside it, such as Mistral's consolidated.safetensors, hold the same again.
+        shards = [file for file in (path / "model.safetensors",) if file.is_file()]
     if not shards:
+        others = sorted(file.name for file in path.glob("*.safetensors"))
+        if others:
+            raise ModelError(
+                f"{key_of(role)}: {path} must hold model.safetensors, or"
+                f" {index_path.name} with the names of its shards, got only {', '.join(others)}:"
+                " an incomplete download, or files under other names"
+            )
         pickles = sorted(item.name for pattern in _PICKLES for item in path.glob(pattern))
         if pickles:
             raise ModelError(
@@ -339,7 +347,13 @@ def _end_token_ids(
     named = _read_json(generation, role).get("eos_token_id") if generation.is_file() else None
     if named is None:
         named = config.get("eos_token_id")
-    ids = set(named if isinstance(named, list) else [] if named is None else [named])
+    given = named if isinstance(named, list) else [] if named is None else [named]
+    if any(isinstance(index, bool) or not isinstance(index, int) for index in given):
+        raise ModelError(
+            f"{key_of(role)}: eos_token_id of {path} must be an id or a list of ids, got {named!r};"
+            " correct generation_config.json or config.json"
+        )
+    ids: set[int] = set(given)
     if isinstance(tokenizer.eos_token_id, int):
         ids.add(tokenizer.eos_token_id)
     beyond = sorted(index for index in ids if not 0 <= index < num_rows)
