@@ -23,6 +23,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     ModelWrapValidatorHandler,
     model_validator,
 )
@@ -103,6 +104,15 @@ def _absolute(path: Path) -> Path:
 
 AbsolutePath = Annotated[Path, BeforeValidator(expanded_path), AfterValidator(_absolute)]
 """Relative paths are resolved where the job starts: Ray's workers run in other directories."""
+
+
+def _type_unless_given(name: str) -> BeforeValidator:
+    """A choice of several sections that may leave out its `type`, as in `template: {system: x}`."""
+
+    def add(value: Any) -> Any:
+        return {"type": name, **value} if isinstance(value, dict) and "type" not in value else value
+
+    return BeforeValidator(add)
 
 
 def _moment(value: Any) -> Any:
@@ -348,7 +358,6 @@ _TEMPLATE_ARGUMENTS = {
     "chat_template",
     "continue_final_message",
     "conversation",
-    "documents",
     "max_length",
     "messages",
     "padding",
@@ -358,7 +367,6 @@ _TEMPLATE_ARGUMENTS = {
     "strftime_now",
     "tokenize",
     "tokenizer_kwargs",
-    "tools",
     "truncation",
 }
 
@@ -368,7 +376,7 @@ class ChatTemplate(Section):
 
     type: Literal["chat"] = "chat"
     system: str | None = None
-    variables: dict[str, bool | int | float | str] = {}  # for the template, as enable_thinking
+    variables: dict[str, JsonValue] = {}  # for the template, as enable_thinking, or tools
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -378,6 +386,12 @@ class ChatTemplate(Section):
                 f"data.template.variables must be names that only the template reads, got"
                 f" {', '.join(taken)}: the rendering itself sets them"
             )
+        for name in ("tools", "documents"):
+            value = self.variables.get(name, [])
+            if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+                raise ValueError(
+                    f"data.template.variables.{name} must be a list of objects, got {value!r}"
+                )
         return self
 
 
@@ -422,7 +436,9 @@ class DataConfig(Section):
     test: tuple[AbsolutePath, ...] = ()
     validation_fraction: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.05
     columns: ColumnsConfig = ColumnsConfig()
-    template: Annotated[ChatTemplate | PlainTemplate, Field(discriminator="type")] = ChatTemplate()
+    template: Annotated[
+        ChatTemplate | PlainTemplate, Field(discriminator="type"), _type_unless_given("chat")
+    ] = ChatTemplate()
     max_prompt_tokens: Positive = 512
     max_response_tokens: Positive = 512
     # What templates see as now; unset: the start of the run.
@@ -484,9 +500,11 @@ class FilterConfig(Section):
 class GeneratorPoolConfig(PoolConfig):
     """A pool of generators."""
 
-    engine: MayChange[Annotated[VllmEngine | TransformersEngine, Field(discriminator="type")]] = (
-        VllmEngine()
-    )
+    engine: MayChange[
+        Annotated[
+            VllmEngine | TransformersEngine, Field(discriminator="type"), _type_unless_given("vllm")
+        ]
+    ] = VllmEngine()
     dtype: MayChange[Dtype] = "auto"
     max_in_flight: MayChange[Positive] = 256  # requests per generator
     timeout_s: MayChange[Above0] = 600.0  # one response, or one weight update
@@ -576,7 +594,9 @@ class PairedSchedule(Section):
 
 
 ScheduleConfig: TypeAlias = Annotated[
-    AdaptiveSchedule | FixedSchedule | PairedSchedule, Field(discriminator="type")
+    AdaptiveSchedule | FixedSchedule | PairedSchedule,
+    Field(discriminator="type"),
+    _type_unless_given("adaptive"),
 ]
 
 

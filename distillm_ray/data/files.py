@@ -6,6 +6,7 @@ No Ray here: the check before a run reads the first rows with the same code as R
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ _FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _NUM_ROWS_CHECKED = 3  # per file, before anything starts
 _PARQUET_BATCH_ROWS = 1024
 
@@ -103,6 +105,7 @@ def read_rows(stream: BinaryIO, file: DataFile) -> Iterator[tuple[int, bytes]]:
     row_number = 0
     try:
         for batch in _record_batches(stream, file):
+            _check_column_names(batch.schema, file.name)
             for row in batch.to_pylist():
                 row_number += 1
                 yield row_number, json.dumps(row, default=_to_json).encode()
@@ -117,15 +120,29 @@ def decode_row(payload: bytes) -> Any:
         RowError: the line is not UTF-8 or not JSON.
     """
     try:
-        return json.loads(payload.decode("utf-8"))
+        return json.loads(payload.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
-        raise RowError("malformed", f"not valid UTF-8 at byte {error.start}") from error
+        hint = "; the file seems to be UTF-16: convert it" if payload[:2] in _UTF_16 else ""
+        raise RowError("malformed", f"not valid UTF-8 at byte {error.start}{hint}") from error
     except json.JSONDecodeError as error:
+        spread = payload.strip() in (b"{", b"[", b"[{")
+        hint = "; a row must stand on one line (JSONL), this one goes on in the next"
         raise RowError(
-            "malformed", f"not valid JSON: {error.msg} at column {error.colno}"
+            "malformed",
+            f"not valid JSON: {error.msg} at column {error.colno}{hint if spread else ''}",
         ) from error
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
         raise RowError("malformed", f"cannot be read as JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that stands twice: the last would win, and nobody knows which is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowError("malformed", f"the key {twice!r} stands twice in one object")
+    return found
 
 
 def _to_json(value: Any) -> Any:
@@ -144,6 +161,16 @@ def _record_batches(stream: BinaryIO, file: DataFile) -> Iterator[pa.RecordBatch
     else:
         with pa.ipc.open_stream(stream) as reader:
             yield from reader
+
+
+def _check_column_names(fields: pa.Schema | pa.StructType, name: str) -> None:
+    names = [field.name for field in fields]
+    twice = sorted({one for one in names if names.count(one) > 1})
+    if twice:
+        raise DataError(f"{name} has two columns named {', '.join(twice)}: rename one of each")
+    for field in fields:
+        if pa.types.is_struct(field.type):
+            _check_column_names(field.type, name)
 
 
 def _check_first_rows(file: DataFile, columns: ColumnsConfig, require_responses: bool) -> None:
@@ -176,7 +203,7 @@ def _data_file(path: Path, split: Split) -> DataFile:
 
 
 def _files_of_directory(directory: Path, split: Split) -> list[DataFile]:
-    """Shards of a `save_to_disk` directory, else the files whose names start with the split's."""
+    """Shards of a `save_to_disk` directory, else the files that have the split's name."""
     if (directory / "dataset_dict.json").is_file():
         splits = json.loads((directory / "dataset_dict.json").read_text())["splits"]
         if split not in splits:
@@ -199,6 +226,14 @@ def _files_of_directory(directory: Path, split: Split) -> list[DataFile]:
         for path in folder.iterdir()
         if path.is_file() and path.suffix in _FORMATS and path.name.startswith(split)
     )
+    shard = re.compile(rf"{split}([-_.]?\d+(-of-\d+(-[0-9a-f]+)?)?)?")
+    strange = [path.name for path in found if not shard.fullmatch(path.stem)]
+    if strange or len({(path.parent, path.suffix) for path in found}) > 1:
+        raise DataError(
+            f"data.{split}: {directory} holds more than the shards of one data set"
+            f" ({', '.join(str(path.relative_to(directory)) for path in found)}): rows may be in it"
+            " twice; list the files that are meant"
+        )
     if not found:
         raise DataError(
             f"data.{split}: {directory} is not a Hugging Face dataset directory: it has neither"

@@ -18,13 +18,15 @@ RowProblemKind: TypeAlias = Literal["empty", "malformed", "long", "duplicate"]
 INSTRUCTION = "instruction"
 PROMPT_COLUMNS = ("prompt", INSTRUCTION)
 CONTEXT_COLUMNS = ("input", "context")
+SYSTEM_COLUMNS = ("system", "system_prompt")
 RESPONSE_COLUMNS = ("response", "responses", "output", "references")
 
 NO_RESPONSE = "the row has no response"
 
 KNOWN_FORMS = (
-    "prompt + response, instruction [+ input or context] + output or response, or messages"
-    " (several responses: a list of texts); name other columns in data.columns"
+    "prompt + response, instruction [+ input or context] + output or response (both with system or"
+    " system_prompt, where there is one), or messages (several responses: a list of texts); name"
+    " other columns in data.columns"
 )
 # Parts of a conversation that a chat template may render and that a `Turn` cannot hold.
 _UNSUPPORTED_OF_MESSAGES = (
@@ -33,8 +35,13 @@ _UNSUPPORTED_OF_MESSAGES = (
     "reasoning_content",
     "reasoning",
     "thinking",
+    "name",
+    "tool_call_id",
 )
+_NOT_LEARNED = ("train", "trainable", "loss")  # of a message; false: its loss is left out
 _UNSUPPORTED_OF_ROWS = ("tools", "functions")
+_UNSUPPORTED_OF_PROMPTS = ("history", "documents")  # unless data.columns names what is read
+_TRUNCATED = "length"  # a `finish_reason`, as `distillm-ray generate` and model servers write it
 _MAY_BE_EMPTY = ("system", "tool")  # roles
 
 
@@ -67,6 +74,7 @@ class Example:
     context: str  # Alpaca's `input`, Dolly's `context`; may be empty
     references: tuple[str, ...]  # the responses; empty only if the caller requires none
     finished_prompt: bool = False  # the prompt holds an instruction that another column has too
+    truncated: bool = False  # its response was cut off, and no end token follows
     columns: Mapping[str, Any] = field(default_factory=dict)  # of the prompt, as the row has them
 
     @property
@@ -96,9 +104,23 @@ def parse_row(
         raise RowError("malformed", f"a row must be an object, got {type(row).__name__}")
     names = columns or ColumnsConfig()
     values = {str(key): value for key, value in row.items() if value is not None}
+    example = _example_of(values, names, require_responses=require_responses)
+    return replace(example, truncated=values.get("finish_reason") == _TRUNCATED)
+
+
+def _example_of(
+    values: Mapping[str, Any], names: ColumnsConfig, *, require_responses: bool
+) -> Example:
     for name in _UNSUPPORTED_OF_ROWS:
         if values.get(name):
             raise RowError("malformed", _unsupported(name))
+    if names == ColumnsConfig():
+        for name in _UNSUPPORTED_OF_PROMPTS:
+            if values.get(name):
+                raise RowError(
+                    "malformed",
+                    f"{_unsupported(name)}, or name the columns that are read in data.columns",
+                )
     example_id = _example_id(values.get("id"))
     messages = names.messages or ("messages" if names == ColumnsConfig() else None)
     if names.messages is not None or messages in values:
@@ -163,6 +185,9 @@ def _from_known_columns(
     if not any(name in values for name in PROMPT_COLUMNS):
         found = ", ".join(values) or "none"
         raise RowError("malformed", f"columns must be {KNOWN_FORMS}; got {found}")
+    for name in (INSTRUCTION, *CONTEXT_COLUMNS):
+        if values.get(name) and not isinstance(values[name], str):
+            _text_of(values[name], name)
     contexts = [name for name in CONTEXT_COLUMNS if values.get(name)]
     if len(contexts) == 2 and values[contexts[0]] != values[contexts[1]]:
         raise RowError(
@@ -172,14 +197,15 @@ def _from_known_columns(
         )
     context = contexts[0] if contexts else None
     if "prompt" not in values:
-        return _from_prompt(
+        example = _from_prompt(
             values, INSTRUCTION, context, example_id, names, require_responses=require_responses
         )
+        return _with_system(example, values)
     prompt = _text_of(values["prompt"], "prompt")
     parts = [
         (name, text)
         for name in (INSTRUCTION, context)
-        if name is not None and isinstance(text := values.get(name), str) and text.strip()
+        if name is not None and (text := values.get(name, "")).strip()
     ]
     for name, text in parts:
         if not _contains(prompt, text):
@@ -187,7 +213,25 @@ def _from_known_columns(
     example = _from_prompt(
         values, "prompt", None, example_id, names, require_responses=require_responses
     )
-    return replace(example, finished_prompt=bool(parts))
+    return _with_system(replace(example, finished_prompt=bool(parts)), values)
+
+
+def _with_system(example: Example, values: Mapping[str, Any]) -> Example:
+    """The example with the system message that its own column holds."""
+    found = {name: values[name] for name in SYSTEM_COLUMNS if values.get(name)}
+    texts = {text for name, value in found.items() if (text := _text_or_empty(value, name))}
+    if not texts:
+        return example
+    if len(texts) > 1:
+        raise RowError(
+            "malformed", f"{' and '.join(SYSTEM_COLUMNS)} hold different texts: leave one out"
+        )
+    (content,) = texts
+    return replace(
+        example,
+        turns=(Turn(role="system", content=content), *example.turns),
+        columns={**example.columns, **found},
+    )
 
 
 def _two_readings(prompt: str, values: Mapping[str, Any], other: str, context: str | None) -> str:
@@ -316,7 +360,7 @@ def _compare_with_columns(
 ) -> None:
     """Refuse a row whose other columns say something else than its messages."""
     whole = "\n".join([*(turn.content for turn in turns), *references])
-    for name in (*PROMPT_COLUMNS, *CONTEXT_COLUMNS, *RESPONSE_COLUMNS):
+    for name in (*SYSTEM_COLUMNS, *PROMPT_COLUMNS, *CONTEXT_COLUMNS, *RESPONSE_COLUMNS):
         value = values.get(name)
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and text.strip() and not _contains(whole, text):
@@ -334,12 +378,29 @@ def _turn(message: Any, name: str) -> Turn:
         if message.get(part):
             raise RowError("malformed", _unsupported(f"{name}.{part}"))
     role, content = message["role"], message.get("content")
+    if role == "assistant":
+        _check_learned(message, name)
     _check_characters(role, f"{name}.role")
     if isinstance(content, list):
         content = _joined(content, f"{name}.content")
     if role in _MAY_BE_EMPTY and (content is None or not str(content).strip()):
         return Turn(role=role, content="")
     return Turn(role=role, content=_text_of(content, f"{name}.content"))
+
+
+def _check_learned(message: Mapping[str, Any], name: str) -> None:
+    """Refuse an answer that the row does not want to be learned, or with another weight."""
+    unlearned = [key for key in _NOT_LEARNED if message.get(key) is False]
+    if message.get("weight", 1) not in (1, None):
+        unlearned.append("weight")
+    if unlearned:
+        key = unlearned[0]
+        raise RowError(
+            "malformed",
+            f"{name}.{key} is {message[key]!r}, which cannot be expressed: every answer of a"
+            f" conversation counts the same; leave out {key}, and set data.conversations=last to"
+            " learn the last answer only",
+        )
 
 
 def _joined(parts: Sequence[Any], name: str) -> str:
@@ -357,6 +418,8 @@ def _joined(parts: Sequence[Any], name: str) -> str:
 def _example_id(value: Any) -> str | None:
     if value is None:
         return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas writes whole numbers so, where some rows have none
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise RowError("malformed", f"id must be text or a whole number, got {value!r}")
     _check_characters(str(value), "id")
@@ -378,6 +441,10 @@ def _text_of(value: Any, column: str) -> str:
         raise RowError("empty", f"{column} is empty")
     _check_characters(value, column)
     return value
+
+
+def _text_or_empty(value: Any, column: str) -> str:
+    return "" if isinstance(value, str) and not value.strip() else _text_of(value, column)
 
 
 def _check_characters(text: str, column: str) -> None:
