@@ -157,9 +157,8 @@ def generate(
     with _user_errors():
         tree = _load(config, overrides)
         _quiet()
-        from distillm_ray import jobs, preflight
+        from distillm_ray import jobs
 
-        tree = preflight.settled(tree, datetime.now())
         with _view(tree) as view:
             lines = jobs.generate(tree, model, prompts, output, keep_truncated, view)
         for line in lines:

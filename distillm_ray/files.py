@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from distillm_ray.errors import RunDirectoryError
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write or replace a file. On failure the previous content stays, and nothing beside it.
@@ -28,6 +30,29 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(directory: Path, key: str) -> None:
+    """Check that a directory is there and can be written, or can be made; makes nothing.
+
+    Args:
+        key: the config key or option that names it, for the message.
+
+    Raises:
+        RunDirectoryError: something on the way is a file, or does not let this user.
+    """
+    existing = directory.absolute()
+    while not existing.exists() and not existing.is_symlink():
+        existing = existing.parent
+    if not existing.is_dir():
+        wrong = "must be a directory, it is a file"
+        if existing != directory.absolute():
+            wrong = f"cannot be made ({existing} is a file)"
+        raise RunDirectoryError(f"{key}: {directory} {wrong}")
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise RunDirectoryError(
+            f"{key}: {directory} cannot be read and written ({existing} does not let this user)"
+        )
 
 
 @contextmanager

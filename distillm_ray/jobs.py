@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from rich.table import Table
@@ -15,20 +16,22 @@ from distillm_ray.cluster.placement import Phase
 from distillm_ray.config import Config, ModelConfig
 from distillm_ray.data import ray_data
 from distillm_ray.data.files import check_files
-from distillm_ray.data.rows import with_response
+from distillm_ray.data.response_rows import response_rows
 from distillm_ray.data.splits import load_dataset, load_splits
+from distillm_ray.data.template_difference import template_difference
+from distillm_ray.data.templates import Renderer
 from distillm_ray.errors import DataError, RunDirectoryError
 from distillm_ray.evaluation.model_scores import evaluation_seeds, score_model, served_student
 from distillm_ray.evaluation.responder import ServedModel, serving
 from distillm_ray.evaluation.results import Evaluation
-from distillm_ray.files import write_atomically
+from distillm_ray.files import check_writable, write_atomically
 from distillm_ray.models.completeness import check_complete
 from distillm_ray.models.directory import ModelFacts, check_context, check_model_directory
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import check_engines
 from distillm_ray.report.console import ConsoleView
 from distillm_ray.run_directory import MODEL_FOLDER
-from distillm_ray.types import Device, FinishReason, Source
+from distillm_ray.types import Device, Prompt, Source
 
 
 def evaluate(config: Config, model: Path | None, output: Path | None, view: ConsoleView) -> Table:
@@ -45,8 +48,8 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
             f"{config.run.directory} has no {MODEL_FOLDER}/, which a finished run leaves: run"
             " `distillm-ray train` to its end first, or name a model with --model"
         )
-    if output is not None and output.exists() and not output.is_dir():
-        raise DataError(f"--output {output} must be a directory, it is a file")
+    if output is not None:
+        check_writable(output, "--output")
     check_engines({"evaluation.student": config.evaluation.student})
     facts = _check(config, directory, config.longest_response)
     check_files(config.data, require_responses=config.draws_data)
@@ -116,14 +119,22 @@ def generate(
     """
     if output.exists():
         raise DataError(f"--output {output} exists and is not overwritten; remove it first")
+    check_writable(output.parent, "--output")
     for path in prompt_files:
         if not path.exists():
             raise DataError(f"--prompts {path} does not exist")
     check_engines({"generate": config.generate})
     sampling = config.generate.sampling
     facts = _check(config, model, sampling.limit)
-    device = _connect(config, placement.generate_phases, view)
     tokenizer = _tokenizer(model, config)
+    renderer = Renderer(tokenizer, config.data, vocabulary_size=facts.vocabulary_size)
+    if renderer.writes_date and config.data.time is None:
+        raise DataError(
+            f"data.time is required, because the chat template of {model} writes the date into"
+            " every prompt, and training must see the prompts as the model does: set it here and"
+            f" in the training, as in data.time={datetime.now():%Y-%m-%d}"
+        )
+    device = _connect(config, placement.generate_phases, view)
     view.start("reading prompts")
     dataset = load_dataset(
         prompt_files,
@@ -134,6 +145,8 @@ def generate(
         tokenize=ray_data.tokenize_files,
         vocabulary_size=facts.vocabulary_size,
     )
+    if warning := _student_difference(config, model, dataset.prompts[0], tokenizer):
+        view.note(warning)
     view.start(f"responding to {len(dataset.prompts)} prompts")
     served = ServedModel(
         facts=facts,
@@ -152,24 +165,43 @@ def generate(
         interrupt=view.tick,
     ) as responder:
         responses = responder.respond(dataset.prompts, sampling, config.run.seed)
-    rows = [
-        {
-            "id": prompt.prompt_id,
-            **with_response(columns, response.text, config.data.columns),
-            "finish_reason": str(response.finish_reason),
-        }
-        for prompt, columns, response in zip(
-            dataset.prompts, dataset.columns, responses, strict=True
-        )
-        if response.text and (keep_truncated or response.finish_reason is FinishReason.STOP)
-    ]
+    written = response_rows(
+        dataset.prompts,
+        dataset.columns,
+        responses,
+        renderer=renderer,
+        tokenizer=tokenizer,
+        names=config.data.columns,
+        keep_truncated=keep_truncated,
+    )
+    lines = list(written.summary())
+    if not written.rows:
+        hint = ""
+        if written.left_out["truncated"]:
+            hint = (
+                f"; raise generate.sampling.max_tokens, now {sampling.limit}, or keep what was cut"
+                " off with --keep-truncated"
+            )
+        raise DataError(f"--output {output} was not written: {'; '.join(lines)}{hint}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written.rows)
     write_atomically(output, text.encode())
-    return [
-        f"{output}: {len(rows)} responses to {len(dataset.prompts)} prompts"
-        f" ({len(dataset.prompts) - len(rows)} truncated or empty ones left out)"
-    ]
+    return [f"{output}: {lines[0]}", *lines[1:]]
+
+
+def _student_difference(
+    config: Config, model: Path, prompt: Prompt, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """A warning if the student of the config, which may be trained on the file, renders otherwise.
+
+    Empty if they agree, or if there is no student yet.
+    """
+    student = config.student.model
+    if student == model or not (student / "tokenizer.json").is_file():
+        return ""
+    return template_difference(
+        prompt, config.data, _tokenizer(student, config), tokenizer, name=str(model)
+    )
 
 
 def _tokenizer(directory: Path, config: Config) -> PreTrainedTokenizerBase:

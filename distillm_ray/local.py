@@ -41,7 +41,7 @@ from distillm_ray.batching import draw_facts, pack, plan_step, plan_validation
 from distillm_ray.config import Config, FilterConfig, LearnerConfig
 from distillm_ray.config_files import dump_config
 from distillm_ray.data.splits import Splits, load_splits
-from distillm_ray.errors import ConfigError, UserError
+from distillm_ray.errors import ConfigError, RunDirectoryError, UserError
 from distillm_ray.files import write_atomically
 from distillm_ray.learner.held_out_loss import cross_entropy_sum, own_text_sum
 from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at
@@ -65,6 +65,7 @@ from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.build import build_buffer
 from distillm_ray.report.console import ConsoleView
+from distillm_ray.report.opening import opening_lines
 from distillm_ray.report.rows import write_first_rows
 from distillm_ray.rollout.generator import student_job
 from distillm_ray.rollout.responses import MAX_REJECTED, response_counts, response_facts, verdict
@@ -118,12 +119,14 @@ def train(
         responses_needed_by=config.responses_needed_by,
         vocabulary_size=preflight.vocabulary_size,
     )
-    for line in (*splits.describe(), *config.remarks):
+    for line in opening_lines(config, splits, tokenizer):
         view.note(line)
     directory.mkdir(parents=True, exist_ok=True)
     with held(directory):
         # Checked again: another job may have used the directory until now.
         check_run_directory(config)
+        for line in check_start(config):
+            view.note(line)
         write_atomically(directory / CONFIG_FILE, dump_config(config).encode())
         ends = preflight.student.ends(splits.train.end_token_id)
         for line in write_first_rows(directory, splits.train.rows, tokenizer, ends):
@@ -143,6 +146,24 @@ def train(
             distil(config, preflight, splits, store, record, runner)
             seconds = time.monotonic() - started
             record(DoneRecord(step=config.learner.steps, status="complete", seconds=seconds))
+
+
+def check_start(config: Config) -> list[str]:
+    """A remark if an interrupted run starts again.
+
+    Raises:
+        RunDirectoryError: the directory holds a finished run, which would be replaced.
+    """
+    directory = config.run.directory
+    if (directory / MODEL_FOLDER).exists():
+        raise RunDirectoryError(
+            f"run.directory: {directory} holds a finished run. With run.mode=local there are no"
+            f" checkpoints to go on from: it would start again and replace {MODEL_FOLDER}/; set"
+            " run.directory to a new directory"
+        )
+    if (directory / CONFIG_FILE).exists():
+        return ["the run starts again: with run.mode=local there are no checkpoints to go on from"]
+    return []
 
 
 def distil(

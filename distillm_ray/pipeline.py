@@ -54,6 +54,7 @@ from distillm_ray.log.records import DoneRecord
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.report.console import ConsoleView
+from distillm_ray.report.opening import opening_lines
 from distillm_ray.report.rows import write_first_rows
 from distillm_ray.rollout.generator import student_job
 from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
@@ -99,7 +100,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                         vocabulary_size=preflight.vocabulary_size,
                     )
                 )
-                for line in (*splits.describe(), *config.remarks):
+                for line in opening_lines(config, splits, tokenizer):
                     view.note(line)
         except Stopped:
             return Ended(status="stopped", step=_checkpointed(config))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 
 from distillm_ray.config import Config, GeneratorPoolConfig, VllmEngine
 from distillm_ray.config_files import load_config
 from distillm_ray.data.files import check_files
 from distillm_ray.errors import ConfigError, RunDirectoryError
+from distillm_ray.files import check_writable
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.learner.resume import check_resume
 from distillm_ray.log.metrics import FILE_NAME, read_records
@@ -139,8 +138,6 @@ def check_run_directory(config: Config) -> Checkpoint | None:
         RunDirectoryError: it belongs to something else or to another run, or cannot be written.
     """
     directory = config.run.directory
-    if directory.exists() and not directory.is_dir():
-        raise RunDirectoryError(f"run.directory: {directory} must be a directory, it is a file")
     if _RAY_UPLOADS in directory.parts:
         raise RunDirectoryError(
             f"run.directory must outlive the job, got {directory}, which lies in the copy of"
@@ -148,7 +145,7 @@ def check_run_directory(config: Config) -> Checkpoint | None:
             " an absolute path, on a disk that all nodes with a learner share:"
             " run.directory=/shared/runs/NAME"
         )
-    _check_writable(directory)
+    check_writable(directory, "run.directory")
     saved = directory / CONFIG_FILE
     if not saved.is_file():
         begun = f"{CONFIG_FILE}.tmp"  # by a job that was killed at its very start
@@ -168,19 +165,6 @@ def check_run_directory(config: Config) -> Checkpoint | None:
             " raise learner.steps, or set run.directory to a new directory to start another run"
         )
     return latest
-
-
-def _check_writable(directory: Path) -> None:
-    existing = directory.resolve()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise RunDirectoryError(f"run.directory: {directory} cannot be made ({existing} is a file)")
-    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        raise RunDirectoryError(
-            f"run.directory: {directory} cannot be read and written ({existing} does not let this"
-            " user)"
-        )
 
 
 def is_complete(config: Config) -> bool:

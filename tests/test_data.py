@@ -249,25 +249,24 @@ class TestWithRayData:
         dataset = load(path, needed_by=None)
         assert dataset.demonstrations == ()
         assert dataset.rows == dataset.prompts
-        assert dataset.summary().endswith("; 2 of them without a response")
+        assert dataset.summary().endswith("; 2 without a response")
         with pytest.raises(DataError) as caught:
             load(path, needed_by="loss.terms.0 (skew_kl on all)")
         assert str(caught.value).splitlines()[0].startswith(f"{path}:1: the row has no response")
         assert "loss.terms.0 (skew_kl on all) trains on responses" in str(caught.value)
 
-    def test_responses_that_are_not_needed_are_kept_if_every_row_has_one(
+    def test_responses_that_are_not_needed_are_kept_where_they_are_short_enough(
         self, tmp_path: Path
     ) -> None:
         answered = {"prompt": "why", "response": "so"}
-        every = load(write_lines(tmp_path / "a.jsonl", answered), needed_by=None)
-        assert [one.text for one in every.demonstrations] == ["so"]
         long = {"prompt": "is", "response": "sky is blue"}
         some = load(
             write_lines(tmp_path / "b.jsonl", answered, long),
             needed_by=None,
             max_response_tokens=3,
         )
-        assert some.demonstrations == ()
+        assert [one.text for one in some.demonstrations] == ["so"]
+        assert some.rows == some.prompts
         assert [prompt.references for prompt in some.prompts] == [("so",), ("sky is blue",)]
 
     def test_a_split_conversation_gives_a_sequence_for_each_response(self, tmp_path: Path) -> None:
@@ -334,3 +333,89 @@ class TestWithRayData:
         path = write_lines(tmp_path / "a.jsonl", {"prompt": "why", "response": "so"})
         with pytest.raises(DataError, match="at least 2 distinct training prompts, got 1"):
             load_splits(DataConfig(train=(path,)), make_tokenizer(), seed=0)
+
+
+# ---- what would be read twice, or not at all -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b'{"prompt": "a", "prompt": "b", "response": "c"}', "key 'prompt' stands twice"),
+        (b'{"messages": [{"role": "user", "role": "system"}]}', "key 'role' stands twice"),
+        (b"{", "must stand on one line"),
+        ('{"prompt": "a"}'.encode("utf-16"), "seems to be UTF-16"),
+    ],
+)
+def test_a_line_that_reads_in_two_ways_or_in_none_says_why(payload: bytes, message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        decode_row(payload)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    texts = pa.array(["a"])
+    table = pa.Table.from_arrays([texts, texts, texts], names=["prompt", "response", "prompt"])
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path)
+    (file,) = find_files([path], "train")
+    with path.open("rb") as stream, pytest.raises(DataError, match="two columns named prompt"):
+        list(read_rows(stream, file))
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["train.jsonl", "test.jsonl"], ["train.jsonl"]),
+        (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"], None),
+        (["train-00000-of-00001-d9b93805488c263e.parquet"], None),
+        (["train_1.jsonl", "train_2.jsonl"], None),
+    ],
+)
+def test_a_directory_stands_for_the_shards_of_a_split(
+    tmp_path: Path, names: list[str], chosen: list[str] | None
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}\n")
+    found = [file.path.name for file in find_files([tmp_path], "train")]
+    assert found == (chosen or names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train.jsonl", "train.parquet"],
+        ["train.jsonl", "train_old.jsonl"],
+        ["train.jsonl", "training.jsonl"],
+        ["train.jsonl", "data/train.jsonl"],
+    ],
+)
+def test_a_directory_that_may_hold_rows_twice_is_refused(tmp_path: Path, names: list[str]) -> None:
+    (tmp_path / "data").mkdir()
+    for name in names:
+        (tmp_path / name).write_text("{}\n")
+    with pytest.raises(DataError, match=r"more than the shards of one data set.*list the files"):
+        find_files([tmp_path], "train")
+
+
+def test_one_long_held_out_response_leaves_the_others_to_compare_with(tmp_path: Path) -> None:
+    rows = [{"prompt": "why", "response": "so"}, {"prompt": "sky", "response": "blue " * 9}]
+    path = write_lines(tmp_path / "a.jsonl", *rows, {"prompt": "is"})
+    config = DataConfig(train=(path,), max_response_tokens=4)
+    dataset = load_dataset(
+        (path,), config, make_tokenizer(), split="validation", responses_needed_by=None
+    )
+    assert len(dataset.prompts) == 3
+    assert [one.text for one in dataset.demonstrations] == ["so"]
+    assert dataset.summary().endswith(
+        "; 1 without a response and 1 with a response that is longer than data.max_response_tokens"
+        " and is not compared with"
+    )
+    held_out = hold_out(dataset, fraction=0.4, seed=0)
+    assert sum(len(part.demonstrations) for part in held_out) == 1
+
+
+def test_an_id_that_two_files_share_comes_with_the_remedy(tmp_path: Path) -> None:
+    row = {"id": 1, "prompt": "why", "response": "so"}
+    paths = tuple(write_lines(tmp_path / name, row) for name in ("a.jsonl", "b.jsonl"))
+    with pytest.raises(DataError, match="rename the id columns or leave them out"):
+        load_dataset(paths, DataConfig(train=paths), make_tokenizer(), split="train")

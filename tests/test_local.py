@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -128,7 +129,7 @@ def test_show_prints_no_resources_for_a_local_run(tiny_job: Path) -> None:
 # ---- what it does -------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_its_log_and_its_model_and_runs_again_from_the_start(load: Load) -> None:
+def test_a_run_leaves_its_log_and_its_model_which_no_second_run_replaces(load: Load) -> None:
     config = load()
     first = train(config)
     directory = config.run.directory
@@ -138,9 +139,15 @@ def test_a_run_leaves_its_log_and_its_model_and_runs_again_from_the_start(load: 
         (STEPS, "complete")
     ]
     assert (directory / MODEL_FOLDER / "model.safetensors").is_file()
+    assert preflight.is_complete(config)
+    longer = load("learner.steps=5")
+    with pytest.raises(RunDirectoryError, match="holds a finished run"):
+        train(longer)
+
+    shutil.rmtree(directory / MODEL_FOLDER)  # as after a kill
+    assert "starts again" in local.check_start(config)[0]
     again = train(config)
     assert [step.loss for step in again] == [step.loss for step in first]
-    assert preflight.is_complete(config)
 
 
 def test_it_loads_neither_ray_nor_vllm_nor_deepspeed(load: Load, tiny_job: Path) -> None:

@@ -98,7 +98,7 @@ def data(template: ChatTemplate | PlainTemplate) -> DataConfig:
 
 
 def test_a_finished_prompt_is_not_wrapped_into_an_instruction_again() -> None:
-    tokenizer = make.tokenizer(["<unk>", "</s>"], ["so"], end="</s>")
+    tokenizer = make.byte_tokenizer()
     example = parse_row(PREPARED, require_responses=True)
     with pytest.raises(RowError, match=r"a second time; set data\.template\.name=raw"):
         Renderer(tokenizer, data(PlainTemplate())).render(example)
@@ -303,3 +303,82 @@ def test_a_generated_row_keeps_the_names_of_the_users_columns() -> None:
     row = with_response(example.columns, "so", columns)
     assert row == {"question": "why", "answer": "so"}
     assert parse_row(row, require_responses=True, columns=columns).references == ("so",)
+
+
+# ---- what would be dropped without a word --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_a_system_column_becomes_the_system_message_and_is_written_back(name: str) -> None:
+    row = {name: "be brief", "instruction": "why", "output": "so"}
+    example = parse_row(row, require_responses=True)
+    assert [(turn.role, turn.content) for turn in example.turns] == [
+        ("system", "be brief"),
+        ("user", "why"),
+    ]
+    again = with_response(example.columns, "yes", ColumnsConfig())
+    assert parse_row(again, require_responses=True).turns == example.turns
+    empty = parse_row({**row, name: " "}, require_responses=True)
+    assert [turn.role for turn in empty.turns] == ["user"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "why", "history": [["a", "b"]]}, "history cannot be expressed"),
+        ({"prompt": "why", "documents": ["a"]}, "documents cannot be expressed"),
+        ({"prompt": "why", "context": {"text": "sky"}}, "context must be text, got dict"),
+        ({"prompt": "why", "input": ["sky"]}, "input must be text, got list"),
+        ({"prompt": "why", "system": "a", "system_prompt": "b"}, "hold different texts"),
+        ({"prompt": "why", "system": {"a": 1}}, "system must be text"),
+    ],
+)
+def test_columns_that_belong_to_the_prompt_are_not_dropped(
+    row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RowError, match=message):
+        parse_row({**row, "response": "so"}, require_responses=True)
+
+
+def test_a_history_column_may_be_left_unread_by_choice_or_be_empty() -> None:
+    row = {"prompt": "why", "response": "so", "history": [["a", "b"]]}
+    named = ColumnsConfig(prompt="prompt", response="response")
+    assert len(parse_row(row, require_responses=True, columns=named).turns) == 1
+    parse_row({**row, "history": []}, require_responses=True)
+
+
+def test_messages_must_hold_the_system_column() -> None:
+    messages = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
+    with pytest.raises(RowError, match="messages do not contain the text of system"):
+        parse_row({"messages": messages, "system": "be brief"}, require_responses=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("weight", 0), ("weight", 0.5), ("train", False), ("loss", False), ("trainable", False)],
+)
+def test_an_answer_that_shall_not_be_learned_is_refused(part: str, value: Any) -> None:
+    answer = {"role": "assistant", "content": "so", part: value}
+    row = {"messages": [{"role": "user", "content": "why"}, answer]}
+    with pytest.raises(RowError, match=rf"messages\[1\]\.{part} is .* cannot be expressed"):
+        parse_row(row, require_responses=True)
+    answer[part] = 1 if part == "weight" else True
+    parse_row(row, require_responses=True)
+
+
+def test_a_name_in_a_message_is_refused() -> None:
+    row = {"messages": [{"role": "user", "name": "Ann", "content": "why"}]}
+    with pytest.raises(RowError, match=r"messages\[0\]\.name cannot be expressed"):
+        parse_row(row, require_responses=False)
+
+
+@pytest.mark.parametrize("value", [7, 7.0, "7"])
+def test_a_whole_number_is_an_id_however_it_is_written(value: Any) -> None:
+    row = {"id": value, "prompt": "why", "response": "so"}
+    assert parse_row(row, require_responses=True).example_id == "7"
+
+
+def test_a_response_that_was_cut_off_is_marked() -> None:
+    row = {"prompt": "why", "response": "so", "finish_reason": "length"}
+    assert parse_row(row, require_responses=True).truncated
+    assert not parse_row({**row, "finish_reason": "stop"}, require_responses=True).truncated

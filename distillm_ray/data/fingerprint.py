@@ -37,12 +37,12 @@ def keep_or_compare(directory: Path, splits: Splits, *, resumed: bool) -> None:
 
 
 def digests(dataset: Dataset) -> NDArray[np.uint32]:
-    """CRC-32 of each prompt with its demonstration."""
+    """CRC-32 of each prompt with its demonstration and references."""
+    learned = {one.prompt_id: one for one in dataset.demonstrations}
     values = np.zeros(len(dataset.prompts), dtype=np.uint32)
     for index, prompt in enumerate(dataset.prompts):
-        arrays = [prompt.token_ids]
-        if dataset.demonstrations:
-            one = dataset.demonstrations[index]
+        arrays = [prompt.token_ids, *prompt.reference_ids]
+        if one := learned.get(prompt.prompt_id):
             arrays += [one.prompt_ids, one.response_ids, one.loss_mask]
         value = 0
         for array in arrays:

@@ -49,9 +49,9 @@ class RowProblem:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Dataset:
-    """One split. `demonstrations[i]` is the response of the data to `prompts[i]`.
+    """One split. Where responses are required, `demonstrations[i]` belongs to `prompts[i]`.
 
-    Where responses are not required, there are demonstrations only if every row has one.
+    Elsewhere prompts may lack one, or have one that is too long to be learned.
     """
 
     split: Split
@@ -68,8 +68,9 @@ class Dataset:
 
     @property
     def rows(self) -> tuple[Rollout, ...] | tuple[Prompt, ...]:
-        """The demonstrations, or the prompts where there are none: what models see first."""
-        return self.demonstrations or self.prompts
+        """The demonstrations, or the prompts where some have none: what models see first."""
+        complete = len(self.demonstrations) == len(self.prompts)
+        return self.demonstrations if complete else self.prompts
 
     def summary(self) -> str:
         """One line of counts, and one for each of the first skipped rows."""
@@ -82,9 +83,15 @@ class Dataset:
             f" {num_prompt_tokens} prompt and {num_response_tokens} response tokens"
             + (f"; skipped: {skipped}" if skipped else "")
         )
-        if not self.demonstrations:
+        if missing := num_kept - len(self.demonstrations):
             bare = sum(not prompt.references for prompt in self.prompts)
-            head += f"; {bare} of them without a response"
+            why = [f"{bare} without a response"] if bare else []
+            if missing > bare:
+                why.append(
+                    f"{missing - bare} with a response that is longer than data.max_response_tokens"
+                    " and is not compared with"
+                )
+            head += f"; {' and '.join(why)}"
         if self.num_last_only:
             head += (
                 f"; of {self.num_last_only} conversations the last response is learned, because the"
@@ -264,7 +271,7 @@ def _collect(
     return Dataset(
         split=split,
         prompts=tuple(prompts),
-        demonstrations=tuple(demonstrations) if len(demonstrations) == len(prompts) else (),
+        demonstrations=tuple(demonstrations),
         split_keys=tuple(split_keys),
         files=tuple(file.name for file in files),
         places=np.array(places, dtype=np.int64).reshape(-1, 3),
@@ -294,6 +301,11 @@ def _refuse(
         lines.append(f"and {len(refused) - len(lines)} more")
     keys = sorted({"long_rows" if p.kind == "long" else "bad_rows" for p in refused})
     remedy = " and ".join(f"data.{key}=skip" for key in keys)
+    if any(problem.kind == "duplicate" for problem in refused):
+        lines.append(
+            f"data.{split}: an id names one row of all files together; rename the id columns or"
+            " leave them out, because skip would leave out the later rows"
+        )
     if responses_needed_by and any(NO_RESPONSE in problem.reason for problem in refused):
         lines.append(
             f"data.{split}: {responses_needed_by} trains on responses; for rows of prompts alone"
@@ -326,7 +338,7 @@ def _demonstration(prompt_id: str, row: dict[str, Any], source: Source) -> Rollo
         loss_mask=np.array(row["demonstration_loss_mask"], dtype=np.bool_),
         source=source,
         version=0,
-        finish_reason=FinishReason.STOP,
+        finish_reason=FinishReason.LENGTH if row["truncated"] else FinishReason.STOP,
         text=row["references"][0],
     )
 
@@ -338,10 +350,12 @@ def _int32(ids: Sequence[int]) -> Int32Array:
 def _part(dataset: Dataset, split: Split, keep: Sequence[bool]) -> Dataset:
     """The rows with `keep`. Only the training split keeps the skipped rows."""
     is_train = split == "train"
+    prompts = tuple(compress(dataset.prompts, keep))
+    names = {prompt.prompt_id for prompt in prompts}
     return Dataset(
         split=split,
-        prompts=tuple(compress(dataset.prompts, keep)),
-        demonstrations=tuple(compress(dataset.demonstrations, keep)),
+        prompts=prompts,
+        demonstrations=tuple(one for one in dataset.demonstrations if one.prompt_id in names),
         split_keys=tuple(compress(dataset.split_keys, keep)),
         files=dataset.files,
         places=dataset.places[np.array(keep, dtype=np.bool_)],

@@ -7,8 +7,10 @@ is rendered is compared with the row: a template that drops or changes content i
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -16,7 +18,7 @@ from jinja2 import TemplateError
 from distillm_ray.config import ChatTemplate, DataConfig, PlainTemplate
 from distillm_ray.data.rows import Example, RowError, Turn
 from distillm_ray.errors import DataError
-from distillm_ray.types import Rollout
+from distillm_ray.types import FinishReason, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +36,7 @@ _INSTRUCTION_WITH_CONTEXT = (
 _REASONING = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<rest>.*)", re.DOTALL)
 _OPENING = re.compile(r"\s*<think>\s*")
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
+_TAG = re.compile(r"</?think>")
 _CLOSED = "\n</think>\n\n"  # ends a thought that the prompt has opened and that holds nothing
 _PLACEHOLDER = "ZQXplaceholderXQZ"  # a content that no template changes
 
@@ -91,16 +94,18 @@ class Renderer:
         self._eos_token_id = _id_or_none(tokenizer.eos_token_id)
         self._end_text: str | None = None
         self._opening = ""  # the reasoning that the generation prompt opens
+        self._around: tuple[str, str] | None = None  # of a response, as the template writes it
         control = {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
         control |= {str(token) for token in tokenizer.all_special_tokens}
-        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
+        self._control = _any_of(control)
         empty: Any = tokenizer("")["input_ids"]
         bos = _id_or_none(tokenizer.bos_token_id)
         self._bos_ids = [bos] if bos is not None and list(empty)[:1] == [bos] else []
         match template:
             case ChatTemplate():
+                self._control = _any_of(control | self._turn_markers())
                 self.end_token_id = self._probe_chat_template()
             case PlainTemplate():
                 self.end_token_id = self._require_eos()
@@ -129,6 +134,7 @@ class Renderer:
             case PlainTemplate(name=name):
                 rendered = self._render_plain(example, name)
         self._check_rows(rendered)
+        self._check_text(example, rendered)
         return rendered
 
     def _check_control(self, what: str, content: str) -> None:
@@ -159,6 +165,34 @@ class Renderer:
                     f"it contains {token!r} (id {beyond}), for which the model has no row",
                 )
 
+    def _check_text(self, example: Example, rendered: RenderedExample) -> None:
+        """Compare what the ids say with the row: `<unk>` and lower case change what is learned."""
+        prompt = self._decode(rendered.prompt_ids)
+        said = [(f"the {turn.role} message", _answer(turn.content)) for turn in example.turns]
+        if isinstance(self._template, PlainTemplate) and example.context:
+            parts = (example.instruction, example.context)
+            said = [("the user message", part) for part in parts]
+        for what, content in said:
+            self._check_said(what, prompt, content)
+        for reference, ids in zip(example.references, rendered.reference_ids, strict=True):
+            self._check_said("the response", self._decode(ids), _answer(reference))
+
+    def _check_said(self, what: str, said: str, content: str) -> None:
+        said, content = _normalized(said), _normalized(content.strip())
+        if content in said:
+            return
+        words = content.split()
+        # What a reader recognizes: the first word that is gone, or the whole.
+        lost = next((word for word in words if word not in said), _shortened(content))
+        raise RowError(
+            "malformed",
+            f"the tokenizer changes {what}: {lost!r} cannot be read back from its ids (as"
+            f" {_shortened(said)!r}); the models would learn another text than the row's",
+        )
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return decode_ids(self._tokenizer, ids)
+
     # ---- chat ----
 
     def _render_chat(self, example: Example) -> RenderedExample:
@@ -166,17 +200,21 @@ class Renderer:
         prompt_text = self._prompt_text(turns)
         prompt_ids = self._encode(prompt_text)
         references = [
-            self._continue(prompt_text, prompt_ids, self._response_text(turns, reference))
+            self._continue(
+                prompt_text,
+                prompt_ids,
+                self._response_text(turns, reference, ended=not example.truncated),
+            )
             for reference in example.references
         ]
-        reference_ids = [self._ended(ids) for ids in references]
+        reference_ids = [self._ended(ids, truncated=example.truncated) for ids in references]
         # An assistant message at the very beginning is context: no prompt stands before it.
         several = any(turn.role == "assistant" for turn in turns[1:])
         single = _single_turn(prompt_ids, reference_ids)
         if not reference_ids or not several or self._conversations in ("last", "split"):
             return single
         try:
-            return self._render_multi_turn(turns, example.references[0], prompt_ids, reference_ids)
+            return self._render_multi_turn(turns, example, prompt_ids, reference_ids)
         except _Rewritten:
             if self._conversations == "all":
                 raise
@@ -185,7 +223,7 @@ class Renderer:
     def _render_multi_turn(
         self,
         turns: tuple[Turn, ...],
-        reference: str,
+        example: Example,
         prompt_ids: list[int],
         reference_ids: list[list[int]],
     ) -> RenderedExample:
@@ -195,7 +233,7 @@ class Renderer:
                 "the chat template does not mark the end of an assistant turn, so the turns of a"
                 " conversation cannot be learned in one sequence; set data.conversations=last",
             )
-        conversation = (*turns, Turn(role="assistant", content=reference))
+        conversation = (*turns, Turn(role="assistant", content=example.references[0]))
         assistant_turns = [
             index for index, turn in enumerate(conversation) if index and turn.role == "assistant"
         ]
@@ -205,7 +243,10 @@ class Renderer:
         mask: list[bool] = []
         for index in assistant_turns:
             before = self._chat_text(conversation[:index], generate=True)
-            response = self._response_text(conversation[:index], conversation[index].content)
+            truncated = example.truncated and index == assistant_turns[-1]
+            response = self._response_text(
+                conversation[:index], conversation[index].content, ended=not truncated
+            )
             if not before.startswith(text):
                 raise _Rewritten(
                     "malformed",
@@ -216,7 +257,7 @@ class Renderer:
             for addition, learned in ((before[len(text) :], False), (response, True)):
                 added = self._continue(text, ids, addition)
                 if learned:
-                    added = self._ended(added)
+                    added = self._ended(added, truncated=truncated)
                 ids = ids + added
                 text += addition
                 mask += [learned] * len(added)
@@ -230,19 +271,25 @@ class Renderer:
 
     def _prompt_text(self, turns: tuple[Turn, ...]) -> str:
         text = self._chat_text(turns, generate=True)
-        for turn in turns:
-            # Templates may drop the reasoning of earlier turns: the model never sees it either.
-            earlier = turn.role == "assistant"
-            content = turn.content.rpartition("</think>")[2] if earlier else turn.content
-            if not _contains(text, content):
+        # Templates may drop the reasoning of earlier turns: the model never sees it either.
+        contents = [
+            _answer(turn.content) if turn.role == "assistant" else turn.content.strip()
+            for turn in turns
+        ]
+        everything = "\0".join(contents)
+        for turn, content in zip(turns, contents, strict=True):
+            # Counted: what a dropped message says may stand in another one too.
+            if content and text.count(content) < everything.count(content):
+                earlier = turn.role == "assistant"
                 which = "an earlier assistant message" if earlier else f"the {turn.role} message"
                 raise RowError("malformed", f"the chat template changes {which}")
         return text
 
-    def _response_text(self, turns: tuple[Turn, ...], response: str) -> str:
+    def _response_text(self, turns: tuple[Turn, ...], response: str, *, ended: bool = True) -> str:
         """The text after the generation prompt, for `response`, up to and including its end token.
 
-        The generation prompt may open a thought, which the response then closes.
+        The generation prompt may open a thought, which the response then closes. Without `ended`
+        the text stops with the response's last word.
         """
         prompt = self._chat_text(turns, generate=True)
         start = prompt.removesuffix(self._opening)
@@ -250,9 +297,11 @@ class Renderer:
             response = _with_opened_thought(response)
         tail = self._tail(start, prompt, turns, response)
         thought = _REASONING.fullmatch(response)
-        lost = not _contains(tail, response)
-        if lost and (thought is None or not _contains(tail, thought["rest"])):
+        lost = response.strip() not in tail
+        if lost and (thought is None or thought["rest"].strip() not in tail):
             raise RowError("malformed", "the chat template changes the response")
+        if lost and thought is not None:
+            lost = thought["thought"].strip() not in tail
         if lost and self._reasoning == "fail":
             raise RowError(
                 "malformed",
@@ -271,7 +320,23 @@ class Renderer:
         said = tail[:end] if end >= 0 else tail
         if not said.removeprefix(_CLOSED).strip():
             raise RowError("empty", "the response is empty without its reasoning")
+        if thought is None:
+            self._check_nothing_added(said, response)
+        if not ended:
+            last = response.strip()[-1:]
+            return said[: said.rfind(last) + 1]
         return tail[: end + len(self._end_text or "")] if end >= 0 else tail
+
+    def _check_nothing_added(self, said: str, response: str) -> None:
+        """Around a response stands what stands around every response, and thoughts."""
+        if self._around is None:  # found by this probe
+            return
+        before, after = self._around
+        if _bare(said) != _bare(before + response + after):
+            raise RowError(
+                "malformed",
+                f"the chat template adds text to the response, which becomes {_shortened(said)!r}",
+            )
 
     def _tail(self, start: str, prompt: str, turns: tuple[Turn, ...], response: str) -> str:
         """What the template writes after `start` for an assistant turn."""
@@ -287,13 +352,27 @@ class Renderer:
             )
         return conversation[len(start) :]
 
-    def _chat_text(self, turns: tuple[Turn, ...], *, generate: bool) -> str:
+    @property
+    def writes_date(self) -> bool:
+        """Whether prompts depend on `data.time`."""
+        if not isinstance(self._template, ChatTemplate):
+            return False
+        turns = self._with_system((Turn(role="user", content="probe"),))
+        later = self._time + timedelta(days=400)
+        now, then = (
+            self._chat_text(turns, generate=True, time=time) for time in (self._time, later)
+        )
+        return now != then
+
+    def _chat_text(
+        self, turns: tuple[Turn, ...], *, generate: bool, time: datetime | None = None
+    ) -> str:
         assert isinstance(self._template, ChatTemplate)
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         # Templates that write the date call strftime_now; its own clock would change with the day.
         variables: dict[str, Any] = {
             **self._template.variables,
-            "strftime_now": self._time.strftime,
+            "strftime_now": (time or self._time).strftime,
         }
         try:
             return str(
@@ -313,6 +392,18 @@ class Renderer:
             return turns
         return (Turn(role="system", content=self._template.system), *turns)
 
+    def _turn_markers(self) -> set[str]:
+        """Added tokens with which the template marks turns, also those that are not special."""
+        probe = (Turn(role="user", content="a"), Turn(role="assistant", content="b"))
+        try:
+            text = self._chat_text(self._with_system(probe), generate=False)
+            text += self._chat_text(self._with_system(probe[:1]), generate=True)
+        except Exception:  # what the template refuses is named by the probe
+            return set()
+        added = self._tokenizer.added_tokens_decoder
+        found = {added[index].content for index in self._encode(text) if index in added}
+        return {token for token in found if token.strip() and not _TAG.fullmatch(token)}
+
     def _probe_chat_template(self) -> int:
         if not self._tokenizer.chat_template:
             raise DataError(
@@ -329,6 +420,7 @@ class Renderer:
             prompt = self._prompt_text(turns)
             self._opening = self._find_opening(prompt, turns, response)
             tail = self._response_text(turns, response)
+            ignored = prompt == self._chat_text(turns, generate=False)
         except RowError as error:
             raise DataError(f"data.template: {error.reason} (tokenizer of {name})") from error
         except Exception as error:  # a template is code of the user's model
@@ -336,17 +428,35 @@ class Renderer:
                 f"data.template: the chat template of {name} fails on a plain conversation:"
                 f" {type(error).__name__}: {error}"
             ) from error
-        after = tail[tail.rfind(response) + len(response) :]
-        special = set(self._tokenizer.all_special_ids) | {
-            index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special
-        }
-        end = next((index for index in self._encode(after) if index in special), None)
+        before, _, after = tail.rpartition(response)
+        end = self._control.search(after) if self._control.pattern else None
+        self._around = (before, after[: end.start()] if end else after)
+        self._check_around(*self._around, ignored=ignored, name=name)
         if end is None:
             return self._require_eos()
-        text = self._tokenizer.convert_ids_to_tokens(end)
-        assert isinstance(text, str)
-        self._end_text = text
-        return end
+        self._end_text = end[0]
+        index = self._tokenizer.convert_tokens_to_ids(end[0])
+        assert isinstance(index, int)
+        return index
+
+    def _check_around(self, before: str, after: str, *, ignored: bool, name: str) -> None:
+        """What stands around a response is learned with it.
+
+        Before it may stand the tokens of a channel, which the model itself writes.
+        """
+        if ignored and _bare(before):
+            raise DataError(
+                f"data.template: the chat template of {name} ignores add_generation_prompt: every"
+                f" response would begin with {before!r}, which engines write into the prompt;"
+                " correct the template"
+            )
+        channel = self._control.pattern and self._control.search(before)
+        for text in ("" if channel else _bare(before), _bare(after)):
+            if text:
+                raise DataError(
+                    f"data.template: the chat template of {name} adds {text!r} to every response:"
+                    " the student would learn to say it; correct the template"
+                )
 
     def _find_opening(self, prompt: str, turns: tuple[Turn, ...], response: str) -> str:
         """The thought that the generation prompt opens and a conversation does not; or empty."""
@@ -385,7 +495,10 @@ class Renderer:
             text = _INSTRUCTION.format(instruction=example.instruction)
         prompt_ids = self._bos_ids + self._encode(text)
         references = [
-            self._ended(self._continue(text, prompt_ids, response, num_special=len(self._bos_ids)))
+            self._ended(
+                self._continue(text, prompt_ids, response, num_special=len(self._bos_ids)),
+                truncated=example.truncated,
+            )
             for response in example.references
         ]
         return _single_turn(prompt_ids, references)
@@ -401,18 +514,29 @@ class Renderer:
     ) -> list[int]:
         """Tokens of `addition` after `text`, whose tokens `ids` are kept.
 
-        If the tokenizer would merge tokens across the border, `addition` is tokenized alone:
-        generation also starts from exactly the tokens of `text`.
+        If the tokenizer would merge tokens across the border, `addition` is tokenized without
+        `text`: generation also starts from exactly the tokens of `text`. Then it follows an anchor,
+        because some tokenizers put a space before the first word of whatever they get.
         """
-        whole = self._encode(text + addition)
-        known = ids[num_special:]
-        if whole[: len(known)] == known:
-            return whole[len(known) :]
+        for before, known in ((text, ids[num_special:]), *self._anchors()):
+            whole = self._encode(before + addition)
+            if whole[: len(known)] == known:
+                return whole[len(known) :]
         return self._encode(addition)
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        """The response with its end token, which must not occur earlier in it."""
-        ended = ids if ids[-1:] == [self.end_token_id] else [*ids, self.end_token_id]
+    def _anchors(self) -> Iterator[tuple[str, list[int]]]:
+        for anchor in ("\n", ".", "a"):
+            yield anchor, self._encode(anchor)
+
+    def _ended(self, ids: list[int], *, truncated: bool) -> list[int]:
+        """The response with its end token, which must not occur earlier in it.
+
+        A truncated one gets none: the model was not at an end.
+        """
+        if truncated:
+            ended = [*ids, -1]
+        else:
+            ended = ids if ids[-1:] == [self.end_token_id] else [*ids, self.end_token_id]
         if self.end_token_id in ended[:-1]:
             raise RowError(
                 "malformed",
@@ -420,7 +544,7 @@ class Renderer:
                 f" {self._tokenizer.convert_ids_to_tokens(self.end_token_id)!r}, which would stop"
                 " generation there",
             )
-        return ended
+        return ids if truncated else ended
 
     def _require_eos(self) -> int:
         if self._eos_token_id is None:
@@ -454,9 +578,27 @@ def _single_turn(prompt_ids: list[int], reference_ids: list[list[int]]) -> Rende
     )
 
 
-def _contains(text: str, content: str) -> bool:
-    """Whether `content` stands in `text`; white space, which templates may trim, is ignored."""
-    return "".join(content.split()) in "".join(text.split())
+def _answer(content: str) -> str:
+    """What is said after a thought, without the white space around it, which templates may trim."""
+    return content.rpartition("</think>")[2].strip()
+
+
+def _bare(text: str) -> str:
+    """Text without the tags of thoughts and white space."""
+    return "".join(_TAG.sub("", text).split())
+
+
+def _normalized(text: str) -> str:
+    """One form for texts that look the same; many tokenizers normalize to it."""
+    return unicodedata.normalize("NFKC", text)
+
+
+def _shortened(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+
+
+def _any_of(texts: Collection[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
 
 
 def _id_or_none(value: Any) -> int | None:
@@ -464,7 +606,29 @@ def _id_or_none(value: Any) -> int | None:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
-    """The response as text, without end tokens and surrounding space."""
+    """The response as people read it: without special tokens and surrounding space."""
     text = tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True)
     assert isinstance(text, str)
     return text.strip()
+
+
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """All that ids say, special tokens included."""
+    text = tokenizer.decode(
+        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def spoken(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
+    """The response as a row of data has to hold it: every character after the prompt.
+
+    Decoded after its prompt, because some tokenizers drop the space before the first word.
+    """
+    ids = rollout.response_ids.tolist()
+    if rollout.finish_reason is FinishReason.STOP:
+        ids = ids[:-1]
+    prompt = rollout.prompt_ids.tolist()
+    before, whole = decode_ids(tokenizer, prompt), decode_ids(tokenizer, [*prompt, *ids])
+    return whole[len(before) :] if whole.startswith(before) else decode_ids(tokenizer, ids)

@@ -29,6 +29,7 @@ TOKENIZED = pa.schema(
         ("reason", pa.string()),
         ("id", pa.string()),
         ("split_key", pa.binary()),  # equal for equal prompts
+        ("truncated", pa.bool_()),  # the response was cut off
         ("last_only", pa.bool_()),  # the template did not allow to learn the earlier turns
         ("text", pa.string()),
         ("references", pa.list_(pa.string())),
@@ -157,6 +158,7 @@ def _columns(example: Example, rendered: RenderedExample) -> dict[str, Any]:
         "id": example.example_id,
         "text": example.text,
         "references": example.references,
+        "truncated": example.truncated,
         "last_only": rendered.last_only,
         "prompt_ids": rendered.prompt_ids,
         "reference_ids": rendered.reference_ids,

@@ -17,6 +17,7 @@ from distillm_ray.models.directory import ModelFacts, key_of
 from distillm_ray.models.safetensors_files import TensorInfo
 
 _NUM_SHOWN = 3
+_SILENT = 50  # of transformers' levels of logging: critical
 # Enough to tell two matrices apart; a tied head that is stored twice is equal in all of them.
 _COMPARED_BYTES = 16 * 2**20
 _EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
@@ -73,7 +74,7 @@ def _load_shapes(facts: ModelFacts, *, trust_remote_code: bool) -> tuple[nn.Modu
     # transformers prints a report of what does not fit; the message says it.
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(_SILENT)
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
         return load(

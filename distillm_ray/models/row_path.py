@@ -46,6 +46,7 @@ CHECKED_LENGTHS = (21, 3, 3, 3, 3, 3, 3, 3, 3, 26)
 # differ by 0.12 after the 30 layers of SmolLM2-135M, and a router of experts may decide differently
 # for single tokens. A leak is found without a tolerance, and unknown arguments of an attention too.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.5}
+_NOT_FINITE = "hidden states are not finite"
 # Rotary embeddings whose frequencies depend on the largest position of a row.
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
 
@@ -189,6 +190,11 @@ def choose_path(
         if isinstance(found, RowProof):
             return model, replace(path, proof=found)
         notes.append(found)
+    if all(_NOT_FINITE in note for note in notes[-2:]):
+        raise ModelError(
+            f"{key}: {_NOT_FINITE} of {type(model).__name__}: its weights hold NaN or infinity, or"
+            " overflow in this dtype; download them again, or try dtype float32"
+        )
     raise ModelError(
         f"{key}: no way of running {type(model).__name__} on rows of several sequences is exact"
         f" ({'; '.join(notes)}): the loss would depend on the row that a sequence is in; use"
@@ -289,7 +295,7 @@ class _Proof:
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:  # the model's own
             return f"{name}: its forward pass fails: {type(error).__name__}: {error}"
         if not row_LD.isfinite().all():
-            return f"{name}: its hidden states are not finite"
+            return f"{name}: {_NOT_FINITE}"
         kept_L = ~self._changed_L
         if not torch.equal(row_LD[kept_L], other_LD[kept_L]):
             return f"{name}: state leaks from one sequence of a row into the next"
