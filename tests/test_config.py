@@ -693,7 +693,7 @@ def test_commands_expand_their_paths(
     message = refused_by_command("evaluate", "~/config.yaml", "--model=$HOME/$NAME")
     assert f"--model: {tmp_path}/one does not exist" in message
     message = refused_by_command("evaluate", "~/config.yaml", "--model=~/one", "--output=~/out")
-    assert f"--output {tmp_path}/out must be a directory" in message
+    assert f"--output: {tmp_path}/out must be a directory" in message
     assert f"{tmp_path}/one holds no metrics.jsonl" in refused_by_command("plot", "~/$NAME")
     message = refused_by_command("init-student", "~/one", "~/two", "--layers=0")
     assert f"{tmp_path}/one" in message
