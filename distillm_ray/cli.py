@@ -125,7 +125,7 @@ def evaluate(
         Path | None, typer.Option(help="Where to write the JSON.", parser=_path)
     ] = None,
 ) -> None:
-    """ROUGE-L, BLEU and validation loss of a model."""
+    """Validation loss of a model, and ROUGE, BLEU and matches of its responses."""
     with _user_errors():
         tree = _load(config, overrides)
         _quiet()

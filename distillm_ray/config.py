@@ -651,7 +651,7 @@ class HeldOutLossConfig(ProcessConfig):
 
 
 class EvaluationConfig(Section):
-    """ROUGE-L, BLEU and held-out loss of the student and of the teacher.
+    """ROUGE, BLEU, matches and held-out loss of the student and of the teacher.
 
     Within a run the student is evaluated by its own generators; `student` is the pool of
     `distillm-ray evaluate`, and of a run whose generators were lost.

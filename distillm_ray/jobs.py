@@ -23,6 +23,7 @@ from distillm_ray.data.templates import Renderer
 from distillm_ray.errors import DataError, RunDirectoryError
 from distillm_ray.evaluation.model_scores import evaluation_seeds, score_model, served_student
 from distillm_ray.evaluation.responder import ServedModel, serving
+from distillm_ray.evaluation.responses_file import write_responses
 from distillm_ray.evaluation.results import Evaluation
 from distillm_ray.files import check_writable, write_atomically
 from distillm_ray.models.completeness import check_complete
@@ -30,6 +31,7 @@ from distillm_ray.models.directory import ModelFacts, check_context, check_model
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import check_engines
 from distillm_ray.report.console import ConsoleView
+from distillm_ray.report.scores_table import scores_table
 from distillm_ray.run_directory import MODEL_FOLDER
 from distillm_ray.types import Device, Prompt, Source
 
@@ -37,7 +39,7 @@ from distillm_ray.types import Device, Prompt, Source
 def evaluate(config: Config, model: Path | None, output: Path | None, view: ConsoleView) -> Table:
     """Score a model on the config's test split, or on the validation split without one.
 
-    Writes the same JSON as the end of a run does; returns the table.
+    Writes the same JSON as the end of a run does, and the responses; returns the table.
 
     Raises:
         UserError: the model or the data cannot be used.
@@ -73,7 +75,7 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
         )
     prompts = answered[: config.evaluation.max_prompts]
     view.start(f"responding to {len(prompts)} prompts")
-    scores, _ = score_model(
+    scores, responses = score_model(
         config,
         served_student(config, facts, device),
         prompts,
@@ -86,19 +88,11 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
     evaluation = Evaluation(
         models={str(directory): scores}, num_prompts=len(prompts), seeds=evaluation_seeds(config)
     )
-    assert scores.rouge_l is not None
-    assert scores.bleu is not None
-    table = Table("model", "validation loss", "ROUGE-L", "BLEU")
-    table.add_row(
-        str(directory),
-        f"{scores.validation_loss:.4f}",
-        f"{scores.rouge_l.mean:.2f}",
-        f"{scores.bleu.mean:.2f}",
-    )
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         evaluation.write(output)
-    return table
+        write_responses(output / "responses.jsonl", prompts, responses, evaluation.seeds)
+    return scores_table(evaluation.models)
 
 
 def generate(

@@ -247,6 +247,7 @@ def check_ids(
 
 @given(row=ROWS, settings=SETTINGS)
 @example(row={"prompt": "a", "response": "b", "id": "\ud83d"}, settings=("ChatML", "fail", "auto"))
+@example(row={"prompt": "a", "response": "b", "instruction": []}, settings=("raw", "fail", "auto"))
 @example(row={"p\ud83d": "a"}, settings=("ChatML", "fail", "auto"))
 @example(
     row={"prompt": "add", "response": "we add\n</think>\n\n2"},

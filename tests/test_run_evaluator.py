@@ -65,7 +65,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServedModel]:
         config: Config, served: ServedModel, prompts: Sequence[Prompt], *_: object, **__: object
     ) -> tuple[ModelScores, list[list[Rollout]]]:
         found.append(served)
-        return ModelScores(validation_loss=0.75), [responses(prompts, STEPS, 1)]
+        return ModelScores(validation_loss=0.75), [
+            responses(prompts, STEPS, seed) for seed in (1, 2)
+        ]
 
     monkeypatch.setattr(run_evaluator, "score_model", score_model)
     return found

@@ -205,7 +205,7 @@ def _from_known_columns(
     parts = [
         (name, text)
         for name in (INSTRUCTION, context)
-        if name is not None and (text := values.get(name, "")).strip()
+        if name is not None and (text := values.get(name) or "").strip()
     ]
     for name, text in parts:
         if not _contains(prompt, text):

@@ -18,10 +18,16 @@ STUDENT_BEFORE, STUDENT_AFTER, TEACHER = "student before", "student after", "tea
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A metric over sampling seeds: mean and sample standard deviation (0 with one seed)."""
+    """A metric over sampling seeds: mean and sample standard deviation (0 with one seed).
 
-    mean: float  # 0 to 100
+    `low` and `high` hold the mean with 95 % confidence, had other prompts of the kind been drawn;
+    None for BLEU, which has no value for a single prompt.
+    """
+
+    mean: float
     std: float = 0.0
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +37,14 @@ class ModelScores:
     validation_loss: Annotated[
         float, BeforeValidator(lambda value: math.nan if value is None else value)
     ] = math.nan  # nats a token; null in the file is NaN
+    rouge_1: Score | None = None  # all but response_tokens: 0 to 100
+    rouge_2: Score | None = None
     rouge_l: Score | None = None
     bleu: Score | None = None
+    exact_match: Score | None = None
+    number_match: Score | None = None  # None unless every reference holds a number
+    response_tokens: Score | None = None  # with the end token
+    truncated: Score | None = None  # responses that ended by length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from distillm_ray.evaluation.model_scores import (
     served_teacher,
 )
 from distillm_ray.evaluation.responder import Responder, ServedModel
+from distillm_ray.evaluation.responses_file import RESPONSES_FOLDER, write_responses
 from distillm_ray.evaluation.results import (
     STUDENT_AFTER,
     STUDENT_BEFORE,
@@ -65,6 +66,7 @@ class RunEvaluator:
     def before(self, responder: Responder) -> Evaluation:
         """The student before training; its responses become the samples' first half."""
         scores, responses = score_responses(responder, self.prompts, self._config)
+        self._keep(STUDENT_BEFORE, responses)
         shown = self._config.evaluation.num_samples_shown
         return Evaluation(
             models={STUDENT_BEFORE: scores},
@@ -91,7 +93,7 @@ class RunEvaluator:
         steps = self._config.learner.steps
         if any(response.version != steps for by_seed in responses for response in by_seed):
             return None
-        return self._completed(evaluation, scores, responses[0])
+        return self._completed(evaluation, scores, responses)
 
     def exported(self, evaluation: Evaluation) -> Evaluation:
         """The trained student, from `model/`, in the pool of `evaluation.student`."""
@@ -101,12 +103,13 @@ class RunEvaluator:
             trust_remote_code=self._config.student.trust_remote_code,
         )
         scores, responses = self._score(served_student(self._config, facts, self._device))
-        return self._completed(evaluation, scores, responses[0])
+        return self._completed(evaluation, scores, responses)
 
     def _completed(
-        self, evaluation: Evaluation, scores: ModelScores, responses: Sequence[Rollout]
+        self, evaluation: Evaluation, scores: ModelScores, responses: Sequence[Sequence[Rollout]]
     ) -> Evaluation:
         """With the student after training; the learners computed both losses of the student."""
+        self._keep(STUDENT_AFTER, responses)
         losses = {
             record.step: record.loss
             for record in read_records(self._config.run.directory / FILE_NAME)
@@ -123,14 +126,19 @@ class RunEvaluator:
             models={STUDENT_BEFORE: before, STUDENT_AFTER: after},
             samples=tuple(
                 dataclasses.replace(sample, after=response.text)
-                for sample, response in zip(evaluation.samples, responses, strict=False)
+                for sample, response in zip(evaluation.samples, responses[0], strict=False)
             ),
         )
 
     def teacher(self, evaluation: Evaluation, facts: ModelFacts) -> Evaluation:
         """The teacher, in the pool of `evaluation.teacher`."""
-        scores, _ = self._score(served_teacher(self._config, facts, self._device))
+        scores, responses = self._score(served_teacher(self._config, facts, self._device))
+        self._keep(TEACHER, responses)
         return dataclasses.replace(evaluation, models={**evaluation.models, TEACHER: scores})
+
+    def _keep(self, model: str, responses: Sequence[Sequence[Rollout]]) -> None:
+        path = self._config.run.directory / RESPONSES_FOLDER / f"{model.replace(' ', '_')}.jsonl"
+        write_responses(path, self.prompts, responses, evaluation_seeds(self._config))
 
     def _score(self, served: ServedModel) -> tuple[ModelScores, list[list[Rollout]]]:
         return score_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from distillm_ray.evaluation.results import (
     ComparedSample,
     Evaluation,
     ModelScores,
-    Score,
     read_evaluation,
 )
 from distillm_ray.log.metrics import FILE_NAME
 from distillm_ray.report.console import duration, percent
 from distillm_ray.report.plots import draw_all, draw_overview
+from distillm_ray.report.scores_table import scores_table
 from distillm_ray.report.summary import SUMMARY_FILE, Run, Summary, read_run, summarize
 from distillm_ray.run_directory import MODEL_FOLDER
 
@@ -99,18 +98,10 @@ def _scores(evaluation: Evaluation, others: Mapping[str, ModelScores]) -> Table:
     num_seeds = len(evaluation.seeds)
     seeds = f", {num_seeds} seed{'s' if num_seeds > 1 else ''}" if num_seeds else ""
     title = f"{evaluation.num_prompts} held-out prompts{seeds}"
-    table = Table(title=title if evaluation.num_prompts else None, title_justify="left")
-    table.add_column("model")
-    for name in ("validation loss", "ROUGE-L", "BLEU"):
-        table.add_column(name, justify="right")
     order = (STUDENT_BEFORE, STUDENT_AFTER, TEACHER)
     rows = {name: evaluation.models[name] for name in order if name in evaluation.models}
     rows |= {name: scores for name, scores in evaluation.models.items() if name not in order}
-    for name, scores in (rows | dict(others)).items():
-        loss = f"{scores.validation_loss:.3f}" if math.isfinite(scores.validation_loss) else "-"
-        style = "bold" if name == STUDENT_AFTER else None
-        table.add_row(name, loss, _score(scores.rouge_l), _score(scores.bleu), style=style)
-    return table
+    return scores_table(rows | dict(others), title=title if evaluation.num_prompts else None)
 
 
 def _seconds(summary: Summary) -> Table:
@@ -158,9 +149,3 @@ def _places(directory: Path) -> Table:
         if place.exists():
             table.add_row(name, Text(str(place)))
     return table
-
-
-def _score(score: Score | None) -> str:
-    if score is None:
-        return "-"
-    return f"{score.mean:.1f} ± {score.std:.1f}" if score.std > 0 else f"{score.mean:.1f}"
