@@ -85,6 +85,12 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
         if preflight.is_complete(tree):
             typer.echo(f"The run in {tree.run.directory} is complete.")
+            if missing := preflight.missing_evaluations(tree):
+                typer.echo(f"The evaluation of {' and '.join(missing)} is missing.")
+                from distillm_ray import pipeline
+
+                with _view(tree) as view:
+                    pipeline.evaluate_missing(tree, checked, view)
             _print(write_report(tree.run.directory, compare=_comparable(tree)))
             return
         command = shlex.join(sys.argv)

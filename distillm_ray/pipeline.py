@@ -20,11 +20,12 @@ Every wait also ends with a stop request (SIGTERM, SIGINT) or a failure, noticed
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from transformers import PreTrainedTokenizerBase
 
 from distillm_ray.cluster import placement
@@ -42,9 +43,14 @@ from distillm_ray.config_files import dump_config
 from distillm_ray.data import ray_data
 from distillm_ray.data.fingerprint import keep_or_compare
 from distillm_ray.data.splits import Splits, load_splits
-from distillm_ray.errors import RunFailed
+from distillm_ray.errors import RunFailed, UserError
 from distillm_ray.evaluation.responder import Responder
-from distillm_ray.evaluation.results import Evaluation, read_evaluation
+from distillm_ray.evaluation.results import (
+    STUDENT_AFTER,
+    TEACHER,
+    Evaluation,
+    read_evaluation,
+)
 from distillm_ray.evaluation.run_evaluator import RunEvaluator
 from distillm_ray.files import write_atomically
 from distillm_ray.learner import worker
@@ -52,7 +58,7 @@ from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.log.commit import package_commit
 from distillm_ray.log.records import DoneRecord
 from distillm_ray.models.tokenizers import load_tokenizer
-from distillm_ray.preflight import Preflight, check_run_directory
+from distillm_ray.preflight import Preflight, check_run_directory, missing_evaluations
 from distillm_ray.report.console import ConsoleView
 from distillm_ray.report.opening import opening_lines
 from distillm_ray.report.rows import write_first_rows
@@ -149,7 +155,8 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
         if _checkpointed(config) == config.learner.steps:
             watch.group = None  # it has ended as it should
             if evaluation is not None:
-                _evaluate(run, watch, evaluator, responder, evaluation)
+                trained = Trained(responder, (*run.generators, *run.scorers))
+                _evaluate(config, run.preflight, watch, evaluator, evaluation, trained)
             status = "complete"
     except Stopped:
         pass
@@ -172,18 +179,90 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
     return ended
 
 
+def evaluate_missing(config: Config, preflight: Preflight, view: ConsoleView) -> None:
+    """Evaluate what the end of a complete run could not evaluate.
+
+    Raises:
+        UserError: a message for the user.
+    """
+    evaluation = read_evaluation(config.run.directory)
+    assert evaluation is not None
+    watch = Watch(view)
+    with watch.phase("connecting to Ray"):
+        connect(config)
+        device = resolve_device(config)
+        placement.check(placement.train_phases(config, device), available())
+    tokenizer = load_tokenizer(
+        config.student.model, trust_remote_code=config.student.trust_remote_code
+    )
+    with watch.signals(), held(config.run.directory):
+        try:
+            with watch.phase("reading data"):
+                splits = watch.wait_for(
+                    lambda: load_splits(
+                        config.data,
+                        tokenizer,
+                        config.run.seed,
+                        responses_needed_by=config.responses_needed_by,
+                        tokenize=ray_data.tokenize_files,
+                        vocabulary_size=preflight.vocabulary_size,
+                    )
+                )
+            keep_or_compare(config.run.directory, splits, resumed=True)
+            evaluator = RunEvaluator(config, splits, tokenizer, device, watch.interrupt)
+            _evaluate(config, preflight, watch, evaluator, evaluation, None)
+        except Stopped:
+            view.note("stopped before the evaluation was done; the same command does it")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The generators that hold the trained student, and all actors to free after their use."""
+
+    responder: Responder
+    actors: tuple[Any, ...]
+
+
 def _evaluate(
-    run: Run, watch: Watch, evaluator: RunEvaluator, responder: Responder, evaluation: Evaluation
+    config: Config,
+    preflight: Preflight,
+    watch: Watch,
+    evaluator: RunEvaluator,
+    evaluation: Evaluation,
+    trained: Trained | None,
 ) -> None:
-    directory = run.config.run.directory
-    with watch.phase("evaluating the student after training"):
-        after = evaluator.after(responder, evaluation)
-        release([*run.generators, *run.scorers])
-        evaluation = after or evaluator.exported(evaluation)
-        evaluation.write(directory)
-    if run.preflight.teacher is not None:
-        with watch.phase("evaluating the teacher"):
-            evaluator.teacher(evaluation, run.preflight.teacher).write(directory)
+    """Score what `evaluation` lacks. A failure costs an evaluation, never the trained student."""
+    directory = config.run.directory
+
+    def attempt(name: str, score: Callable[[Evaluation], Evaluation | None]) -> bool:
+        nonlocal evaluation
+        try:
+            with watch.phase(f"evaluating the {name}"):
+                found = score(evaluation)
+        except (UserError, RunFailed, RayError) as error:
+            watch.view.note(f"warning: the evaluation of the {name} failed: {one_line(error)}")
+            return False
+        if found is not None:
+            evaluation = found
+            evaluation.write(directory)
+        return found is not None
+
+    if STUDENT_AFTER not in evaluation.models:
+        done = trained is not None and attempt(
+            "student after training", lambda known: evaluator.after(trained.responder, known)
+        )
+        if trained is not None:
+            release(trained.actors)
+        if not done:
+            attempt("exported student", evaluator.exported)
+    teacher = preflight.teacher
+    if teacher is not None and TEACHER not in evaluation.models:
+        attempt("teacher", lambda known: evaluator.teacher(known, teacher))
+    if missing := missing_evaluations(config):
+        watch.view.note(
+            f"the run is complete, but the evaluation of {' and '.join(missing)} is missing: the"
+            " same command tries it again"
+        )
 
 
 def _checkpointed(config: Config) -> int:

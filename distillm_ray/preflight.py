@@ -11,6 +11,7 @@ from distillm_ray.config import Config, GeneratorPoolConfig, VllmEngine
 from distillm_ray.config_files import load_config
 from distillm_ray.data.files import check_files
 from distillm_ray.errors import ConfigError, RunDirectoryError
+from distillm_ray.evaluation.results import STUDENT_AFTER, TEACHER, read_evaluation
 from distillm_ray.files import check_writable
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.learner.resume import check_resume
@@ -168,7 +169,7 @@ def check_run_directory(config: Config) -> Checkpoint | None:
 
 
 def is_complete(config: Config) -> bool:
-    """Whether the run in `run.directory` has done all its steps and its evaluation."""
+    """Whether the run in `run.directory` has done all its steps."""
     path = config.run.directory / FILE_NAME
     if not path.is_file():
         return False
@@ -178,3 +179,12 @@ def is_complete(config: Config) -> bool:
         and record.step == config.learner.steps
         for record in read_records(path)
     )
+
+
+def missing_evaluations(config: Config) -> tuple[str, ...]:
+    """The models that a run has begun to compare and has no scores of."""
+    evaluation = read_evaluation(config.run.directory)
+    if evaluation is None or not config.evaluation.at_end:
+        return ()
+    wanted = (STUDENT_AFTER, *((TEACHER,) if config.teacher is not None else ()))
+    return tuple(name for name in wanted if name not in evaluation.models)

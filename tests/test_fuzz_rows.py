@@ -242,12 +242,19 @@ def check_ids(
     if sequence["turn"] or settings[1] == "drop":
         return
     for text in contents(row):
-        assert text.strip() in whole
+        if "think>" in text:  # templates write white space around thoughts
+            assert "".join(text.split()) in "".join(whole.split())
+        else:
+            assert text.strip() in whole
 
 
 @given(row=ROWS, settings=SETTINGS)
 @example(row={"prompt": "a", "response": "b", "id": "\ud83d"}, settings=("ChatML", "fail", "auto"))
 @example(row={"prompt": "a", "response": "b", "instruction": []}, settings=("raw", "fail", "auto"))
+@example(
+    row={"prompt": "a", "response": "<think></think>"},
+    settings=("writes an empty thought", "fail", "auto"),
+)
 @example(row={"p\ud83d": "a"}, settings=("ChatML", "fail", "auto"))
 @example(
     row={"prompt": "add", "response": "we add\n</think>\n\n2"},

@@ -318,7 +318,7 @@ class Renderer:
             tail = tail[opened.end() :] if opened else _CLOSED + tail
         end = tail.rfind(self._end_text) if self._end_text is not None else -1
         said = tail[:end] if end >= 0 else tail
-        if not said.removeprefix(_CLOSED).strip():
+        if not _bare(said):
             raise RowError("empty", "the response is empty without its reasoning")
         if thought is None:
             self._check_nothing_added(said, response)

@@ -123,7 +123,7 @@ class RunEvaluator:
         after = dataclasses.replace(scores, validation_loss=losses[max(losses)])
         return dataclasses.replace(
             evaluation,
-            models={STUDENT_BEFORE: before, STUDENT_AFTER: after},
+            models={**evaluation.models, STUDENT_BEFORE: before, STUDENT_AFTER: after},
             samples=tuple(
                 dataclasses.replace(sample, after=response.text)
                 for sample, response in zip(evaluation.samples, responses[0], strict=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -88,3 +89,39 @@ def test_a_run_of_plain_sft_names_no_teacher_and_starts_none(config: Path, tmp_p
     assert all(record.work.scored_sequences == 0 for record in steps)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert summary["status"] == "complete"
+
+
+def test_an_evaluation_that_fails_after_training_costs_the_evaluation_only(
+    config: Path, tmp_path: Path
+) -> None:
+    """The teacher's weights go away while it is used; the same command scores it alone."""
+    run, log = config.parent / "unscored", config.parent / "unscored.log"
+    teacher = tmp_path / "teacher"
+    shutil.copytree(config.parent / "teacher", teacher)
+    weights, away = teacher / "model.safetensors", teacher / "away"
+    command = (
+        *("train", str(config), f"run.directory={run}", f"teacher.model={teacher}"),
+        *("evaluation.at_end=true", "run.startup_timeout_s=60"),
+    )
+    with Driver(*command, log=log) as driver:
+        driver.wait_for(lambda: bool(records(run, StepRecord)), LIMIT_S)
+        weights.rename(away)
+        assert driver.wait(LIMIT_S) == 0, driver.output()
+        said = " ".join(driver.output().split())
+        assert "the evaluation of the teacher failed" in said
+        assert "but the evaluation of teacher is missing" in said
+    away.rename(weights)
+    assert [record.status for record in records(run, DoneRecord)] == ["complete"]
+    assert (run / "model" / "model.safetensors").is_file()
+    first = json.loads((run / "evaluation.json").read_text())["models"]
+    assert set(first) == {"student before", "student after"}
+
+    with Driver(*command, log=config.parent / "scored.log") as driver:
+        assert driver.wait(LIMIT_S) == 0, driver.output()
+        assert "The evaluation of teacher is missing." in driver.output()
+        assert f"step {STEPS}/" not in driver.output()
+    second = json.loads((run / "evaluation.json").read_text())["models"]
+    assert set(second) == {"student before", "student after", "teacher"}
+    assert second["student after"] == first["student after"]
+    kept = {path.stem for path in (run / "responses").iterdir()}
+    assert kept == {"student_before", "student_after", "teacher"}
