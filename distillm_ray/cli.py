@@ -268,19 +268,28 @@ def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 
 @app.command()
-def plot(
-    run: Annotated[Path, typer.Argument(help="A run directory.", parser=_path)],
-    compare: Annotated[
-        list[Path] | None,
-        typer.Option(help="Another run for the table; may be given again.", parser=_path),
-    ] = None,
-) -> None:
+def plot(run: Annotated[Path, typer.Argument(help="A run directory.", parser=_path)]) -> None:
     """Figures, summary and table of a run."""
     with _user_errors():
         _quiet()
         from distillm_ray.report.report import write_report
 
-        _print(write_report(run, compare=compare or ()))
+        _print(write_report(run))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.", parser=_path)],
+    output: Annotated[Path, typer.Option(help="The picture to write.", parser=_path)] = Path(
+        "comparison.png"
+    ),
+) -> None:
+    """Runs side by side: a table, and a picture of loss against time, tokens and cost."""
+    with _user_errors():
+        _quiet()
+        from distillm_ray.report import comparison
+
+        _print(comparison.compare(runs, output))
 
 
 @app.command()

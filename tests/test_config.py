@@ -705,7 +705,8 @@ def test_commands_expand_their_paths(
     "arguments",
     [
         ["plot", "PATH"],
-        ["plot", "run", "--compare", "PATH"],
+        ["compare", "run", "PATH"],
+        ["compare", "run", "other", "--output", "PATH"],
         ["init-student", "PATH", "out", "--layers=0"],
         ["init-student", "teacher", "PATH", "--layers=0"],
         ["evaluate", "CONFIG", "--model", "PATH"],

@@ -6,7 +6,7 @@ The colors are from the Okabe-Ito palette, which stays distinguishable under col
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -87,6 +87,29 @@ def draw_all(records: Sequence[Record], directory: Path) -> tuple[Path, ...]:
             paths.append(directory / f"{name}.png")
             figure.savefig(paths[-1], dpi=120)
     return tuple(paths)
+
+
+def draw_curves(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    path: Path,
+    *,
+    ylabel: str,
+) -> None:
+    """One panel for each x axis, one curve (x, y) for each name; best is lowest."""
+    colors = (BLUE, ORANGE, GREEN, RED, SKY, GREY)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(12, 7.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2, 2).ravel()
+        for ax, (xlabel, curves) in zip(axes, panels.items(), strict=True):
+            for index, (name, (at, values)) in enumerate(curves.items()):
+                style = ("-", "--", ":", "-.")[index // len(colors) % 4]
+                color = colors[index % len(colors)]
+                ax.plot(at, values, style, marker="o", markersize=3, color=color, label=name)
+            ax.set_xlabel(xlabel)
+            ax.set_ylabel(ylabel)
+        axes[0].legend()
+        figure.savefig(path, dpi=100)
 
 
 def draw_loss(ax: Axes, records: Sequence[Record]) -> None:

@@ -36,13 +36,15 @@ def scores_table(models: Mapping[str, ModelScores], *, title: str | None = None)
     for name, scores in models.items():
         loss = f"{scores.validation_loss:.3f}" if math.isfinite(scores.validation_loss) else "-"
         cells = [
-            _cell(getattr(scores, field), interval=field == "rouge_l") for field in columns.values()
+            score_cell(getattr(scores, field), interval=field == "rouge_l")
+            for field in columns.values()
         ]
         table.add_row(name, loss, *cells, style="bold" if name == STUDENT_AFTER else None)
     return table
 
 
-def _cell(score: Score | None, *, interval: bool) -> str:
+def score_cell(score: Score | None, *, interval: bool = False) -> str:
+    """Mean and deviation over seeds, with the interval over prompts on demand."""
     if score is None:
         return "-"
     text = f"{score.mean:.1f} ± {score.std:.1f}" if score.std > 0 else f"{score.mean:.1f}"
