@@ -409,6 +409,7 @@ class ColumnsConfig(Section):
     prompt: str | None = None
     context: str | None = None  # appended to the prompt, as Alpaca's `input`
     response: str | None = None  # beside `prompt`; unset: the known names
+    system: str | None = None  # the system message, beside `prompt` or `messages`
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -417,6 +418,14 @@ class ColumnsConfig(Section):
                 f"data.columns.messages must stand alone, got {self.messages!r} with another"
                 " column: a conversation holds prompt and response"
             )
+        named = [name for name in (self.prompt, self.context, self.response, self.system) if name]
+        if len(set(named)) < len(named):
+            raise ValueError(
+                f"data.columns must name a column once, got {', '.join(named)}: a prompt would be"
+                " its own response"
+            )
+        if self.prompt is None and self.messages is None and self.system:
+            raise ValueError("data.columns.system needs data.columns.prompt or messages beside it")
         if self.prompt is None and (self.context or self.response):
             raise ValueError(
                 "data.columns.prompt is required beside data.columns.context and"

@@ -29,6 +29,7 @@ _FORMATS: dict[str, Format] = {
     ".arrow": "arrow",
 }
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_SHARD = re.compile(r"-(?P<index>\d+)-of-(?P<total>\d+)")
 _NUM_ROWS_CHECKED = 3  # per file, before anything starts
 _PARQUET_BATCH_ROWS = 1024
 
@@ -205,7 +206,7 @@ def _data_file(path: Path, split: Split) -> DataFile:
 def _files_of_directory(directory: Path, split: Split) -> list[DataFile]:
     """Shards of a `save_to_disk` directory, else the files that have the split's name."""
     if (directory / "dataset_dict.json").is_file():
-        splits = json.loads((directory / "dataset_dict.json").read_text())["splits"]
+        splits = _read_description(directory / "dataset_dict.json", "splits")
         if split not in splits:
             raise DataError(
                 f"data.{split}: {directory} has no split {split!r}, only {', '.join(splits)};"
@@ -213,8 +214,8 @@ def _files_of_directory(directory: Path, split: Split) -> list[DataFile]:
             )
         return _files_of_directory(directory / split, split)
     if (directory / "state.json").is_file():
-        state = json.loads((directory / "state.json").read_text())
-        shards = [directory / item["filename"] for item in state["_data_files"]]
+        listed = _read_description(directory / "state.json", "_data_files")
+        shards = [directory / str(item["filename"]) for item in listed]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
             raise DataError(f"data.{split}: {directory} lacks {', '.join(missing)}")
@@ -228,6 +229,7 @@ def _files_of_directory(directory: Path, split: Split) -> list[DataFile]:
     )
     shard = re.compile(rf"{split}([-_.]?\d+(-of-\d+(-[0-9a-f]+)?)?)?")
     strange = [path.name for path in found if not shard.fullmatch(path.stem)]
+    _check_shards(found, directory, split)
     if strange or len({(path.parent, path.suffix) for path in found}) > 1:
         raise DataError(
             f"data.{split}: {directory} holds more than the shards of one data set"
@@ -240,3 +242,31 @@ def _files_of_directory(directory: Path, split: Split) -> list[DataFile]:
             f" state.json nor dataset_dict.json nor files named {split}*.jsonl or {split}*.parquet"
         )
     return [_data_file(path, split) for path in found]
+
+
+def _read_description(path: Path, key: str) -> list[Any]:
+    """A list in a file of `save_to_disk`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))[key]
+        if not isinstance(found, list) or not found:
+            raise TypeError(f"{key} is not a list with entries")
+        if key == "_data_files":
+            [item["filename"] for item in found]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    return found
+
+
+def _check_shards(paths: Sequence[Path], directory: Path, split: Split) -> None:
+    """All shards of `NAME-00000-of-00002`, and no others, must be there."""
+    numbered = [match for path in paths if (match := _SHARD.search(path.stem))]
+    if not numbered:
+        return
+    totals = {int(match["total"]) for match in numbered}
+    indices = sorted(int(match["index"]) for match in numbered)
+    if len(numbered) < len(paths) or len(totals) > 1 or indices != list(range(max(totals))):
+        raise DataError(
+            f"data.{split}: {directory} must hold all shards of one data set, got"
+            f" {', '.join(path.name for path in paths)}: a download is incomplete, or files of two"
+            " data sets are mixed; list the files that are meant"
+        )

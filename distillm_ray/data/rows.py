@@ -7,6 +7,7 @@ be read in two ways, is refused by name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
@@ -40,8 +41,14 @@ _UNSUPPORTED_OF_MESSAGES = (
 )
 _NOT_LEARNED = ("train", "trainable", "loss")  # of a message; false: its loss is left out
 _UNSUPPORTED_OF_ROWS = ("tools", "functions")
-_UNSUPPORTED_OF_PROMPTS = ("history", "documents")  # unless data.columns names what is read
-_TRUNCATED = "length"  # a `finish_reason`, as `distillm-ray generate` and model servers write it
+_UNSUPPORTED_OF_PROMPTS = (  # unless data.columns names what is read
+    *("history", "documents", "images", "chat_template_kwargs"),
+    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
+)
+# Names and values of what tells that a response was cut off, as model servers write them.
+_REASONS = ("finish_reason", "stop_reason")
+_TRUNCATED = ("length", "max_tokens")
+_ROLES = ("system", "user", "assistant", "tool", "developer")
 _MAY_BE_EMPTY = ("system", "tool")  # roles
 
 
@@ -105,7 +112,7 @@ def parse_row(
     names = columns or ColumnsConfig()
     values = {str(key): value for key, value in row.items() if value is not None}
     example = _example_of(values, names, require_responses=require_responses)
-    return replace(example, truncated=values.get("finish_reason") == _TRUNCATED)
+    return replace(example, truncated=example.truncated or _is_truncated(values))
 
 
 def _example_of(
@@ -125,7 +132,7 @@ def _example_of(
     messages = names.messages or ("messages" if names == ColumnsConfig() else None)
     if names.messages is not None or messages in values:
         assert messages is not None
-        return _from_messages(
+        example = _from_messages(
             _named(values, messages),
             messages,
             values,
@@ -133,8 +140,9 @@ def _example_of(
             names,
             require_responses=require_responses,
         )
+        return example if names.messages is None else _with_system(example, values, names)
     if names.prompt is not None:
-        return _from_prompt(
+        example = _from_prompt(
             values,
             names.prompt,
             names.context,
@@ -142,6 +150,7 @@ def _example_of(
             names,
             require_responses=require_responses,
         )
+        return _with_system(example, values, names)
     return _from_known_columns(values, example_id, names, require_responses=require_responses)
 
 
@@ -153,6 +162,7 @@ def split_turns(example: Example) -> tuple[Example, ...]:
             turns=example.turns[:index],
             instruction=example.turns[index - 1].content,
             references=(turn.content,),
+            truncated=False,  # the next message follows it
         )
         for index, turn in enumerate(example.turns)
         if index and turn.role == "assistant"
@@ -200,7 +210,7 @@ def _from_known_columns(
         example = _from_prompt(
             values, INSTRUCTION, context, example_id, names, require_responses=require_responses
         )
-        return _with_system(example, values)
+        return _with_system(example, values, names)
     prompt = _text_of(values["prompt"], "prompt")
     parts = [
         (name, text)
@@ -213,12 +223,24 @@ def _from_known_columns(
     example = _from_prompt(
         values, "prompt", None, example_id, names, require_responses=require_responses
     )
-    return _with_system(replace(example, finished_prompt=bool(parts)), values)
+    return _with_system(replace(example, finished_prompt=bool(parts)), values, names)
 
 
-def _with_system(example: Example, values: Mapping[str, Any]) -> Example:
-    """The example with the system message that its own column holds."""
-    found = {name: values[name] for name in SYSTEM_COLUMNS if values.get(name)}
+def _with_system(example: Example, values: Mapping[str, Any], names: ColumnsConfig) -> Example:
+    """The example with the system message that its own column holds.
+
+    A system column that data.columns does not name is refused: few would want to drop it.
+    """
+    known = SYSTEM_COLUMNS if names == ColumnsConfig() else (names.system,)
+    found = {name: values[name] for name in known if name is not None and values.get(name)}
+    taken = {names.messages, names.prompt, names.context, names.response, names.system}
+    for name in () if names == ColumnsConfig() else SYSTEM_COLUMNS:
+        if name not in taken and names.system is None and values.get(name):
+            raise RowError(
+                "malformed",
+                f"{name} is not read: name it in data.columns.system, or set data.columns.system"
+                " to a column that does not exist to leave system messages out",
+            )
     texts = {text for name, value in found.items() if (text := _text_or_empty(value, name))}
     if not texts:
         return example
@@ -227,6 +249,12 @@ def _with_system(example: Example, values: Mapping[str, Any]) -> Example:
             "malformed", f"{' and '.join(SYSTEM_COLUMNS)} hold different texts: leave one out"
         )
     (content,) = texts
+    if example.turns[0].role == "system":
+        if example.turns[0].content.strip() == content.strip():
+            return example
+        raise RowError(
+            "malformed", f"{next(iter(found))} and the system message hold different texts"
+        )
     return replace(
         example,
         turns=(Turn(role="system", content=content), *example.turns),
@@ -352,6 +380,7 @@ def _from_messages(
         context="",
         references=references,
         columns={column: [{"role": turn.role, "content": turn.content} for turn in turns]},
+        truncated=bool(references) and _is_truncated(messages[-1]),
     )
 
 
@@ -359,16 +388,28 @@ def _compare_with_columns(
     turns: Sequence[Turn], references: Sequence[str], values: Mapping[str, Any]
 ) -> None:
     """Refuse a row whose other columns say something else than its messages."""
-    whole = "\n".join([*(turn.content for turn in turns), *references])
-    for name in (*SYSTEM_COLUMNS, *PROMPT_COLUMNS, *CONTEXT_COLUMNS, *RESPONSE_COLUMNS):
-        value = values.get(name)
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and text.strip() and not _contains(whole, text):
-                raise RowError(
-                    "malformed",
-                    f"messages do not contain the text of {name} ({_shortened(text)!r}): set"
-                    " data.columns={messages: messages} to read the messages alone",
-                )
+    said = {
+        "system": [turn.content for turn in turns if turn.role == "system"],
+        "user": [turn.content for turn in turns if turn.role not in ("system", "assistant")],
+        "assistant": [turn.content for turn in turns if turn.role == "assistant"],
+    }
+    said["assistant"] += references
+    for names, role in (
+        (SYSTEM_COLUMNS, "system"),
+        ((*PROMPT_COLUMNS, *CONTEXT_COLUMNS), "user"),
+        (RESPONSE_COLUMNS, "assistant"),
+    ):
+        for name in names:
+            value = values.get(name)
+            for text in value if isinstance(value, list) else [value]:
+                if not isinstance(text, str) or not text.strip():
+                    continue
+                if not any(_contains(content, text) for content in said[role]):
+                    raise RowError(
+                        "malformed",
+                        f"messages do not contain the text of {name} ({_shortened(text)!r}): set"
+                        " data.columns={messages: messages} to read the messages alone",
+                    )
 
 
 def _turn(message: Any, name: str) -> Turn:
@@ -378,6 +419,8 @@ def _turn(message: Any, name: str) -> Turn:
         if message.get(part):
             raise RowError("malformed", _unsupported(f"{name}.{part}"))
     role, content = message["role"], message.get("content")
+    if role != role.lower() and role.lower() in _ROLES:
+        raise RowError("malformed", f"{name}.role must be {role.lower()!r}, got {role!r}")
     if role == "assistant":
         _check_learned(message, name)
     _check_characters(role, f"{name}.role")
@@ -457,9 +500,15 @@ def _check_characters(text: str, column: str) -> None:
         ) from error
 
 
+def _is_truncated(values: Mapping[str, Any]) -> bool:
+    return any(str(values.get(name)).lower() in _TRUNCATED for name in _REASONS)
+
+
 def _contains(text: str, part: str) -> bool:
-    """Whether `part` stands in `text`; white space is ignored."""
-    return "".join(part.split()) in "".join(text.split())
+    """Whether `part` stands in `text` as whole words; how white space is written is ignored."""
+    words = r"\s+".join(map(re.escape, part.split()))
+    # ASCII letters only: some scripts write no space between words.
+    return re.search(rf"(?<!(?a:\w)){words}(?!(?a:\w))", text) is not None
 
 
 def _unsupported(name: str) -> str:

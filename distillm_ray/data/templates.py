@@ -36,13 +36,14 @@ _INSTRUCTION_WITH_CONTEXT = (
 _REASONING = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<rest>.*)", re.DOTALL)
 _OPENING = re.compile(r"\s*<think>\s*")
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
+_MAX_FRAMES = 1000
 _TAG = re.compile(r"</?think>")
+_INDENTATION = (
+    "the chat template removes the indentation of the first line of {}, which other lines have too,"
+    " as in code: put the text into a code block, or begin with a line without indentation"
+)
 _CLOSED = "\n</think>\n\n"  # ends a thought that the prompt has opened and that holds nothing
 _PLACEHOLDER = "ZQXplaceholderXQZ"  # a content that no template changes
-
-
-class _Rewritten(RowError):
-    """The template does not allow to learn all turns of this row in one sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,7 @@ class Renderer:
         self._eos_token_id = _id_or_none(tokenizer.eos_token_id)
         self._end_text: str | None = None
         self._opening = ""  # the reasoning that the generation prompt opens
+        self._frames: dict[tuple[str, ...], str] = {}  # by the roles of a conversation
         self._around: tuple[str, str] | None = None  # of a response, as the template writes it
         control = {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
@@ -168,14 +170,18 @@ class Renderer:
     def _check_text(self, example: Example, rendered: RenderedExample) -> None:
         """Compare what the ids say with the row: `<unk>` and lower case change what is learned."""
         prompt = self._decode(rendered.prompt_ids)
-        said = [(f"the {turn.role} message", _answer(turn.content)) for turn in example.turns]
+        said = [(f"the {turn.role} message", _content(turn)) for turn in example.turns]
         if isinstance(self._template, PlainTemplate) and example.context:
             parts = (example.instruction, example.context)
             said = [("the user message", part) for part in parts]
         for what, content in said:
             self._check_said(what, prompt, content)
         for reference, ids in zip(example.references, rendered.reference_ids, strict=True):
-            self._check_said("the response", self._decode(ids), _answer(reference))
+            learned = self._decode(ids)
+            self._check_said("the response", learned, _answer(reference))
+            thought = _REASONING.fullmatch(reference)
+            if thought is not None and self._reasoning != "drop":
+                self._check_said("the reasoning", learned, thought["thought"])
 
     def _check_said(self, what: str, said: str, content: str) -> None:
         said, content = _normalized(said), _normalized(content.strip())
@@ -215,7 +221,7 @@ class Renderer:
             return single
         try:
             return self._render_multi_turn(turns, example, prompt_ids, reference_ids)
-        except _Rewritten:
+        except RowError:  # the last response was rendered well, so an earlier turn is wrong
             if self._conversations == "all":
                 raise
             return replace(single, last_only=True)
@@ -228,7 +234,7 @@ class Renderer:
         reference_ids: list[list[int]],
     ) -> RenderedExample:
         if self._end_text is None:
-            raise _Rewritten(
+            raise RowError(
                 "malformed",
                 "the chat template does not mark the end of an assistant turn, so the turns of a"
                 " conversation cannot be learned in one sequence; set data.conversations=last",
@@ -244,11 +250,14 @@ class Renderer:
         for index in assistant_turns:
             before = self._chat_text(conversation[:index], generate=True)
             truncated = example.truncated and index == assistant_turns[-1]
-            response = self._response_text(
-                conversation[:index], conversation[index].content, ended=not truncated
-            )
+            try:
+                response = self._response_text(
+                    conversation[:index], conversation[index].content, ended=not truncated
+                )
+            except RowError as error:
+                raise RowError(error.kind, f"message {index + 1}: {error.reason}") from error
             if not before.startswith(text):
-                raise _Rewritten(
+                raise RowError(
                     "malformed",
                     f"the chat template rewrites earlier turns: the conversation up to message"
                     f" {index + 1} does not begin with the turns before it, so its tokens cannot"
@@ -272,18 +281,34 @@ class Renderer:
     def _prompt_text(self, turns: tuple[Turn, ...]) -> str:
         text = self._chat_text(turns, generate=True)
         # Templates may drop the reasoning of earlier turns: the model never sees it either.
-        contents = [
-            _answer(turn.content) if turn.role == "assistant" else turn.content.strip()
-            for turn in turns
-        ]
-        everything = "\0".join(contents)
+        contents = [_content(turn) for turn in turns]
+        # Counted: what a dropped message says may stand in another one, or in the template.
+        everything = "\0".join([*contents, self._frame(tuple(turn.role for turn in turns))])
         for turn, content in zip(turns, contents, strict=True):
-            # Counted: what a dropped message says may stand in another one too.
             if content and text.count(content) < everything.count(content):
                 earlier = turn.role == "assistant"
                 which = "an earlier assistant message" if earlier else f"the {turn.role} message"
                 raise RowError("malformed", f"the chat template changes {which}")
+            if _loses_indentation(turn.content, text):
+                raise RowError("malformed", _INDENTATION.format(f"the {turn.role} message"))
         return text
+
+    def _is_open_thought(self, response: str) -> bool:
+        begun = self._opening or _OPENING.match(response)
+        return bool(begun) and "</think>" not in response
+
+    def _frame(self, roles: tuple[str, ...]) -> str:
+        """What the template writes around the contents of these roles."""
+        if roles not in self._frames:
+            if len(self._frames) >= _MAX_FRAMES:
+                self._frames.clear()
+            turns = tuple(Turn(role=role, content=_PLACEHOLDER) for role in roles)
+            try:
+                text = self._chat_text(turns, generate=True)
+            except RowError:  # the template wants something of these contents
+                text = ""
+            self._frames[roles] = text.replace(_PLACEHOLDER, "\0")
+        return self._frames[roles]
 
     def _response_text(self, turns: tuple[Turn, ...], response: str, *, ended: bool = True) -> str:
         """The text after the generation prompt, for `response`, up to and including its end token.
@@ -291,6 +316,10 @@ class Renderer:
         The generation prompt may open a thought, which the response then closes. Without `ended`
         the text stops with the response's last word.
         """
+        if not ended and self._is_open_thought(response):
+            # Cut off within its thought: what the model wrote after the prompt, as it is.
+            opened = _OPENING.match(response) if self._opening else None
+            return response[opened.end() :] if opened else response
         prompt = self._chat_text(turns, generate=True)
         start = prompt.removesuffix(self._opening)
         if self._opening:
@@ -298,6 +327,8 @@ class Renderer:
         tail = self._tail(start, prompt, turns, response)
         thought = _REASONING.fullmatch(response)
         lost = response.strip() not in tail
+        if not lost and _loses_indentation(response, tail):
+            raise RowError("malformed", _INDENTATION.format("the response"))
         if lost and (thought is None or thought["rest"].strip() not in tail):
             raise RowError("malformed", "the chat template changes the response")
         if lost and thought is not None:
@@ -312,16 +343,15 @@ class Renderer:
         if lost and self._reasoning == "keep":
             tail = self._tail(start, prompt, turns, _PLACEHOLDER)
             before, _, after = tail.partition(_PLACEHOLDER)
-            tail = _EMPTY_THOUGHT.sub("", before) + response.strip() + after
+            before = _EMPTY_THOUGHT.sub("", before).removesuffix("</think>")
+            tail = before + response.strip() + after
         if self._opening:
-            opened = _OPENING.match(tail)
-            tail = tail[opened.end() :] if opened else _CLOSED + tail
+            tail = _after_opening(tail)
         end = tail.rfind(self._end_text) if self._end_text is not None else -1
         said = tail[:end] if end >= 0 else tail
         if not _bare(said):
             raise RowError("empty", "the response is empty without its reasoning")
-        if thought is None:
-            self._check_nothing_added(said, response)
+        self._check_nothing_added(said, response if thought is None else thought["rest"])
         if not ended:
             last = response.strip()[-1:]
             return said[: said.rfind(last) + 1]
@@ -332,7 +362,12 @@ class Renderer:
         if self._around is None:  # found by this probe
             return
         before, after = self._around
-        if _bare(said) != _bare(before + response + after):
+        whole = _bare(before + response + after)
+        # Thoughts stand before the answer; an answer of nothing but thoughts adds nothing.
+        only_thought = not _bare(response)
+        if _bare(said) != whole and not (
+            only_thought or ("</think>" in said and _bare(said).endswith(_bare(response + after)))
+        ):
             raise RowError(
                 "malformed",
                 f"the chat template adds text to the response, which becomes {_shortened(said)!r}",
@@ -344,6 +379,8 @@ class Renderer:
             (*turns, Turn(role="assistant", content=response)), generate=False
         )
         if not conversation.startswith(start):
+            if (tail := self._tail_alone(conversation, response)) is not None:
+                return tail
             raise RowError(
                 "malformed",
                 "the chat template's prompt is not a prefix of the whole conversation:"
@@ -351,6 +388,18 @@ class Renderer:
                 f" {conversation[max(0, len(prompt) - 60) : len(prompt) + 20]!r} there",
             )
         return conversation[len(start) :]
+
+    def _tail_alone(self, conversation: str, response: str) -> str | None:
+        """The end of a conversation whose beginning the template writes in another way.
+
+        Mistral's puts the system message into the last user message, which is then an earlier one.
+        What engines give to the model is the prompt, so its response is learned after the prompt.
+        """
+        if self._around is None or self._opening:
+            return None
+        tail = self._around[0] + response.strip()
+        found = conversation.rfind(tail)
+        return conversation[found:] if found >= 0 else None
 
     @property
     def writes_date(self) -> bool:
@@ -578,6 +627,29 @@ def _single_turn(prompt_ids: list[int], reference_ids: list[list[int]]) -> Rende
     )
 
 
+def _after_opening(tail: str) -> str:
+    """What follows a thought that the prompt has opened.
+
+    Templates write the whole thought, only its end, or nothing for a response without one.
+    """
+    if opened := _OPENING.match(tail):
+        return tail[opened.end() :]
+    return tail if tail.startswith("</think>") else _CLOSED + tail.lstrip("\n")
+
+
+def _content(turn: Turn) -> str:
+    return _answer(turn.content) if turn.role == "assistant" else turn.content.strip()
+
+
+def _loses_indentation(response: str, tail: str) -> bool:
+    """Whether the first line's indentation, which other lines share, is missing in `tail`."""
+    first, *rest = response.lstrip("\r\n").splitlines() or [""]
+    space = first[: len(first) - len(first.lstrip())]
+    deep = space.strip(" ") or len(space) > 1  # one space before a word is no indentation
+    shared = any(line.startswith(space) and line.strip() for line in rest)
+    return bool(space and deep and shared and (space + response.strip()) not in tail)
+
+
 def _answer(content: str) -> str:
     """What is said after a thought, without the white space around it, which templates may trim."""
     return content.rpartition("</think>")[2].strip()
@@ -589,8 +661,24 @@ def _bare(text: str) -> str:
 
 
 def _normalized(text: str) -> str:
-    """One form for texts that look the same; many tokenizers normalize to it."""
-    return unicodedata.normalize("NFKC", text)
+    """One form for texts that look the same; many tokenizers normalize to it.
+
+    A raised or circled digit is not the digit.
+    """
+    if text.isascii() or unicodedata.is_normalized("NFKC", text):
+        return text
+    return unicodedata.normalize(
+        "NFC",
+        "".join(
+            one if _changes(one) else unicodedata.normalize("NFKC", one)
+            for one in unicodedata.normalize("NFC", text)
+        ),
+    )
+
+
+def _changes(character: str) -> bool:
+    tag, _, _ = unicodedata.decomposition(character).partition(" ")
+    return tag in ("<super>", "<sub>", "<fraction>", "<circle>", "<square>")
 
 
 def _shortened(text: str, limit: int = 60) -> str:
