@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distillm_ray import __version__
-from distillm_ray.errors import DISK_FULL, RunFailed, UserError
+from distillm_ray.errors import DISK_FULL, NOT_ALLOWED, RunFailed, UserError
 
 if TYPE_CHECKING:
     from distillm_ray.config import Config
@@ -258,11 +258,13 @@ def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
         tree = preflight.settled(tree, datetime.now())
         checked = preflight.check(tree)
-        from transformers.utils.logging import disable_progress_bar
+        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
         from distillm_ray import check as checks
 
-        disable_progress_bar()  # of loading weights: it would stand between the lines
+        # Both would stand between the lines.
+        disable_progress_bar()
+        set_verbosity_error()
         checks.check(tree, checked, typer.echo)
         typer.echo("\nno objection")
 
@@ -317,9 +319,11 @@ def _user_errors() -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_USER_ERROR) from error
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in (*DISK_FULL, *NOT_ALLOWED) or error.filename is None:
             raise
-        typer.echo(f"error: {error}; free some space and give the same command again", err=True)
+        full = error.errno in DISK_FULL
+        remedy = "; free some space and give the same command again" if full else ""
+        typer.echo(f"error: {error}{remedy}", err=True)
         raise typer.Exit(EXIT_USER_ERROR) from error
     except RunFailed as failure:
         typer.echo(f"failed: {failure}", err=True)

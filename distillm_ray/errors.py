@@ -1,15 +1,17 @@
 """Exceptions whose message is shown to the user. Any other exception is a bug.
 
-The command line prints the message of a `UserError`, or of the OSError of a full disk, and exits
-with code 2; for a `RunFailed` it exits with code 1. A message gives the key, file or line, the
-rule, the value, and the consequence or the remedy.
+The command line prints the message of a `UserError`, or of the OSError of a full disk or a file
+that cannot be used, and exits with code 2; for a `RunFailed` it exits with code 1. A message gives
+the key, file or line, the rule, the value, and the consequence or the remedy.
 """
 
 from __future__ import annotations
 
 import errno
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # values of OSError.errno
+# Values of OSError.errno.
+NOT_ALLOWED = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):

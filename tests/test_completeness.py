@@ -86,7 +86,7 @@ def test_a_vocabulary_that_is_not_that_of_the_weights_is_refused_with_both_numbe
 def test_other_shapes_are_refused(tmp_path: Path) -> None:
     model = save(tmp_path / "model")
     edit_json(model / "config.json", intermediate_size=48)
-    with pytest.raises(ModelError, match="shapes of its tensors do not fit"):
+    with pytest.raises(ModelError, match="do not have the shapes of config"):
         check(model)
 
 
@@ -134,3 +134,74 @@ def test_no_student_is_made_of_an_incomplete_teacher(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=DOWN):
         named_student(teacher, tmp_path / "student", [0])
     assert not (tmp_path / "student").exists()
+
+
+def test_biases_and_scales_that_the_config_has_no_place_for_are_refused(tmp_path: Path) -> None:
+    model = save(tmp_path / "model")
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    edit_tensors(model, lambda tensors: tensors.update({bias: torch.ones(16)}))
+    with pytest.raises(ModelError, match=f"{bias}.*they would be left out"):
+        check(model)
+
+
+def test_quantized_weights_without_their_config_are_refused(tmp_path: Path) -> None:
+    model = save(tmp_path / "model")
+    edit_tensors(model, lambda tensors: tensors.update({DOWN: tensors[DOWN].to(torch.int8)}))
+    with pytest.raises(ModelError, match=f"{DOWN} in I8, but .* no quantization_config"):
+        check(model)
+
+
+def test_masks_of_old_versions_may_be_left_over(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = tmp_path / "model"
+    small = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8, eos_token_id=2)
+    GPT2LMHeadModel(small).save_pretrained(model)
+    make.tokenizer(["<unk>", "<s>", "</s>"], ["red", "green"]).save_pretrained(model)
+    check(model)
+
+    def as_on_the_hub(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+        tensors["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+
+    edit_tensors(model, as_on_the_hub)
+    check(model)
+
+
+def test_weights_in_two_places_are_refused(tmp_path: Path) -> None:
+    model = save(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    index = model / "model.safetensors.index.json"
+    save_file(tensors, model / "a.safetensors")
+    index.write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, "a.safetensors")})
+    )
+    with pytest.raises(ModelError, match="transformers reads the one, vLLM the others"):
+        check(model)
+    (model / "model.safetensors").unlink()
+    check(model)
+    save_file({HEAD: tensors[HEAD]}, model / "b.safetensors")
+    both = dict.fromkeys(tensors, "a.safetensors") | {"x": "b.safetensors"}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": both}))
+    with pytest.raises(ModelError, match=f"{HEAD} in two files"):
+        check(model)
+
+
+@pytest.mark.parametrize("weight_map", [[], {}, {"a": 3}])
+def test_a_damaged_index_is_refused(tmp_path: Path, weight_map: Any) -> None:
+    model = save(tmp_path / "model")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelError, match=r"weight_map of .* must name a file for each tensor"):
+        check(model)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_act": "nope"}, {"rope_parameters": {"rope_type": "nope"}}]
+)
+def test_a_config_that_makes_no_model_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = save(tmp_path / "model")
+    edit_json(model / "config.json", **changes)
+    with pytest.raises(ModelError, match=r"makes no model of its config\.json|cannot be loaded"):
+        check(model)

@@ -387,13 +387,16 @@ def test_a_directory_stands_for_the_shards_of_a_split(
         ["train.jsonl", "train_old.jsonl"],
         ["train.jsonl", "training.jsonl"],
         ["train.jsonl", "data/train.jsonl"],
+        ["train-00000-of-00003.jsonl"],
+        ["train-00000-of-00002.jsonl", "train-00000-of-00003.jsonl"],
+        ["train-00000-of-00001.jsonl", "train_2.jsonl"],
     ],
 )
 def test_a_directory_that_may_hold_rows_twice_is_refused(tmp_path: Path, names: list[str]) -> None:
     (tmp_path / "data").mkdir()
     for name in names:
         (tmp_path / name).write_text("{}\n")
-    with pytest.raises(DataError, match=r"more than the shards of one data set.*list the files"):
+    with pytest.raises(DataError, match=r"shards of one data set.*list the files"):
         find_files([tmp_path], "train")
 
 
@@ -419,3 +422,18 @@ def test_an_id_that_two_files_share_comes_with_the_remedy(tmp_path: Path) -> Non
     paths = tuple(write_lines(tmp_path / name, row) for name in ("a.jsonl", "b.jsonl"))
     with pytest.raises(DataError, match="rename the id columns or leave them out"):
         load_dataset(paths, DataConfig(train=paths), make_tokenizer(), split="train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset_dict.json", "{}"),
+        ("dataset_dict.json", "{"),
+        ("state.json", '{"_data_files": []}'),
+        ("state.json", '{"_data_files": [3]}'),
+    ],
+)
+def test_a_damaged_dataset_directory_is_named(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"{name} is damaged"):
+        find_files([tmp_path], "train")

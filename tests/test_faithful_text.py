@@ -140,6 +140,131 @@ def test_turn_markers_that_are_not_special_tokens_are_control_tokens() -> None:
     render(one, prompt="why", response="<think>\na\n</think>\n\nso")
 
 
+def learned(one: Renderer, tokenizer: PreTrainedTokenizerFast | None = None, **row: Any) -> str:
+    rendered = render(one, **row)
+    return decode_ids(tokenizer or make.byte_tokenizer(), rendered.demonstration_response_ids)
+
+
+def test_the_indentation_of_code_must_be_kept() -> None:
+    trimming = with_template(CHATML.replace("m['content']", "m['content'] | trim"))
+    code = "    y = 1\n    return y"
+    with pytest.raises(RowError, match="removes the indentation of the first line of the response"):
+        render(trimming, prompt="def f():", response=code)
+    with pytest.raises(RowError, match="first line of the user message"):
+        render(trimming, prompt=code, response="two lines")
+    assert learned(with_template(CHATML), prompt="f", response=code) == f"{code}<|im_end|>"
+    assert learned(trimming, prompt="f", response=" so\n so") == "so\n so<|im_end|>"
+
+
+def test_a_dropped_message_is_found_though_the_template_says_the_same() -> None:
+    dropping = with_template(
+        "Today is 2.\n"
+        + CHATML.replace("for m in messages", "for m in messages if m['role'] != 'tool'")
+    )
+    messages = [
+        {"role": "user", "content": "1 + 1"},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "two"},
+    ]
+    with pytest.raises(RowError, match="changes the tool message"):
+        render(dropping, messages=messages)
+
+
+def test_a_template_that_moves_the_system_message_is_learned_after_the_prompt() -> None:
+    """As Mistral's: the system message stands in the last user message."""
+    moving = with_template(
+        "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+        "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}"
+        "{% for m in turns %}{% if m['role'] == 'user' %}[INST] "
+        "{% if loop.last and system is defined %}{{ system }}\n\n{% endif %}"
+        "{{ m['content'] }}[/INST]{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    turns = [("system", "be brief"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    messages.append({"role": "assistant", "content": "d"})
+    rendered = render(moving, messages=messages)
+    tokenizer = make.byte_tokenizer()
+    assert rendered.last_only
+    assert decode_ids(tokenizer, rendered.demonstration_response_ids) == " d<|im_end|>"
+    assert decode_ids(tokenizer, rendered.prompt_ids).endswith("[INST] be brief\n\nc[/INST]")
+
+
+def test_an_earlier_answer_that_cannot_be_rendered_leaves_the_last_to_learn() -> None:
+    adding = CHATML.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' and '?' in m['content'] %} Hm.{% endif %}",
+    )
+    turns = [("user", "a"), ("assistant", "b?"), ("user", "c"), ("assistant", "d")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    assert render(with_template(adding), **row).last_only
+    every = renderer(make.byte_tokenizer(chat_template=adding), conversations="all")
+    with pytest.raises(RowError, match=r"message 2: .* adds text"):
+        render(every, **row)
+
+
+# ---- thoughts ------------------------------------------------------------------------------------
+
+OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+DROPPING = "{{ m['content'].split('</think>')[-1] }}"
+
+
+def opened(answer: str, **data: Any) -> Renderer:
+    """A template whose prompt opens a thought, and which writes answers so."""
+    template = OPENED.replace(
+        "{{ m['content'] }}",
+        "{% if m['role'] == 'assistant' %}" + answer + "{% else %}{{ m['content'] }}{% endif %}",
+    )
+    return renderer(make.byte_tokenizer(chat_template=template), **data)
+
+
+@pytest.mark.parametrize("response", ["4", "<think>\n\n</think>\n\n4"])
+def test_an_answer_without_thoughts_closes_the_opened_thought_once(response: str) -> None:
+    closed = opened(DROPPING)
+    assert learned(closed, prompt="2 + 2", response=response) == "\n</think>\n\n4<|im_end|>"
+
+
+def test_a_template_that_closes_the_thought_itself_is_not_closed_again() -> None:
+    """As DeepSeek V3.1 with `thinking`."""
+    closing = opened("</think>" + DROPPING)
+    assert learned(closing, prompt="2 + 2", response="4") == "</think>4<|im_end|>"
+    keeping = opened("</think>" + DROPPING, reasoning="keep")
+    row = {"prompt": "2 + 2", "response": "<think>two twos</think>4"}
+    assert learned(keeping, **row) == "two twos</think>4<|im_end|>"
+
+
+@pytest.mark.parametrize("response", ["we ad", "<think>\nwe ad"])
+def test_a_thought_that_was_cut_off_goes_on_after_the_prompt(response: str) -> None:
+    row = {"prompt": "2 + 2", "response": response, "finish_reason": "length"}
+    assert learned(opened(DROPPING), **row) == "we ad"
+    plain = learned(with_template(CHATML), **row)
+    assert plain == response
+
+
+def test_an_addition_after_a_thought_is_found_too() -> None:
+    adding = with_template(
+        CHATML.replace(
+            "{{ m['content'] }}",
+            "{{ m['content'] }}"
+            "{% if m['role'] == 'assistant' and '?' in m['content'] %} Hm.{% endif %}",
+        )
+    )
+    with pytest.raises(RowError, match="adds text to the response"):
+        render(adding, prompt="why", response="<think>a</think>so?")
+
+
+def test_a_thought_that_the_tokenizer_lacks_is_refused() -> None:
+    tokenizer = make.tokenizer(["<unk>", "</s>", "<think>", "</think>"], ["sky", "why"])
+    with pytest.raises(RowError, match="control token"):
+        render(renderer(tokenizer, template=RAW), prompt="why", response="<think> x </think> sky")
+    from tokenizers import normalizers
+
+    lower = make.byte_tokenizer()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
+    with pytest.raises(RowError, match="tokenizer changes the reasoning: 'Two'"):
+        render(renderer(lower, template=RAW), prompt="a", response="<think>Two</think>four")
+
+
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 
@@ -166,6 +291,18 @@ def test_equivalent_forms_of_a_letter_are_one_text() -> None:
     tokenizer = make.byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
     render(renderer(tokenizer, template=RAW), prompt="where", response="cafe\u0301")
+
+
+def test_a_raised_digit_is_not_the_digit() -> None:
+    from tokenizers import normalizers
+
+    tokenizer = make.byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()  # type: ignore[assignment]
+    one = renderer(tokenizer, template=RAW)
+    render(one, prompt="a", response="\uff21\ufb01ve")  # a wide A, and a ligature
+    for text in ("10\u00b2", "\u00bd", "\u2460"):
+        with pytest.raises(RowError, match="tokenizer changes the response"):
+            render(one, prompt="a", response=text)
 
 
 def test_no_space_comes_between_prompt_and_response_of_a_tokenizer_that_begins_with_one() -> None:

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from distillm_ray.config import ChatTemplate, ColumnsConfig, DataConfig, PlainTemplate
-from distillm_ray.data.rows import RowError, parse_row, with_response
+from distillm_ray.data.rows import RowError, parse_row, split_turns, with_response
 from distillm_ray.data.templates import Renderer
 from distillm_ray.data.tokenizing import raw_table, tokenize_rows
 from tests import make
@@ -382,3 +382,87 @@ def test_a_response_that_was_cut_off_is_marked() -> None:
     row = {"prompt": "why", "response": "so", "finish_reason": "length"}
     assert parse_row(row, require_responses=True).truncated
     assert not parse_row({**row, "finish_reason": "stop"}, require_responses=True).truncated
+
+
+def test_a_system_column_is_named_or_refused_where_columns_are_named() -> None:
+    row = {"system_prompt": "in French", "question": "Hi?", "response": "Salut."}
+    bare = ColumnsConfig(prompt="question", response="response")
+    with pytest.raises(RowError, match=r"system_prompt is not read: name it in data\.columns\.sys"):
+        parse_row(row, require_responses=True, columns=bare)
+    named = bare.model_copy(update={"system": "system_prompt"})
+    example = parse_row(row, require_responses=True, columns=named)
+    assert [turn.content for turn in example.turns] == ["in French", "Hi?"]
+    again = with_response(example.columns, "Oui.", named)
+    assert parse_row(again, require_responses=True, columns=named).turns == example.turns
+    left_out = bare.model_copy(update={"system": "none"})
+    assert len(parse_row(row, require_responses=True, columns=left_out).turns) == 1
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    spoken = ColumnsConfig(messages="talk", system="system")
+    both = parse_row({"talk": talk, "system": "s"}, require_responses=True, columns=spoken)
+    assert [turn.role for turn in both.turns] == ["system", "user"]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"prompt": "text", "response": "text"}, {"prompt": "a", "system": "a"}, {"system": "a"}],
+)
+def test_columns_that_cannot_be_meant_are_refused(columns: dict[str, str]) -> None:
+    with pytest.raises(ValidationError):
+        ColumnsConfig.model_validate(columns)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Add 15 to the number.", "input": "5"}, "does not contain the text of input"),
+        ({"prompt": "Is this a noun?", "input": "is"}, "does not contain the text of input"),
+    ],
+)
+def test_a_part_of_a_word_is_not_the_word(row: dict[str, str], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        parse_row({**row, "response": "20"}, require_responses=True)
+    parse_row({"prompt": "第一句你好。", "input": "你好", "response": "a"}, require_responses=True)
+
+
+def test_other_columns_are_compared_with_the_messages_of_their_own_role() -> None:
+    talk = [{"role": "user", "content": "Write a cat story"}, {"role": "assistant", "content": "x"}]
+    for name, value in (("system", "Write a cat"), ("response", "cat")):
+        with pytest.raises(RowError, match=f"messages do not contain the text of {name}"):
+            parse_row({"messages": talk, name: value}, require_responses=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["reasoning_content", "thinking", "tool_calls", "images", "chat_template_kwargs"]
+)
+def test_columns_of_other_kinds_of_data_are_refused_unless_columns_are_named(name: str) -> None:
+    row = {"prompt": "why", "response": "so", name: ["x"]}
+    with pytest.raises(RowError, match=f"{name} cannot be expressed"):
+        parse_row(row, require_responses=True)
+    parse_row(row, require_responses=True, columns=ColumnsConfig(prompt="prompt"))
+
+
+@pytest.mark.parametrize(
+    "mark", [{"finish_reason": "LENGTH"}, {"stop_reason": "max_tokens"}], ids=str
+)
+def test_servers_mark_truncation_in_several_ways(mark: dict[str, str]) -> None:
+    row = {"prompt": "why", "response": "so", **mark}
+    assert parse_row(row, require_responses=True).truncated
+    answer = {"role": "assistant", "content": "so", **mark}
+    talk = {"messages": [{"role": "user", "content": "why"}, answer]}
+    assert parse_row(talk, require_responses=True).truncated
+
+
+def test_of_a_split_conversation_only_the_last_answer_was_cut_off() -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    row = {
+        "messages": [{"role": role, "content": content} for role, content in turns],
+        "finish_reason": "length",
+    }
+    split = split_turns(parse_row(row, require_responses=True))
+    assert [part.truncated for part in split] == [False, True]
+
+
+def test_a_role_in_capitals_is_refused() -> None:
+    row = {"messages": [{"role": "User", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(RowError, match=r"messages\[0\]\.role must be 'user', got 'User'"):
+        parse_row(row, require_responses=True)

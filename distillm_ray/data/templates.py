@@ -178,7 +178,9 @@ class Renderer:
             self._check_said(what, prompt, content)
         for reference, ids in zip(example.references, rendered.reference_ids, strict=True):
             learned = self._decode(ids)
-            self._check_said("the response", learned, _answer(reference))
+            answer = _answer(reference)
+            opened = _OPENING.match(answer)  # of a thought that was cut off
+            self._check_said("the response", learned, answer[opened.end() :] if opened else answer)
             thought = _REASONING.fullmatch(reference)
             if thought is not None and self._reasoning != "drop":
                 self._check_said("the reasoning", learned, thought["thought"])

@@ -20,6 +20,8 @@ _NUM_SHOWN = 3
 _SILENT = 50  # of transformers' levels of logging: critical
 # Enough to tell two matrices apart; a tied head that is stored twice is equal in all of them.
 _COMPARED_BYTES = 16 * 2**20
+_BUFFERS = (".masked_bias", ".attn.bias", ".attention.bias", ".inv_freq")
+_PACKED_DTYPES = ("I8", "U8", "I32", "I64", "F8_E4M3", "F8_E5M2")
 _EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 
@@ -35,6 +37,12 @@ def check_complete(facts: ModelFacts, *, trust_remote_code: bool = False) -> Non
     if "quantization_config" in facts.config:
         return
     name = f"{key_of(facts.role)}: {facts.path}"
+    packed = [one for one, info in facts.tensors.items() if _is_packed(one, info)]
+    if packed:
+        raise ModelError(
+            f"{name} holds {_some(packed)} in {facts.tensors[packed[0]].dtype}, but config.json has"
+            " no quantization_config: the numbers would be read without their scales; restore it"
+        )
     _check_tie(facts, name)
     _check_rows(facts, name)
     try:
@@ -43,27 +51,38 @@ def check_complete(facts: ModelFacts, *, trust_remote_code: bool = False) -> Non
         raise ModelError(f"{name} cannot be loaded: {error}") from error
     except RuntimeError as error:
         raise ModelError(
-            f"{name}: the shapes of its tensors do not fit config.json; one of the two belongs to"
-            " another model: copy or download both again"
+            f"{name}: its tensors do not have the shapes of config.json, or experts are missing:"
+            " copy or download both again"
+        ) from error
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ModelError(
+            f"{name}: transformers makes no model of its config.json"
+            f" ({type(error).__name__}: {error}); correct it"
         ) from error
     if found["missing_keys"]:
         raise ModelError(
             f"{name} lacks {_some(found['missing_keys'])}: they would start as random numbers; copy"
             " or download the weights again"
         )
-    modules = dict(model.named_modules())
-    strange = [
-        tensor
-        for tensor in found["unexpected_keys"]
-        if any(part.isdigit() for part in tensor.split("."))
-        and tensor.rpartition(".")[0] not in modules
-    ]
+    strange = [tensor for tensor in found["unexpected_keys"] if _belongs(tensor, model)]
     if strange:
         raise ModelError(
-            f"{name} holds {_some(strange)}, for which its config has no place"
-            f" ({facts.layers_key}: {facts.num_layers}): those layers would be left out; correct"
-            " config.json"
+            f"{name} holds {_some(strange)}, for which the model of its config.json"
+            f" ({facts.layers_key}: {facts.num_layers}) has no place: they would be left out;"
+            " correct config.json, or use the weights that belong to it"
         )
+
+
+def _belongs(tensor: str, model: nn.Module) -> bool:
+    """Whether a tensor that the model has no place for would be a part of it.
+
+    Heads beside the model (`v_head`, `mtp`) are not, nor are masks and frequencies of old versions.
+    """
+    first = tensor.partition(".")[0]
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = getattr(model, prefix, model) if prefix else model
+    parts = {name for name, _ in (*model.named_children(), *backbone.named_children())}
+    return first in parts and not tensor.endswith(_BUFFERS)
 
 
 def _load_shapes(facts: ModelFacts, *, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -108,12 +127,17 @@ def _check_tie(facts: ModelFacts, name: str) -> None:
     head = _first(facts, ("lm_head.weight",))
     if embedding is None or head is None:
         return
-    if head.shape != embedding.shape or _beginning(head) != _beginning(embedding):
+    comparable = head.dtype == embedding.dtype
+    if head.shape != embedding.shape or (comparable and _beginning(head) != _beginning(embedding)):
         raise ModelError(
             f"{name}: tie_word_embeddings must be false in config.json, got true: the weights hold"
             " an output head that is not the embedding, and it would be lost or not by the program"
             " that loads it; correct config.json"
         )
+
+
+def _is_packed(name: str, info: TensorInfo) -> bool:
+    return info.dtype in _PACKED_DTYPES and name.endswith("weight")
 
 
 def _first(facts: ModelFacts, suffixes: tuple[str, ...]) -> TensorInfo | None:

@@ -274,6 +274,16 @@ def _read_weights(path: Path, role: Role) -> dict[str, TensorInfo]:
     index_path = path / "model.safetensors.index.json"
     if index_path.is_file():
         weight_map = _read_json(index_path, role).get("weight_map", {})
+        names = weight_map.values() if isinstance(weight_map, dict) else [None]
+        if not weight_map or not all(isinstance(name, str) for name in names):
+            raise ModelError(
+                f"{key_of(role)}: weight_map of {index_path} must name a file for each tensor"
+            )
+        if (path / "model.safetensors").is_file() and "model.safetensors" not in names:
+            raise ModelError(
+                f"{key_of(role)}: {path} holds model.safetensors and {index_path.name} with other"
+                " files: transformers reads the one, vLLM the others; remove what is outdated"
+            )
         shards = sorted({path / name for name in weight_map.values()})
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
@@ -300,7 +310,12 @@ def _read_weights(path: Path, role: Role) -> dict[str, TensorInfo]:
         raise ModelError(f"{key_of(role)}: {path} has no weights: no *.safetensors file in it")
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        tensors.update(read_tensors(shard))
+        found = read_tensors(shard)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise ModelError(
+                f"{key_of(role)}: {path} holds {twice[0]} in two files, of which one would win"
+            )
+        tensors.update(found)
     return tensors
 
 
