@@ -140,9 +140,9 @@ def test_turn_markers_that_are_not_special_tokens_are_control_tokens() -> None:
     render(one, prompt="why", response="<think>\na\n</think>\n\nso")
 
 
-def learned(one: Renderer, tokenizer: PreTrainedTokenizerFast | None = None, **row: Any) -> str:
+def learned(one: Renderer, **row: Any) -> str:
     rendered = render(one, **row)
-    return decode_ids(tokenizer or make.byte_tokenizer(), rendered.demonstration_response_ids)
+    return decode_ids(make.byte_tokenizer(), rendered.demonstration_response_ids)
 
 
 def test_the_indentation_of_code_must_be_kept() -> None:
