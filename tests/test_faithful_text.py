@@ -10,9 +10,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from distillm_ray.config import DataConfig, PlainTemplate
+from distillm_ray.data.decoding import decode_ids, spoken
 from distillm_ray.data.rows import RowError, parse_row
 from distillm_ray.data.template_difference import template_difference
-from distillm_ray.data.templates import RenderedExample, Renderer, decode_ids, spoken
+from distillm_ray.data.templates import RenderedExample, Renderer
 from distillm_ray.errors import DataError
 from tests import make
 

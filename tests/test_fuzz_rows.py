@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from distillm_ray.config import ChatTemplate, ColumnsConfig, DataConfig, PlainTemplate
+from distillm_ray.data.decoding import decode_ids
 from distillm_ray.data.response_rows import response_rows
-from distillm_ray.data.templates import Renderer, decode_ids
+from distillm_ray.data.templates import Renderer
 from distillm_ray.data.tokenizing import raw_table, tokenize_rows
 from distillm_ray.types import FinishReason
 from tests import make

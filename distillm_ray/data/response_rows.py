@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from distillm_ray.config import ColumnsConfig
+from distillm_ray.data.decoding import decode_ids, spoken
 from distillm_ray.data.rows import RowError, parse_row, with_response
-from distillm_ray.data.templates import Renderer, decode_ids, spoken
+from distillm_ray.data.templates import Renderer
 from distillm_ray.types import FinishReason, Prompt, Rollout
 
 if TYPE_CHECKING:

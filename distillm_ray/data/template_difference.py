@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distillm_ray.config import ChatTemplate, DataConfig
+from distillm_ray.data.decoding import decode_ids
 from distillm_ray.data.rows import Example, RowError, Turn
-from distillm_ray.data.templates import Renderer, decode_ids
+from distillm_ray.data.templates import Renderer
 from distillm_ray.errors import DataError
 from distillm_ray.types import Prompt
 

@@ -7,7 +7,6 @@ is rendered is compared with the row: a template that drops or changes content i
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -16,9 +15,20 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from distillm_ray.config import ChatTemplate, DataConfig, PlainTemplate
+from distillm_ray.data.decoding import decode_ids
 from distillm_ray.data.rows import Example, RowError, Turn
+from distillm_ray.data.same_text import loses_indentation, normalized
+from distillm_ray.data.thoughts import (
+    EMPTY_THOUGHT,
+    OPENING,
+    REASONING,
+    TAG,
+    after_opening,
+    answer_of,
+    bare,
+    with_opened_thought,
+)
 from distillm_ray.errors import DataError
-from distillm_ray.types import FinishReason, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,16 +43,11 @@ _INSTRUCTION_WITH_CONTEXT = (
     " context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
     "{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
 )
-_REASONING = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<rest>.*)", re.DOTALL)
-_OPENING = re.compile(r"\s*<think>\s*")
-_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
 _MAX_FRAMES = 1000
-_TAG = re.compile(r"</?think>")
 _INDENTATION = (
     "the chat template removes the indentation of the first line of {}, which other lines have too,"
     " as in code: put the text into a code block, or begin with a line without indentation"
 )
-_CLOSED = "\n</think>\n\n"  # ends a thought that the prompt has opened and that holds nothing
 _PLACEHOLDER = "ZQXplaceholderXQZ"  # a content that no template changes
 
 
@@ -178,15 +183,15 @@ class Renderer:
             self._check_said(what, prompt, content)
         for reference, ids in zip(example.references, rendered.reference_ids, strict=True):
             learned = self._decode(ids)
-            answer = _answer(reference)
-            opened = _OPENING.match(answer)  # of a thought that was cut off
+            answer = answer_of(reference)
+            opened = OPENING.match(answer)  # of a thought that was cut off
             self._check_said("the response", learned, answer[opened.end() :] if opened else answer)
-            thought = _REASONING.fullmatch(reference)
+            thought = REASONING.fullmatch(reference)
             if thought is not None and self._reasoning != "drop":
                 self._check_said("the reasoning", learned, thought["thought"])
 
     def _check_said(self, what: str, said: str, content: str) -> None:
-        said, content = _normalized(said), _normalized(content.strip())
+        said, content = normalized(said), normalized(content.strip())
         if content in said:
             return
         words = content.split()
@@ -291,12 +296,12 @@ class Renderer:
                 earlier = turn.role == "assistant"
                 which = "an earlier assistant message" if earlier else f"the {turn.role} message"
                 raise RowError("malformed", f"the chat template changes {which}")
-            if _loses_indentation(turn.content, text):
+            if loses_indentation(turn.content, text):
                 raise RowError("malformed", _INDENTATION.format(f"the {turn.role} message"))
         return text
 
     def _is_open_thought(self, response: str) -> bool:
-        begun = self._opening or _OPENING.match(response)
+        begun = self._opening or OPENING.match(response)
         return bool(begun) and "</think>" not in response
 
     def _frame(self, roles: tuple[str, ...]) -> str:
@@ -320,16 +325,16 @@ class Renderer:
         """
         if not ended and self._is_open_thought(response):
             # Cut off within its thought: what the model wrote after the prompt, as it is.
-            opened = _OPENING.match(response) if self._opening else None
+            opened = OPENING.match(response) if self._opening else None
             return response[opened.end() :] if opened else response
         prompt = self._chat_text(turns, generate=True)
         start = prompt.removesuffix(self._opening)
         if self._opening:
-            response = _with_opened_thought(response)
+            response = with_opened_thought(response)
         tail = self._tail(start, prompt, turns, response)
-        thought = _REASONING.fullmatch(response)
+        thought = REASONING.fullmatch(response)
         lost = response.strip() not in tail
-        if not lost and _loses_indentation(response, tail):
+        if not lost and loses_indentation(response, tail):
             raise RowError("malformed", _INDENTATION.format("the response"))
         if lost and (thought is None or thought["rest"].strip() not in tail):
             raise RowError("malformed", "the chat template changes the response")
@@ -345,13 +350,13 @@ class Renderer:
         if lost and self._reasoning == "keep":
             tail = self._tail(start, prompt, turns, _PLACEHOLDER)
             before, _, after = tail.partition(_PLACEHOLDER)
-            before = _EMPTY_THOUGHT.sub("", before).removesuffix("</think>")
+            before = EMPTY_THOUGHT.sub("", before).removesuffix("</think>")
             tail = before + response.strip() + after
         if self._opening:
-            tail = _after_opening(tail)
+            tail = after_opening(tail)
         end = tail.rfind(self._end_text) if self._end_text is not None else -1
         said = tail[:end] if end >= 0 else tail
-        if not _bare(said):
+        if not bare(said):
             raise RowError("empty", "the response is empty without its reasoning")
         self._check_nothing_added(said, response if thought is None else thought["rest"])
         if not ended:
@@ -364,11 +369,11 @@ class Renderer:
         if self._around is None:  # found by this probe
             return
         before, after = self._around
-        whole = _bare(before + response + after)
+        whole = bare(before + response + after)
         # Thoughts stand before the answer; an answer of nothing but thoughts adds nothing.
-        only_thought = not _bare(response)
-        if _bare(said) != whole and not (
-            only_thought or ("</think>" in said and _bare(said).endswith(_bare(response + after)))
+        only_thought = not bare(response)
+        if bare(said) != whole and not (
+            only_thought or ("</think>" in said and bare(said).endswith(bare(response + after)))
         ):
             raise RowError(
                 "malformed",
@@ -453,7 +458,7 @@ class Renderer:
             return set()
         added = self._tokenizer.added_tokens_decoder
         found = {added[index].content for index in self._encode(text) if index in added}
-        return {token for token in found if token.strip() and not _TAG.fullmatch(token)}
+        return {token for token in found if token.strip() and not TAG.fullmatch(token)}
 
     def _probe_chat_template(self) -> int:
         if not self._tokenizer.chat_template:
@@ -495,14 +500,14 @@ class Renderer:
 
         Before it may stand the tokens of a channel, which the model itself writes.
         """
-        if ignored and _bare(before):
+        if ignored and bare(before):
             raise DataError(
                 f"data.template: the chat template of {name} ignores add_generation_prompt: every"
                 f" response would begin with {before!r}, which engines write into the prompt;"
                 " correct the template"
             )
         channel = self._control.pattern and self._control.search(before)
-        for text in ("" if channel else _bare(before), _bare(after)):
+        for text in ("" if channel else bare(before), bare(after)):
             if text:
                 raise DataError(
                     f"data.template: the chat template of {name} adds {text!r} to every response:"
@@ -519,7 +524,7 @@ class Renderer:
         start = prompt[: prompt.rfind("<think>")] if "<think>" in prompt else prompt
         start = start.rstrip() if not conversation.startswith(start) else start
         opening = prompt[len(start) :]
-        return opening if _OPENING.fullmatch(opening) and conversation.startswith(start) else ""
+        return opening if OPENING.fullmatch(opening) and conversation.startswith(start) else ""
 
     # ---- plain ----
 
@@ -606,18 +611,6 @@ class Renderer:
         return self._eos_token_id
 
 
-def _with_opened_thought(response: str) -> str:
-    """A response after a generation prompt that opens a thought, with that opening.
-
-    What a model says there closes the thought and does not open it; so do files of `generate`.
-    """
-    if not _OPENING.match(response) and "</think>" in response:
-        return f"<think>\n{response}"
-    if _OPENING.match(response) and "</think>" not in response:
-        raise RowError("malformed", "the response has <think> without </think>")
-    return response
-
-
 def _single_turn(prompt_ids: list[int], reference_ids: list[list[int]]) -> RenderedExample:
     response_ids = reference_ids[0] if reference_ids else []
     return RenderedExample(
@@ -629,58 +622,8 @@ def _single_turn(prompt_ids: list[int], reference_ids: list[list[int]]) -> Rende
     )
 
 
-def _after_opening(tail: str) -> str:
-    """What follows a thought that the prompt has opened.
-
-    Templates write the whole thought, only its end, or nothing for a response without one.
-    """
-    if opened := _OPENING.match(tail):
-        return tail[opened.end() :]
-    return tail if tail.startswith("</think>") else _CLOSED + tail.lstrip("\n")
-
-
 def _content(turn: Turn) -> str:
-    return _answer(turn.content) if turn.role == "assistant" else turn.content.strip()
-
-
-def _loses_indentation(response: str, tail: str) -> bool:
-    """Whether the first line's indentation, which other lines share, is missing in `tail`."""
-    first, *rest = response.lstrip("\r\n").splitlines() or [""]
-    space = first[: len(first) - len(first.lstrip())]
-    deep = space.strip(" ") or len(space) > 1  # one space before a word is no indentation
-    shared = any(line.startswith(space) and line.strip() for line in rest)
-    return bool(space and deep and shared and (space + response.strip()) not in tail)
-
-
-def _answer(content: str) -> str:
-    """What is said after a thought, without the white space around it, which templates may trim."""
-    return content.rpartition("</think>")[2].strip()
-
-
-def _bare(text: str) -> str:
-    """Text without the tags of thoughts and white space."""
-    return "".join(_TAG.sub("", text).split())
-
-
-def _normalized(text: str) -> str:
-    """One form for texts that look the same; many tokenizers normalize to it.
-
-    A raised or circled digit is not the digit.
-    """
-    if text.isascii() or unicodedata.is_normalized("NFKC", text):
-        return text
-    return unicodedata.normalize(
-        "NFC",
-        "".join(
-            one if _changes(one) else unicodedata.normalize("NFKC", one)
-            for one in unicodedata.normalize("NFC", text)
-        ),
-    )
-
-
-def _changes(character: str) -> bool:
-    tag, _, _ = unicodedata.decomposition(character).partition(" ")
-    return tag in ("<super>", "<sub>", "<fraction>", "<circle>", "<square>")
+    return answer_of(turn.content) if turn.role == "assistant" else turn.content.strip()
 
 
 def _shortened(text: str, limit: int = 60) -> str:
@@ -693,32 +636,3 @@ def _any_of(texts: Collection[str]) -> re.Pattern[str]:
 
 def _id_or_none(value: Any) -> int | None:
     return value if isinstance(value, int) else None
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
-    """The response as people read it: without special tokens and surrounding space."""
-    text = tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text.strip()
-
-
-def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """All that ids say, special tokens included."""
-    text = tokenizer.decode(
-        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    assert isinstance(text, str)
-    return text
-
-
-def spoken(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
-    """The response as a row of data has to hold it: every character after the prompt.
-
-    Decoded after its prompt, because some tokenizers drop the space before the first word.
-    """
-    ids = rollout.response_ids.tolist()
-    if rollout.finish_reason is FinishReason.STOP:
-        ids = ids[:-1]
-    prompt = rollout.prompt_ids.tolist()
-    before, whole = decode_ids(tokenizer, prompt), decode_ids(tokenizer, [*prompt, *ids])
-    return whole[len(before) :] if whole.startswith(before) else decode_ids(tokenizer, ids)

@@ -21,7 +21,7 @@ from distillm_ray.config import (
     SamplingConfig,
     VllmEngine,
 )
-from distillm_ray.data.templates import decode
+from distillm_ray.data.decoding import decode
 from distillm_ray.models.directory import ModelFacts
 from distillm_ray.rollout.generator import generator_job
 from distillm_ray.types import Device, Prompt, Rollout, Source
