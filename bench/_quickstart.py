@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distillm_ray.models.heads import FrozenHead, load_frozen_head
 
 TEACHER = Path("models/smollm2-135m-instruct")
-STUDENT = Path("models/smollm2-64m-init")
+STUDENT = Path("models/smollm2-106m-init")
 PROMPTS = Path("data/quickstart/prompts.jsonl")
 
 
