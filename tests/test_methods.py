@@ -91,7 +91,7 @@ def test_one_word_on_the_command_line_runs_another_method(name: str) -> None:
     schedule, terms, strict = EXPECTED[name]
     assert one.loss.terms == tuple(terms)
     if name == "distillm":
-        schedule = AdaptiveSchedule(start=0.35)  # a key of the file that the method leaves open
+        schedule = AdaptiveSchedule(start=0.1)  # a key of the file that the method leaves open
     assert one.schedule == schedule
     assert is_strictly_on_policy(one) == strict
 
