@@ -227,20 +227,12 @@ def _from_known_columns(
 
 
 def _with_system(example: Example, values: Mapping[str, Any], names: ColumnsConfig) -> Example:
-    """The example with the system message that its own column holds.
-
-    A system column that data.columns does not name is refused: few would want to drop it.
-    """
-    known = SYSTEM_COLUMNS if names == ColumnsConfig() else (names.system,)
-    found = {name: values[name] for name in known if name is not None and values.get(name)}
-    taken = {names.messages, names.prompt, names.context, names.response, names.system}
-    for name in () if names == ColumnsConfig() else SYSTEM_COLUMNS:
-        if name not in taken and names.system is None and values.get(name):
-            raise RowError(
-                "malformed",
-                f"{name} is not read: name it in data.columns.system, or set data.columns.system"
-                " to a column that does not exist to leave system messages out",
-            )
+    """The example with the system message that its own column holds."""
+    known = (names.system,) if names.system else SYSTEM_COLUMNS
+    found = {name: values[name] for name in known if values.get(name)}
+    if names != ColumnsConfig() and names.system is None:
+        _refuse_unread(found, names)
+        return example
     texts = {text for name, value in found.items() if (text := _text_or_empty(value, name))}
     if not texts:
         return example
@@ -260,6 +252,18 @@ def _with_system(example: Example, values: Mapping[str, Any], names: ColumnsConf
         turns=(Turn(role="system", content=content), *example.turns),
         columns={**example.columns, **found},
     )
+
+
+def _refuse_unread(system: Mapping[str, Any], names: ColumnsConfig) -> None:
+    """Refuse a system message that data.columns does not name: few would want to drop it."""
+    taken = {names.messages, names.prompt, names.context, names.response}
+    for name in system:
+        if name not in taken:
+            raise RowError(
+                "malformed",
+                f"{name} is not read: name it in data.columns.system, or set data.columns.system"
+                " to a column that does not exist to leave system messages out",
+            )
 
 
 def _two_readings(prompt: str, values: Mapping[str, Any], other: str, context: str | None) -> str:
