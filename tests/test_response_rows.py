@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from distillm_ray.config import ChatTemplate, ColumnsConfig, DataConfig, PlainTemplate
 from distillm_ray.data.response_rows import ResponseRows, response_rows
-from distillm_ray.data.rows import parse_row
+from distillm_ray.data.rows import Example, parse_row
 from distillm_ray.data.splits import load_dataset
-from distillm_ray.data.templates import Renderer
+from distillm_ray.data.templates import RenderedExample, Renderer
 from distillm_ray.types import FinishReason
 from tests import make
 from tests.test_faithful_text import CHATML
@@ -124,3 +124,19 @@ def test_the_last_answer_of_a_conversation_may_be_truncated() -> None:
         if in_loss
     ]
     assert learned == [*bytes_of("b"), END, *bytes_of("d e")]
+
+
+def test_a_template_that_fails_on_one_response_costs_that_response_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    render = Renderer.render
+
+    def failing(self: Renderer, example: Example) -> RenderedExample:
+        if example.references == ("x",):
+            raise ZeroDivisionError("of the template")
+        return render(self, example)
+
+    monkeypatch.setattr(Renderer, "render", failing)
+    found = written([*bytes_of("x"), END], [*bytes_of("so"), END])
+    assert [row["id"] for row in found.rows] == ["p1"]
+    assert found.first_refused == "p0: ZeroDivisionError: of the template"

@@ -85,9 +85,12 @@ def response_rows(
         }
         try:
             same_ids = _reads_back(row, text, prompt, response, renderer, tokenizer, names)
-        except RowError as error:
+        except Exception as error:  # a template is code of the user's model; the rest is kept
+            reason = (
+                error.reason if isinstance(error, RowError) else f"{type(error).__name__}: {error}"
+            )
             written.left_out["that a row cannot hold"] += 1
-            written.first_refused = written.first_refused or f"{prompt.prompt_id}: {error.reason}"
+            written.first_refused = written.first_refused or f"{prompt.prompt_id}: {reason}"
             continue
         written.rows.append(row)
         written.num_other_ids += not same_ids
