@@ -266,6 +266,22 @@ def test_a_thought_that_the_tokenizer_lacks_is_refused() -> None:
         render(renderer(lower, template=RAW), prompt="a", response="<think>Two</think>four")
 
 
+def test_an_earlier_answer_that_mentions_the_end_of_a_thought_is_not_cut() -> None:
+    cutting = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if m['role'] == 'assistant' and not loop.last %}"
+        + DROPPING
+        + "{% else %}{{ m['content'] }}{% endif %}",
+    )
+    turns = [("user", "a"), ("assistant", "write </think> last"), ("user", "c"), ("assistant", "d")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    with pytest.raises(RowError, match="changes an earlier assistant message"):
+        render(with_template(cutting), **row)
+    turns[1] = ("assistant", "<think>b</think>so")
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    assert render(with_template(cutting), **row).last_only
+
+
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 

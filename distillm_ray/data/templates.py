@@ -175,7 +175,7 @@ class Renderer:
     def _check_text(self, example: Example, rendered: RenderedExample) -> None:
         """Compare what the ids say with the row: `<unk>` and lower case change what is learned."""
         prompt = self._decode(rendered.prompt_ids)
-        said = [(f"the {turn.role} message", _content(turn)) for turn in example.turns]
+        said = [(f"the {turn.role} message", self._content(turn)) for turn in example.turns]
         if isinstance(self._template, PlainTemplate) and example.context:
             parts = (example.instruction, example.context)
             said = [("the user message", part) for part in parts]
@@ -288,7 +288,7 @@ class Renderer:
     def _prompt_text(self, turns: tuple[Turn, ...]) -> str:
         text = self._chat_text(turns, generate=True)
         # Templates may drop the reasoning of earlier turns: the model never sees it either.
-        contents = [_content(turn) for turn in turns]
+        contents = [self._content(turn) for turn in turns]
         # Counted: what a dropped message says may stand in another one, or in the template.
         everything = "\0".join([*contents, self._frame(tuple(turn.role for turn in turns))])
         for turn, content in zip(turns, contents, strict=True):
@@ -299,6 +299,16 @@ class Renderer:
             if loses_indentation(turn.content, text):
                 raise RowError("malformed", _INDENTATION.format(f"the {turn.role} message"))
         return text
+
+    def _content(self, turn: Turn) -> str:
+        """What of a message every template has to render: an answer without its thoughts.
+
+        An answer that only mentions `</think>` has no thoughts.
+        """
+        thoughtful = self._opening or REASONING.fullmatch(turn.content)
+        if turn.role == "assistant" and thoughtful:
+            return answer_of(turn.content)
+        return turn.content.strip()
 
     def _is_open_thought(self, response: str) -> bool:
         begun = self._opening or OPENING.match(response)
@@ -620,10 +630,6 @@ def _single_turn(prompt_ids: list[int], reference_ids: list[list[int]]) -> Rende
         demonstration_response_ids=response_ids,
         demonstration_loss_mask=[True] * len(response_ids),
     )
-
-
-def _content(turn: Turn) -> str:
-    return answer_of(turn.content) if turn.role == "assistant" else turn.content.strip()
 
 
 def _shortened(text: str, limit: int = 60) -> str:
