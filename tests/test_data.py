@@ -437,3 +437,16 @@ def test_a_damaged_dataset_directory_is_named(tmp_path: Path, name: str, content
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=f"{name} is damaged"):
         find_files([tmp_path], "train")
+
+
+def test_an_arrow_file_that_was_cut_off_between_two_batches_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    table = pa.table({"prompt": ["a", "b"], "response": ["c", "d"]})
+    with path.open("wb") as stream, pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    (file,) = find_files([path], "train")
+    with path.open("rb") as stream:
+        assert len(list(read_rows(stream, file))) == 2
+    path.write_bytes(path.read_bytes()[:-8])
+    with path.open("rb") as stream, pytest.raises(DataError, match="cut off"):
+        list(read_rows(stream, file))

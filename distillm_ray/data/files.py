@@ -6,6 +6,7 @@ No Ray here: the check before a run reads the first rows with the same code as R
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+_END_OF_STREAM = bytes(4)  # of Arrow
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _SHARD = re.compile(r"-(?P<index>\d+)-of-(?P<total>\d+)")
 _NUM_ROWS_CHECKED = 3  # per file, before anything starts
@@ -162,6 +164,9 @@ def _record_batches(stream: BinaryIO, file: DataFile) -> Iterator[pa.RecordBatch
     else:
         with pa.ipc.open_stream(stream) as reader:
             yield from reader
+        stream.seek(-len(_END_OF_STREAM), os.SEEK_END)
+        if stream.read() != _END_OF_STREAM:  # a copy that ends between two batches reads well
+            raise DataError(f"{file.name} is cut off: it has no end marker; copy it again")
 
 
 def _check_column_names(fields: pa.Schema | pa.StructType, name: str) -> None:
