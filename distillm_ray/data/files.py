@@ -29,7 +29,7 @@ _FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-_END_OF_STREAM = bytes(4)  # of Arrow
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _SHARD = re.compile(r"-(?P<index>\d+)-of-(?P<total>\d+)")
 _NUM_ROWS_CHECKED = 3  # per file, before anything starts
