@@ -225,6 +225,23 @@ def test_an_answer_without_thoughts_closes_the_opened_thought_once(response: str
     assert learned(closed, prompt="2 + 2", response=response) == "\n</think>\n\n4<|im_end|>"
 
 
+def test_after_a_prompt_that_has_closed_its_thought_comes_no_other() -> None:
+    """As Qwen3 with `enable_thinking: false`."""
+    empty = "<think>\n\n</think>\n\n"
+    template = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if m['role'] == 'assistant' and '</think>' not in m['content'] %}"
+        + empty
+        + "{% endif %}{{ m['content'] }}",
+    ).replace("assistant\n{% endif %}", f"assistant\n{empty}{{% endif %}}")
+    row = {"prompt": "2 + 2", "response": "<think>\ntwo twos\n</think>\n\n4"}
+    with pytest.raises(RowError, match="ends its thought"):
+        render(with_template(template), **row)
+    dropping = renderer(make.byte_tokenizer(chat_template=template), reasoning="drop")
+    assert learned(dropping, **row) == "4<|im_end|>"
+    assert learned(with_template(template), prompt="2 + 2", response="4") == "4<|im_end|>"
+
+
 def test_a_template_that_closes_the_thought_itself_is_not_closed_again() -> None:
     """As DeepSeek V3.1 with `thinking`."""
     closing = opened("</think>" + DROPPING)

@@ -339,6 +339,8 @@ class Renderer:
             return response[opened.end() :] if opened else response
         prompt = self._chat_text(turns, generate=True)
         start = prompt.removesuffix(self._opening)
+        if prompt.rstrip().endswith("</think>"):
+            response = self._without_thought(response)
         if self._opening:
             response = with_opened_thought(response)
         tail = self._tail(start, prompt, turns, response)
@@ -373,6 +375,20 @@ class Renderer:
             last = response.strip()[-1:]
             return said[: said.rfind(last) + 1]
         return tail[: end + len(self._end_text or "")] if end >= 0 else tail
+
+    def _without_thought(self, response: str) -> str:
+        """The response after a prompt that has closed its thought, as `enable_thinking: false`."""
+        thought = REASONING.fullmatch(response)
+        if thought is None:
+            return response
+        if thought["thought"].strip() and self._reasoning != "drop":
+            raise RowError(
+                "malformed",
+                "the generation prompt ends its thought (as enable_thinking: false does), and the"
+                " response has another: set data.reasoning=drop to train on the rest, or let the"
+                " template begin a thought",
+            )
+        return thought["rest"].lstrip("\n")
 
     def _check_nothing_added(self, said: str, response: str) -> None:
         """Around a response stands what stands around every response, and thoughts."""
