@@ -75,7 +75,7 @@ def test_the_command_prints_a_table_and_writes_a_picture(tmp_path: Path) -> None
     rows = [line for line in capture.get().splitlines() if "running" in line]
     first, second = ([cell.strip() for cell in row.strip("│").split("│")] for row in rows)
     assert first == [
-        *("a", "gkd", "running", "3", "1.0000", "1.0000", "27.0 [19.0, 31.5]", "-"),
+        *("a", "gkd", "running", "3", "1.0000", "27.0 [19.0, 31.5]", "-"),
         *("30", "30", "21", "0"),
     ]
     assert second[0:2] == ["b", "-"]

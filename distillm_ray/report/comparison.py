@@ -118,17 +118,16 @@ def differences(runs: dict[str, Run]) -> list[str]:
 
 def _table(runs: dict[str, Run]) -> Table:
     table = Table()
-    table.add_column("run")
-    for name in ("method", "status"):
-        table.add_column(name)
+    for name in ("run", "method", "status"):
+        table.add_column(name, no_wrap=True)
     columns = (
-        *("steps", "best loss", "last loss", "ROUGE-L", "exact %"),
+        *("steps", "validation loss", "ROUGE-L", "exact %"),
         *("seconds", "busy seconds", "tokens generated", "tokens scored"),
     )
     for name in columns:
         table.add_column(name, justify="right")
     for name, run in runs.items():
-        summary, one = summarize(run), curve(run)
+        summary = summarize(run)
         evaluation = run.evaluation.models if run.evaluation is not None else {}
         scores = evaluation.get(STUDENT_AFTER, ModelScores())
         work = summary.totals.work
@@ -139,10 +138,7 @@ def _table(runs: dict[str, Run]) -> Table:
             _method(run.directory),
             summary.status,
             str(summary.steps),
-            *(
-                f"{loss:.4f}" if math.isfinite(loss) else "-"
-                for loss in (min(one.losses, default=math.nan), summary.last_validation_loss)
-            ),
+            f"{loss:.4f}" if math.isfinite(loss := summary.last_validation_loss) else "-",
             score_cell(scores.rouge_l, interval=True),
             score_cell(scores.exact_match),
             f"{training:,.0f}",
