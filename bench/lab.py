@@ -22,10 +22,8 @@ import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ from typing import Any
 import torch
 import yaml
 from _common import RESULTS, write
-from matplotlib.figure import Figure
+from _runs import draw_quality, once, product, spread
 from rich.console import Console
 from rich.table import Table
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
@@ -231,28 +229,8 @@ def config(lab: Path, size: Size) -> dict[str, Any]:
 
 def train(path: Path, directory: Path, *overrides: str) -> float:
     """Run the product; returns the CPU seconds of its process, with all of its threads."""
-    command = [
-        *(sys.executable, "-m", "distillm_ray.cli", "train", str(path)),
-        *(f"run.directory={directory}", *overrides),
-    ]
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(directory.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: see {directory.with_suffix('.log')}")
-    return usage.ru_utime + usage.ru_stime
-
-
-def once(done: Path) -> Iterator[None]:
-    """The block of a for-loop runs unless `done` exists; afterwards it does."""
-    if not done.exists():
-        yield
-        done.touch()
+    log = directory.with_suffix(".log")
+    return product(log, "train", str(path), f"run.directory={directory}", *overrides, threads=1)
 
 
 def prepare(lab: Path, size: Size) -> Path:
@@ -368,31 +346,6 @@ def table_of(title: str, by_method: dict[str, list[Outcome]]) -> Table:
     return table
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
-
-
-def draw(by_method: dict[str, list[Outcome]], start: float, teacher: float, path: Path) -> None:
-    """Exact match against cost: a point a run, a name at each method's mean."""
-    figure = Figure(figsize=(8, 5), dpi=120)
-    ax = figure.add_subplot()
-    for method, outcomes in by_method.items():
-        costs = [one.cpu_seconds for one in outcomes]
-        scores = [one.exact_match for one in outcomes]
-        ax.scatter(costs, scores, s=18)
-        at = (statistics.fmean(costs), statistics.fmean(scores))
-        ax.annotate(method, at, textcoords="offset points", xytext=(6, 4))
-    ax.axhline(start, color="black", linestyle=":", linewidth=1, label="student before")
-    ax.axhline(teacher, color="black", linestyle="--", linewidth=1, label="teacher")
-    ax.set_xlabel("CPU-seconds of a run")
-    ax.set_ylabel("exact match, %")
-    ax.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Every method on a task where differences show.")
     parser.add_argument("--quick", action="store_true", help="small models and few steps")
@@ -447,7 +400,16 @@ def main() -> None:
     for table in tables:
         Console(width=120).print(table)
     name = "lab_quick" if arguments.quick else "lab"
-    draw(by_method, start, teacher, RESULTS / f"{name}.png")
+    draw_quality(
+        {
+            method: [(one.cpu_seconds, one.exact_match) for one in outcomes]
+            for method, outcomes in by_method.items()
+        },
+        {"student before": start, "teacher": teacher},
+        RESULTS / f"{name}.png",
+        xlabel="CPU-seconds of a run",
+        ylabel="exact match, %",
+    )
     write(
         name,
         {
