@@ -59,7 +59,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(job: Path, directory: Path, *overrides: str) -> list[StepRecord]:
     config = load_config(job, ["run.mode=local", f"run.directory={directory}", *overrides])
     local.check(config)
-    view = ConsoleView(config.learner.steps, stream=io.StringIO())
+    view = ConsoleView(config.learner.num_steps, stream=io.StringIO())
     local.train(config, preflight.check(config), view)
     return records(config.run.directory, StepRecord)
 

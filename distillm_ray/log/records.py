@@ -187,6 +187,7 @@ class ProbeRecord:
     time: float = 0.0
     samples: tuple[Sample, ...] = ()
     logprob_gap: float = math.nan  # mean |engine - learner| over these responses, in nats
+    rouge_l: float = math.nan  # 0 to 100, mean over the prompts that have a reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
