@@ -52,12 +52,11 @@ from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.row_path import RowPath
 from distillm_ray.types import Bucket, LearnerBatch, TrainStep
 from distillm_ray.weights.export import export_model
-from distillm_ray.weights.gather import gather
+from distillm_ray.weights.gather import EXPORT_ELEMENTS, gather
 
 Value = TypeVar("Value")
 
 _ENGINE_TAG = "engine"
-_EXPORT_ELEMENTS = 1_000_000_000  # most elements of one exported file
 
 
 class Learner:
@@ -220,7 +219,7 @@ class Learner:
         `end_token_ids` end the responses of the trained model.
         """
         keep = self.rank == 0
-        buckets = gather(self._model, self._dtype, keep=keep, bucket_elements=_EXPORT_ELEMENTS)
+        buckets = gather(self._model, self._dtype, keep=keep, bucket_elements=EXPORT_ELEMENTS)
         if keep:
             student = self._student.model
             export_model(buckets, student, directory, self._dtype, end_token_ids=end_token_ids)
