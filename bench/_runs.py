@@ -46,7 +46,8 @@ def training_cpu_seconds(log: Path, *arguments: str) -> float:
     """Run `distillm-ray train` on Ray; returns the CPU seconds of all processes while it trains.
 
     Roles are processes of their own, some of which die before the end, so the whole tree is read
-    once a second. What was used before the line `training` in `log` (start-up, loading) is left out.
+    once a second. What was used before the line `training` in `log`, for start-up and loading, is
+    left out.
 
     Raises:
         SystemExit: the command failed.

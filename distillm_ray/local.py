@@ -45,11 +45,13 @@ from distillm_ray.errors import ConfigError, RunDirectoryError, UserError
 from distillm_ray.files import write_atomically
 from distillm_ray.learner.held_out_loss import cross_entropy_sum, own_text_sum
 from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at
+from distillm_ray.learner.self_check import describe_self_check, largest_self_divergence
 from distillm_ray.learner.step_statistics import StepStatistics
 from distillm_ray.learner.stopping import ENDED_EARLY, Standing, why_stop
 from distillm_ray.learner.student_model import build_student, run_row, training_request
 from distillm_ray.learner.teacher_head import teacher_head
 from distillm_ray.log.commit import package_commit
+from distillm_ray.log.health import HealthWatch
 from distillm_ray.log.metrics import MetricsLog
 from distillm_ray.log.records import (
     BufferSizes,
@@ -231,11 +233,15 @@ def distil(
 
     limit = config.validation.max_prompts
     validation_work: Counter[str] = Counter()  # since the last step
-    standing = Standing()  # what the rules of `stop` look at
+    standing, health = Standing(), HealthWatch()  # what ends a run, and what it is warned of
 
     def note(entry: Record) -> None:
-        nonlocal standing
+        nonlocal standing, health
         record(entry)
+        if isinstance(entry, StepRecord):
+            health, warnings = health.after(entry)
+            for warning in warnings:
+                record(warning)
         standing = standing.plus(entry, metric="loss", min_improvement=config.stop.min_improvement)
 
     held_out = pack_held_out(splits.validation.demonstrations[:limit], None, max_tokens)
@@ -333,6 +339,10 @@ def distil(
         learning_rate = learning_rate_at(step, config.learner)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+        if step == 0 and config.loss.needs_teacher:
+            first = pack(micro_batches[0], targets)
+            largest = largest_self_divergence(student, first, config.loss, frozen_head, device)
+            record(EventRecord(name="self-check", detail=describe_self_check(largest)))
         student.train()
         statistics = StepStatistics(config.loss.terms, device)
         for micro_batch in micro_batches:
@@ -403,7 +413,7 @@ async def respond(
     responses = await asyncio.gather(*calls)
     counts: Counter[str] = Counter()
     for response in responses:
-        counts.update(response_counts(response, response_facts(response)))
+        counts.update(probe_sequences=1, probe_tokens=len(response.response_ids))
     return responses, counts
 
 

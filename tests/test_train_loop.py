@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from distillm_ray.cluster.learner import Links
 from distillm_ray.config import Config
-from distillm_ray.errors import ClusterError, RunDirectoryError, UserError
+from distillm_ray.errors import ClusterError, ModelError, RunDirectoryError, UserError
 from distillm_ray.learner import train_loop
 from distillm_ray.learner.checkpoint import CheckpointDirectory
 from distillm_ray.learner.prefetch import Prefetcher, PreparedStep
@@ -200,6 +200,7 @@ class FakeLearner:
         self.full_at: int | None = None
         self.waits: list[float] = []  # seconds, of each step
         self.remark = ""
+        self.self_divergence = 2e-7
         self.losses: dict[int, float] = {}  # sums over ten tokens; others: 30 minus the steps
         self.exported: dict[str, int] = {}  # steps of each exported student
 
@@ -215,6 +216,9 @@ class FakeLearner:
 
     def validation_loss(self, batches: Sequence[LearnerBatch]) -> tuple[float, int]:
         return self.losses.get(self.steps_taken, 30.0 - self.steps_taken), 10
+
+    def self_check(self, batch: LearnerBatch) -> float:
+        return self.self_divergence
 
     def token_logprobs(self, batch: LearnerBatch) -> NDArray[np.float32]:
         return np.array([-1.5, -1.25], dtype=np.float32)
@@ -332,8 +336,8 @@ def test_a_probe_measures_the_log_probability_gap_of_engine_and_learner(tmp_path
     # The engine returns -1 for each of the two tokens, the learner -1.5 and -1.25.
     assert probes[0].logprob_gap == pytest.approx(0.375)
     assert probes[0].samples == (Sample(prompt="why", reference="so", response="as"),)
-    warnings = [record for record in roles.records if isinstance(record, EventRecord)]
-    assert [warning.name for warning in warnings] == ["log-probabilities differ"]
+    warnings = events(roles, "log-probabilities differ")
+    assert len(warnings) == 1
     assert "0.375 nats" in warnings[0].detail
 
 
@@ -609,3 +613,26 @@ def test_the_score_of_a_probe_is_rouge_l_over_the_prompts_with_a_reference() -> 
     # Precision 1, recall 1/2.
     assert train_loop._mean_rouge_l(prompts, samples) == pytest.approx(100 * 2 / 3)
     assert np.isnan(train_loop._mean_rouge_l(prompts[1:], samples[1:]))
+
+
+# ---- the self-check ------------------------------------------------------------------------------
+
+
+def test_the_first_batch_proves_that_the_student_costs_nothing_against_itself(
+    tmp_path: Path,
+) -> None:
+    config = make_config(tmp_path)
+    roles = Roles(config)
+    run(roles, FakeLearner(), config)
+    (event,) = events(roles, "self-check")
+    assert "costs at most 2.0e-07 nats" in event.detail
+
+
+@pytest.mark.parametrize("value", [0.01, float("nan")])
+def test_a_loss_that_is_not_zero_against_itself_ends_the_run(tmp_path: Path, value: float) -> None:
+    config = make_config(tmp_path)
+    roles, learner = Roles(config), FakeLearner()
+    learner.self_divergence = value
+    with pytest.raises(ModelError, match=r"must be 0, got (0\.01|nan) nats"):
+        run(roles, learner, config)
+    assert learner.trained_on == []

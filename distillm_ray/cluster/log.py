@@ -8,8 +8,9 @@ from ray.actor import ActorProxy
 from distillm_ray.cluster.actors import ask, beside_driver
 from distillm_ray.config import Config
 from distillm_ray.learner.stopping import Standing, read_standing
+from distillm_ray.log.health import HealthWatch
 from distillm_ray.log.metrics import MetricsLog
-from distillm_ray.log.records import Record
+from distillm_ray.log.records import Record, StepRecord
 
 _WHAT = "the log"
 
@@ -23,11 +24,16 @@ class LogActor:
             config.run.directory, resume_step=resume_step, commit=commit, command=command
         )
         self._standing = read_standing(config)
+        self._health = HealthWatch()
 
     @ray.method
     def add(self, record: Record) -> None:
         """Append a record."""
         self._log.add(record)
+        if isinstance(record, StepRecord):
+            self._health, warnings = self._health.after(record)
+            for warning in warnings:
+                self._log.add(warning)
         self._standing = self._standing.plus(
             record,
             metric=self._config.validation.metric,

@@ -40,6 +40,7 @@ from distillm_ray.learner.deepspeed_engine import (
 from distillm_ray.learner.held_out_loss import cross_entropy_sum, own_text_sum
 from distillm_ray.learner.host_memory import return_freed_memory
 from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at
+from distillm_ray.learner.self_check import largest_self_divergence
 from distillm_ray.learner.step_statistics import StepStatistics
 from distillm_ray.learner.student_model import (
     build_student,
@@ -167,6 +168,14 @@ class Learner:
             seconds=time.monotonic() - started + wait_seconds,
             skipped=not math.isfinite(norm),
         )
+
+    def self_check(self, batch: LearnerBatch) -> float:
+        """The largest divergence of the student from itself at a token of any rank's row."""
+        largest = largest_self_divergence(
+            self._engine, batch, self._loss, self._teacher_head, self.device
+        )
+        # NaN must not be lost in a maximum.
+        return max(self.collect(largest), key=lambda one: math.inf if math.isnan(one) else one)
 
     def validation_loss(self, batches: Sequence[LearnerBatch]) -> tuple[float, int]:
         """Sum of the cross-entropy over the loss tokens of all ranks, in nats, and their number.

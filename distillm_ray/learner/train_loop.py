@@ -48,6 +48,7 @@ from distillm_ray.learner.checkpoint import (
     CheckpointMeta,
 )
 from distillm_ray.learner.prefetch import Prefetcher, PreparedStep
+from distillm_ray.learner.self_check import describe_self_check
 from distillm_ray.learner.stopping import ENDED_EARLY, why_stop
 from distillm_ray.log.records import (
     CheckpointRecord,
@@ -119,6 +120,7 @@ class TrainLoop:
         self._skipped_in_a_row = 0
         self._published = 0  # the generators loaded the student's directory: version 0
         self._warned = False
+        self._checked_itself = False
 
     def run(self, start: Checkpoint | None) -> int:
         """Run to the last step, to a rule of `stop` or to a stop request; returns `completed`.
@@ -142,6 +144,7 @@ class TrainLoop:
                 prepared = self._await_batches(prefetcher, completed)
                 if prepared is None:
                     break
+                self._check_itself(prepared, completed)
                 train = self._learner.train_step(
                     prepared.batches, completed, wait_seconds=prepared.wait_seconds
                 )
@@ -255,6 +258,18 @@ class TrainLoop:
                     f" {self._config.learner.data_timeout_s:g} s; waiting for"
                     f" {reason or 'another rank'}"
                 )
+
+    def _check_itself(self, prepared: PreparedStep, completed: int) -> None:
+        """Prove on the first batch that the loss is 0 where the teacher equals the student.
+
+        Raises:
+            ModelError: it is not.
+        """
+        if self._checked_itself or not self._config.loss.needs_teacher:
+            return
+        self._checked_itself = True
+        detail = describe_self_check(self._learner.self_check(prepared.batches[0]))
+        self._log(EventRecord(step=completed, name="self-check", detail=detail))
 
     def _after_step(self, prepared: PreparedStep, train: TrainStep) -> None:
         completed = train.step

@@ -37,6 +37,7 @@ from distillm_ray.loss.teacher_tensors import (
     student_buckets,
     teacher_buckets,
 )
+from distillm_ray.loss.token_health import TokenHealth
 from distillm_ray.models.heads import finish_logits
 from distillm_ray.models.logit_rules import LogitRule
 
@@ -75,6 +76,8 @@ class LossRequest:
     temperature: float = 1.0  # of both sides of the divergences; sampled tokens are always at 1
     behaviour_N: Tensor | None = None  # log-probability that a label was sampled with; NaN: unknown
     sequence_N: Tensor | None = None  # int64; needed by policy gradients
+    health_S: Tensor | None = None  # int64, positions at which to compare both sides for the log
+    is_self_check: bool = False  # the student is its own teacher: every divergence must be 0
 
     def __post_init__(self) -> None:
         """Reject combinations that would silently compute something else."""
@@ -152,6 +155,7 @@ class HeadLoss(NamedTuple):
     values: tuple[Tensor, ...]  # [N] for each term, unweighted; of cross-entropy -log q(label)
     log_probs_N: Tensor | None  # of the labels, temperature 1
     num_infinite: Tensor  # scalar int64: infinite divergences and log-probabilities
+    health: TokenHealth | None = None  # where the request names positions
 
 
 def plain_loss(
