@@ -723,7 +723,7 @@ class EvaluationConfig(Section):
     num_samples_shown: NonNegative = 10  # before/after samples in the run directory
     at_end: MayChange[bool] = True  # evaluate before and after training; may be turned off only
     student: MayChange[GeneratorPoolConfig] = GeneratorPoolConfig()
-    teacher: MayChange[GeneratorPoolConfig] = GeneratorPoolConfig()
+    teacher: MayChange[GeneratorPoolConfig | None] = GeneratorPoolConfig()  # None: not evaluated
     held_out_loss: MayChange[HeldOutLossConfig] = HeldOutLossConfig()
 
 
@@ -833,6 +833,12 @@ class Config(Section):
     def wants_generators(self) -> bool:
         """Whether a run generates: rollouts, or responses to score the student."""
         return self.wants_rollouts or self.evaluation.at_end or self.validation.metric == "rouge_l"
+
+    @property
+    def evaluates_teacher(self) -> bool:
+        """Whether a run scores the teacher after training."""
+        section = self.evaluation
+        return section.at_end and section.teacher is not None and self.teacher is not None
 
     @property
     def longest_response(self) -> int:

@@ -264,7 +264,7 @@ def _evaluate(
         if not done:
             attempt("exported student", evaluator.exported)
     teacher = preflight.teacher
-    if teacher is not None and TEACHER not in evaluation.models:
+    if teacher is not None and config.evaluates_teacher and TEACHER not in evaluation.models:
         attempt("teacher", lambda known: evaluator.teacher(known, teacher))
     if missing := missing_evaluations(config):
         watch.view.note(

@@ -119,7 +119,7 @@ def train_engines(config: Config) -> dict[str, GeneratorPoolConfig]:
         pools["rollout"] = config.rollout
     if config.evaluation.at_end:
         pools["evaluation.student"] = config.evaluation.student
-        if config.teacher is not None:
+        if config.evaluates_teacher and config.evaluation.teacher is not None:
             pools["evaluation.teacher"] = config.evaluation.teacher
     return pools
 
@@ -193,5 +193,5 @@ def missing_evaluations(config: Config) -> tuple[str, ...]:
     evaluation = read_evaluation(config.run.directory)
     if evaluation is None or not config.evaluation.at_end:
         return ()
-    wanted = (STUDENT_AFTER, *((TEACHER,) if config.teacher is not None else ()))
+    wanted = (STUDENT_AFTER, *((TEACHER,) if config.evaluates_teacher else ()))
     return tuple(name for name in wanted if name not in evaluation.models)
