@@ -319,7 +319,9 @@ def distil(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         student.train()
-        statistics = StepStatistics(config.loss.terms, device)
+        statistics = StepStatistics(
+            config.loss.terms, device, compare_engine=not config.mixes_teacher
+        )
         for micro_batch in micro_batches:
             batch = pack(micro_batch, targets)
             request = training_request(batch, config.loss, frozen_head, device)

@@ -34,8 +34,12 @@ def counted_tokens(batch: LearnerBatch) -> BoolArray:
 class StepStatistics:
     """Accumulates on the device, so that nothing synchronizes with it before `reduce`."""
 
-    def __init__(self, terms: Sequence[Term], device: torch.device) -> None:
+    def __init__(
+        self, terms: Sequence[Term], device: torch.device, *, compare_engine: bool = True
+    ) -> None:
+        """`compare_engine`: the engine's log-probabilities should be the student's."""
         self._terms = terms
+        self._compare_engine = compare_engine
         self._sums = torch.zeros(_TERM_LOSS + len(terms), dtype=torch.float64, device=device)
         self._positions = 0
         self._tokens = 0
@@ -58,7 +62,11 @@ class StepStatistics:
         losses_N = losses_N.double().masked_fill(~finite_N, 0.0)
         sums[_SHELF_LOSS:_SHELF_FINITE].index_add_(0, shelf_N, losses_N)
         sums[_SHELF_FINITE:_TERM_LOSS].index_add_(0, shelf_N, finite_N.double())
-        if batch.behaviour_logprobs_N is not None and result.log_probs_N is not None:
+        if (
+            self._compare_engine
+            and batch.behaviour_logprobs_N is not None
+            and result.log_probs_N is not None
+        ):
             # Only samples of the current weights: others differ because the weights do.
             current_S = np.array([age == 0 for age in batch.ages])
             behaviour_N = np.where(
