@@ -198,6 +198,7 @@ def distil(
     optimizer = build_optimizer(config.learner, parameters)
 
     # The student as it generates: a copy with the weights of the last publication.
+    # With `rollout.teacher_mix` it holds a teacher of its own, which helps to sample every token.
     # Distributed: rollout/, in each of `rollout.actors` processes.
     generator = None
     if config.wants_rollouts:
