@@ -574,7 +574,7 @@ class RolloutConfig(GeneratorPoolConfig):
                     f"rollout.sampling.{key} must be {needed:g} with rollout.teacher_mix ="
                     f" {self.teacher_mix:g}, got {value:g}: tokens are sampled from the mixture of"
                     " both whole distributions, whose probabilities importance weights divide by;"
-                    f" remove the key, or set rollout.teacher_mix=0"
+                    " remove the key, or set rollout.teacher_mix=0"
                 )
         return self
 

@@ -65,8 +65,8 @@ def mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 
     Example:
         >>> halves = mixture(torch.tensor([0.5, 0.0]).log(), torch.tensor([0.1, 0.4]).log(), 0.5)
-        >>> halves.exp().tolist()
-        [0.30000001192092896, 0.20000000298023224]
+        >>> [round(one, 6) for one in halves.exp().tolist()]
+        [0.3, 0.2]
     """
     log_p_share, log_q_share = torch.tensor([share, 1.0 - share], dtype=torch.float64).log()
     return torch.logaddexp(log_p + log_p_share.item(), log_q + log_q_share.item())

@@ -201,14 +201,14 @@ def test_a_run_on_a_cluster_trains_on_a_mixture_and_probes_the_student_alone(
         "mixed",
         (
             *METHODS["minillm"],
-            "learner.steps=4",
+            "learner.steps=6",
             "rollout.sampling.temperature=1",
             "rollout.teacher_mix=0.5",
             "validation.probe_prompts=4",
         ),
     )
     steps, probes = records(run, StepRecord), records(run, ProbeRecord)
-    assert [step.step for step in steps] == [1, 2, 3, 4]
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
     assert all(step.mix.fresh == BATCH_SIZE and not step.skipped for step in steps)
     assert all(math.isnan(step.logprob_gap) for step in steps), "the engine's are the mixture's"
     assert [probe.step for probe in probes] == [0, 4]
