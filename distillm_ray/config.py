@@ -535,6 +535,9 @@ class RolloutConfig(GeneratorPoolConfig):
     """The student's generators during training, and how far they run ahead of the learner."""
 
     sampling: SamplingConfig = SamplingConfig()
+    # m: what is trained on is sampled from m x teacher + (1 - m) x student; probes and evaluations
+    # are the student's alone.
+    teacher_mix: Annotated[Number, Field(ge=0.0, lt=1.0)] = 0.0
     filter: FilterConfig = FilterConfig()
     lookahead: Positive = 2  # steps whose fresh samples are in flight or finished
     sync_interval: Positive = 1  # optimizer steps between two publications of weights
@@ -551,6 +554,30 @@ class RolloutConfig(GeneratorPoolConfig):
                 f" {worst} > {self.max_staleness}: a sample would be older than you allow;"
                 " lower lookahead or sync_interval, or raise max_staleness"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _mixture_is_sampled_as_it_is(self) -> RolloutConfig:
+        if self.teacher_mix == 0.0:
+            return self
+        if isinstance(self.engine, VllmEngine):
+            raise ValueError(
+                f"rollout.teacher_mix must be 0 with rollout.engine.type=vllm, got"
+                f" {self.teacher_mix:g}: both models must take every token together, and vLLM's"
+                " engine runs one model; use rollout.engine.type=transformers"
+            )
+        for key, value, needed in (
+            ("temperature", self.sampling.temperature, 1.0),
+            ("top_p", self.sampling.top_p, 1.0),
+            ("top_k", self.sampling.top_k, 0),
+        ):
+            if value != needed:
+                raise ValueError(
+                    f"rollout.sampling.{key} must be {needed:g} with rollout.teacher_mix ="
+                    f" {self.teacher_mix:g}, got {value:g}: tokens are sampled from the mixture of"
+                    " both whole distributions, whose probabilities importance weights divide by;"
+                    " remove the key, or set rollout.teacher_mix=0"
+                )
         return self
 
 
@@ -787,6 +814,11 @@ class Config(Section):
                 return True
 
     @property
+    def mixes_teacher(self) -> bool:
+        """Whether the student text that is trained on is sampled together with the teacher."""
+        return self.rollout.teacher_mix > 0.0 and self.wants_rollouts
+
+    @property
     def draws_data(self) -> bool:
         """Whether the responses of the data are trained on. phi never falls: 1 leaves no data."""
         match self.schedule:
@@ -816,6 +848,9 @@ class Config(Section):
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a user should know of settings that are allowed and unusual."""
+        return (*self._remarks_on_sampling(), *self._remarks_on_mixture())
+
+    def _remarks_on_sampling(self) -> tuple[str, ...]:
         sampling = self.rollout.sampling
         plain = (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
         if plain or not any(
@@ -827,6 +862,25 @@ class Config(Section):
             "warning: rollout.sampling changes the distribution that responses are sampled from,"
             " and policy gradients and importance weights take them for samples of the student at"
             " temperature 1: their expectation is another one than the reverse KL's gradient",
+        )
+
+    def _remarks_on_mixture(self) -> tuple[str, ...]:
+        if not self.mixes_teacher:
+            return ()
+        uncorrected = [
+            f"loss.terms.{index} ({term.type} on {term.on})"
+            for index, term in enumerate(self.loss.terms)
+            if term.on in ("all", "student")
+            and not isinstance(term, PolicyGradient)
+            and term.max_importance is None
+        ]
+        if not uncorrected:
+            return ()
+        return (
+            f"warning: rollout.teacher_mix = {self.rollout.teacher_mix:g} samples responses from a"
+            f" mixture with the teacher, and {', '.join(uncorrected)} without importance weights:"
+            " the expectation is over the mixture's text, not the student's; set max_importance in"
+            " a term with on: student",
         )
 
     @property
@@ -913,6 +967,12 @@ class Config(Section):
             raise ValueError(
                 "teacher.model is required: a term of loss.terms compares with a teacher; name its"
                 " model directory, or train with type: cross_entropy alone"
+            )
+        if self.rollout.teacher_mix > 0.0 and self.teacher is None:
+            raise ValueError(
+                f"teacher.model is required with rollout.teacher_mix ="
+                f" {self.rollout.teacher_mix:g}: every token is sampled from teacher and student"
+                " together; name its model directory, or set rollout.teacher_mix=0"
             )
         longest = self.data.max_prompt_tokens + self.longest_response
         limits = {"learner.max_micro_batch_tokens": self.learner.max_micro_batch_tokens}

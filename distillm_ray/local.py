@@ -203,6 +203,7 @@ def distil(
     optimizer = build_optimizer(config.learner, parameters)
 
     # The student as it generates: a copy with the weights of the last publication.
+    # With `rollout.teacher_mix` it holds a teacher of its own, which helps to sample every token.
     # Distributed: rollout/, in each of `rollout.actors` processes.
     generator = None
     if config.wants_rollouts:
@@ -344,7 +345,9 @@ def distil(
             largest = largest_self_divergence(student, first, config.loss, frozen_head, device)
             record(EventRecord(name="self-check", detail=describe_self_check(largest)))
         student.train()
-        statistics = StepStatistics(config.loss.terms, device)
+        statistics = StepStatistics(
+            config.loss.terms, device, compare_engine=not config.mixes_teacher
+        )
         for micro_batch in micro_batches:
             batch = pack(micro_batch, targets)
             request = training_request(batch, config.loss, frozen_head, device)

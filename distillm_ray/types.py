@@ -77,7 +77,9 @@ class Rollout:
     source: Source
     version: int  # optimizer step of the weights its generation started with; 0 for data
     finish_reason: FinishReason
-    logprobs: Float32Array | None = None  # [T], under the engine's weights and temperature 1
+    # [T], of the distribution that the tokens were sampled from, at temperature 1: the engine's
+    # weights, mixed with the teacher where rollout.teacher_mix says so.
+    logprobs: Float32Array | None = None
     ordinal: int | None = None  # of the demand that it fulfils; set on student rollouts
     text: str = ""  # the decoded response, where known; for reports
 
@@ -381,7 +383,8 @@ class TrainStep:
     skipped: bool = False  # non-finite loss or gradient
     infinite_tokens: int = 0  # tokens whose divergence is +inf (an id possible for one side only)
     rank_token_imbalance: float = 0.0  # (most - fewest) / most tokens of a rank
-    logprob_gap: float = math.nan  # mean |engine - learner| over tokens of age 0; NaN without any
+    # Mean |engine - learner| over tokens of age 0; NaN without any, or with rollout.teacher_mix.
+    logprob_gap: float = math.nan
     # Means over a sample of the student's own tokens (loss/token_health.py); NaN without any.
     student_entropy: float = math.nan  # nats
     teacher_entropy: float = math.nan

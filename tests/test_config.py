@@ -31,6 +31,9 @@ from tests import make
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 
+MIXED: dict[str, Any] = {"engine": {"type": "transformers"}, "teacher_mix": 0.2}
+
+
 def refusal(**sections: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         parse_config(make.tree(**sections), name="x.yaml")
@@ -313,6 +316,27 @@ def test_a_wrong_type_names_key_rule_and_value(sections: dict[str, Any], message
             {"rollout": {"engine": {"type": "transformers"}, "tensor_parallel": 4}},
             ("rollout: tensor_parallel must be 1", "got 4", "use engine.type=vllm"),
         ),
+        (
+            {"rollout": {"teacher_mix": 0.2}},
+            ("rollout.teacher_mix must be 0 with rollout.engine.type=vllm, got 0.2", "one model"),
+        ),
+        (
+            {"rollout": MIXED, "teacher": None, "loss": {"terms": [{"type": "cross_entropy"}]}},
+            ("teacher.model is required with rollout.teacher_mix = 0.2",),
+        ),
+        (
+            {"rollout": MIXED | {"sampling": {"temperature": 0.0}}},
+            ("rollout.sampling.temperature must be 1 with rollout.teacher_mix = 0.2, got 0:",),
+        ),
+        (
+            {"rollout": MIXED | {"sampling": {"top_p": 0.9}}},
+            ("rollout.sampling.top_p must be 1 with rollout.teacher_mix = 0.2, got 0.9",),
+        ),
+        (
+            {"rollout": MIXED | {"sampling": {"top_k": 50}}},
+            ("rollout.sampling.top_k must be 0 with rollout.teacher_mix = 0.2, got 50",),
+        ),
+        ({"rollout": MIXED | {"teacher_mix": 1.0}}, ("rollout.teacher_mix", "less than 1")),
         (
             {"targets": {"type": "top_k"}, "loss": {"temperature": 2.0}},
             ("loss.temperature must be 1 with targets.type=top_k, got 2",),

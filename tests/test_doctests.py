@@ -16,6 +16,7 @@ MODULES = (
     "distillm_ray.replay.buffer",
     "distillm_ray.replay.draw",
     "distillm_ray.replay.schedule",
+    "distillm_ray.rollout.lockstep",
     "distillm_ray.rollout.responses",
 )
 

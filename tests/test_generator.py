@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,19 @@ import numpy as np
 import pytest
 
 from distillm_ray.config import RolloutConfig, SamplingConfig
-from distillm_ray.rollout.generator import Generator, GeneratorJob, Request, Response, request_seed
+from distillm_ray.models.directory import check_model_directory
+from distillm_ray.rollout.generator import (
+    Generator,
+    GeneratorJob,
+    MixedTeacher,
+    Request,
+    Response,
+    request_seed,
+    student_job,
+)
 from distillm_ray.types import Demand, FinishReason, Source, Weights
 from tests import make
+from tests.integration.tiny import make_model
 
 END = 99
 
@@ -104,6 +115,36 @@ async def test_a_rollout_carries_its_ordinal_and_the_version_it_started_with() -
     assert made.response_ids.tolist() == [1, 2, 3, 1004, END]
     assert made.loss_mask.all()
     assert generator.requests[0].seed == request_seed(3, 7, 0)
+
+
+def test_the_students_job_names_the_teacher_where_trained_responses_are_mixed(
+    tmp_path: Path,
+) -> None:
+    make_model(tmp_path, seed=0)
+    facts = check_model_directory(tmp_path, "student")
+
+    def teacher(mix: float, **sections: Any) -> MixedTeacher | None:
+        config = make.config(
+            rollout={"engine": {"type": "transformers"}, "teacher_mix": mix},
+            teacher={"model": "/models/teacher", "dtype": "bfloat16", "trust_remote_code": True},
+            **sections,
+        )
+        return student_job(config, facts, end_token_id=3, device="cpu").teacher
+
+    assert teacher(0.0) is None
+    assert teacher(0.2) == MixedTeacher(
+        model=Path("/models/teacher"), share=0.2, dtype="bfloat16", trust_remote_code=True
+    )
+    assert teacher(0.2, schedule={"type": "fixed", "phi": 0.0}) is None, "only evaluations"
+
+
+async def test_the_teacher_takes_part_in_the_demand_and_in_nothing_else() -> None:
+    teacher = MixedTeacher(model=Path("t"), share=0.2, dtype="auto", trust_remote_code=False)
+    generator = EchoGenerator(RolloutConfig(), replace(job(), teacher=teacher))
+    await generator.start()
+    await generator.generate(demand())
+    await generator.complete(PROMPT, SamplingConfig(max_tokens=2), seed=0)
+    assert [request.teacher_mix for request in generator.requests] == [0.2, 0.0]
 
 
 async def test_a_request_waits_for_its_minimum_version() -> None:

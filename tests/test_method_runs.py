@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -32,6 +33,7 @@ class Expected:
 
 
 # At the default lookahead of two steps and a publication every two steps, text is up to two old.
+LEARNER = "learner={learning_rate: 0.003, warmup_steps: 0, min_learning_rate_ratio: 1.0}"
 EXPECTED = {
     "sft": Expected(shelves=DATA),
     "kd": Expected(shelves=DATA),
@@ -73,8 +75,7 @@ def test_a_method_trains_on_its_text_and_lowers_its_own_loss(
     name: str, job: Path, tmp_path: Path
 ) -> None:
     expected = EXPECTED[name]
-    learner = "learner={learning_rate: 0.003, warmup_steps: 0, min_learning_rate_ratio: 1.0}"
-    steps = run(job, tmp_path / "run", f"method={name}", learner, *expected.overrides)
+    steps = run(job, tmp_path / "run", f"method={name}", LEARNER, *expected.overrides)
     assert [step.step for step in steps] == list(range(1, STEPS + 1))
     ids = [
         (shelf, one)
@@ -110,3 +111,17 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_on_its_own_text(
         event for event in records(tmp_path / "run", EventRecord) if event.name == "self-check"
     )
     assert float(check.detail.split("at most ")[1].split()[0]) < 1e-6
+
+
+def test_minillm_lowers_its_own_loss_on_text_that_the_teacher_helps_to_sample(
+    job: Path, tmp_path: Path
+) -> None:
+    fresh = ("rollout.lookahead=1", "rollout.sync_interval=1", "rollout.max_staleness=0")
+    minillm = ("method=minillm", LEARNER, *fresh)
+    own = run(job, tmp_path / "own", *minillm)
+    mixed = run(job, tmp_path / "mixed", *minillm, "rollout.teacher_mix=0.2")
+    assert mean(step.loss for step in mixed[-5:]) < mean(step.loss for step in mixed[:5])
+    assert mixed[0].loss != own[0].loss, "other responses"
+    # The engine's log-probabilities are the mixture's, which are not the learner's.
+    assert all(step.logprob_gap < 1e-4 for step in own)
+    assert all(math.isnan(step.logprob_gap) for step in mixed)

@@ -145,6 +145,19 @@ def test_show_prints_a_tree_that_loads_again_and_the_sums() -> None:
     assert "\x1b" not in shown
 
 
+def test_show_says_that_generators_hold_the_teacher_where_responses_are_mixed() -> None:
+    rollout = {"engine": {"type": "transformers"}, "teacher_mix": 0.2}
+    said = "each generator holds the teacher beside the student (rollout.teacher_mix)"
+    assert said in render_show(make.config(rollout=rollout), "cpu")
+    assert said not in render_show(make.config(), "cpu")
+    without = make.config(
+        rollout=rollout,
+        schedule={"type": "fixed", "phi": 0.0},
+        loss={"terms": [{"type": "forward_kl"}]},
+    )
+    assert said not in render_show(without, "cpu")
+
+
 def test_every_phase_has_its_own_resources() -> None:
     config = make.config(
         rollout={"tensor_parallel": 2},

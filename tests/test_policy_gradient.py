@@ -6,7 +6,7 @@ Axes: N loss positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from distillm_ray.loss.fused import fused_loss
 from distillm_ray.loss.head_loss import HeadLoss, LossRequest, WeightedTerm, plain_loss
 from distillm_ray.loss.policy_gradient import SampledTokens, advantages, surrogate
 from distillm_ray.loss.teacher_tensors import TeacherHidden, TeacherLogits, TeacherTensors
+from distillm_ray.methods import METHODS
 from distillm_ray.models.heads import PLAIN_RULE, FrozenHead
 from distillm_ray.models.logit_rules import LogitRule
 from tests import make
@@ -268,6 +269,38 @@ def test_a_token_that_the_teacher_excludes_is_counted_and_teaches_nothing() -> N
     assert gradient(result.loss, logits_NV)[1].abs().max() == 0.0
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_samples_of_a_mixture_with_the_teacher_have_the_expectation_of_the_students(
+    share: float,
+) -> None:
+    """Every id once, weighted by b = m p + (1 - m) q; the ratio q / b is at most 1 / (1 - m)."""
+    student_V, teacher_V = normal(V, seed=1), normal(V, seed=2)
+    b_V = share * teacher_V.softmax(-1) + (1 - share) * student_V.softmax(-1)
+    assert (student_V.softmax(-1) / b_V).max() < 1 / (1 - share)
+
+    def expectation(term: Term) -> tuple[Tensor, Tensor]:
+        logits_NV = student_V.repeat(V, 1).requires_grad_()
+        result = loss_of(
+            logits_NV,
+            teacher_V.repeat(V, 1),
+            torch.arange(V),
+            term,
+            weights_N=b_V,
+            behaviour_N=b_V.log(),
+        )
+        return result.loss, gradient(result.loss, logits_NV).sum(0)
+
+    exact_1V = student_V[None].clone().requires_grad_()
+    divergence = reverse_kl(exact_1V, teacher_V[None]).sum()
+    exact = (divergence.detach(), gradient(divergence, exact_1V)[0])
+    unbounded = PolicyGradient(clip=0.999), ReverseKL(on="student", max_importance=2.0)
+    for term in unbounded:
+        for found, expected in zip(expectation(term), exact, strict=True):
+            torch.testing.assert_close(found, expected)
+    biased, _ = expectation(ReverseKL(on="student", max_importance=1.0))
+    assert biased < exact[0]
+
+
 def test_samples_of_another_distribution_than_the_students_are_remarked() -> None:
     schedule = {"type": "fixed", "phi": 1.0, "replay_ratio": "none"}
     terms = [{"type": "reverse_kl", "on": "student"}, {"type": "policy_gradient"}]
@@ -281,6 +314,22 @@ def test_samples_of_another_distribution_than_the_students_are_remarked() -> Non
     for sampling in ({"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 5}):
         (remark,) = remarks(terms, **sampling)
         assert remark.startswith("warning: rollout.sampling changes the distribution")
+
+
+def test_terms_that_take_a_mixtures_samples_for_the_students_are_remarked() -> None:
+    def remarks(method: str, mix: float = 0.2, **sections: Any) -> tuple[str, ...]:
+        rollout = {"engine": {"type": "transformers"}, "teacher_mix": mix}
+        tree = make.tree(**{**METHODS[method], "rollout": rollout, **sections})
+        return parse_config(tree, name="x").remarks
+
+    assert remarks("minillm") == ()
+    assert remarks("opd", mix=0.0) == ()
+    assert remarks("kd") == (), "nothing is sampled"
+    (remark,) = remarks("opd")
+    assert remark.startswith("warning: rollout.teacher_mix = 0.2 samples responses from a mixture")
+    assert "loss.terms.0 (reverse_kl on student) without importance weights" in remark
+    weighted = {"terms": [{"type": "reverse_kl", "on": "student", "max_importance": 1.2}]}
+    assert remarks("opd", loss=weighted) == ()
 
 
 def test_configs_that_cannot_reward_samples_are_refused() -> None:

@@ -341,4 +341,8 @@ def render_show(config: Config, device: Device) -> str:
                 f"object store: {store / 2**30:.2f} GiB for teacher targets (targets.max_bytes),"
                 " and one copy of the published weights"
             )
+        if config.mixes_teacher:
+            console.print(
+                "each generator holds the teacher beside the student (rollout.teacher_mix)"
+            )
     return f"{dump_config(config)}\n{capture.get()}"

@@ -73,11 +73,14 @@ class Learner:
         vocabulary_size: int,
         device: torch.device,
         seed: int,
+        compare_engine: bool = True,
         persistence_threshold: int = 100_000,
     ) -> None:
         """Load the student and build the engine.
 
         `vocabulary_size` is the tokenizer's; ids of the head beyond it are never predicted.
+        `compare_engine`: the engine samples from the student alone, so that its log-probabilities
+        should be the learner's.
         ZeRO-3 keeps parameters below `persistence_threshold` elements whole on every rank.
 
         Raises:
@@ -88,6 +91,7 @@ class Learner:
         self._config = config
         self._loss = loss
         self._student = student
+        self._compare_engine = compare_engine
         self._teacher_head = None if teacher_head is None else teacher_head.to(device)
         self.device = device
         if device.type == "cpu":
@@ -148,7 +152,9 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.train()
-        statistics = StepStatistics(self._loss.terms, self.device)
+        statistics = StepStatistics(
+            self._loss.terms, self.device, compare_engine=self._compare_engine
+        )
         for batch in batches:
             request = training_request(batch, self._loss, self._teacher_head, self.device)
             result = run_row(self._engine, batch, request, self.device)

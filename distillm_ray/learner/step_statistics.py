@@ -36,8 +36,12 @@ def counted_tokens(batch: LearnerBatch) -> BoolArray:
 class StepStatistics:
     """Accumulates on the device, so that nothing synchronizes with it before `reduce`."""
 
-    def __init__(self, terms: Sequence[Term], device: torch.device) -> None:
+    def __init__(
+        self, terms: Sequence[Term], device: torch.device, *, compare_engine: bool = True
+    ) -> None:
+        """`compare_engine`: the engine's log-probabilities should be the student's."""
         self._terms = terms
+        self._compare_engine = compare_engine
         self._sums = torch.zeros(_TERM_LOSS + len(terms), dtype=torch.float64, device=device)
         self._positions = 0
         self._tokens = 0
@@ -63,7 +67,11 @@ class StepStatistics:
         if result.health is not None:
             health = [torch.as_tensor(value, device=sums.device) for value in result.health]
             sums[_HEALTH:_SHELF_LOSS] += torch.stack([value.double() for value in health])
-        if batch.behaviour_logprobs_N is not None and result.log_probs_N is not None:
+        if (
+            self._compare_engine
+            and batch.behaviour_logprobs_N is not None
+            and result.log_probs_N is not None
+        ):
             # Only samples of the current weights: others differ because the weights do.
             current_S = np.array([age == 0 for age in batch.ages])
             behaviour_N = np.where(

@@ -37,6 +37,7 @@ def run(job: LearnerJob) -> None:
         vocabulary_size=job.vocabulary_size,
         device=device,
         seed=config.run.seed,
+        compare_engine=not config.mixes_teacher,
     )
     held_out = ray.get(job.validation)
     plans = ((),) * learner.num_ranks

@@ -12,6 +12,7 @@ def make_generator(config: GeneratorPoolConfig, job: GeneratorJob) -> Generator:
         case "vllm":
             from distillm_ray.rollout.vllm_engine import VllmGenerator  # noqa: PLC0415
 
+            assert job.teacher is None, "the config refuses rollout.teacher_mix with vLLM"
             return VllmGenerator(config, job)
         case "transformers":
             from distillm_ray.rollout.transformers_engine import (  # noqa: PLC0415

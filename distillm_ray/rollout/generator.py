@@ -14,12 +14,12 @@ import asyncio
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from distillm_ray.config import Config, GeneratorPoolConfig, SamplingConfig
+from distillm_ray.config import Config, Dtype, GeneratorPoolConfig, SamplingConfig
 from distillm_ray.models.directory import ModelFacts
 from distillm_ray.rollout.weight_gate import WeightGate
 from distillm_ray.types import (
@@ -43,6 +43,7 @@ class Request:
     request_id: str
     prompt_ids: Int32Array
     sampling: SamplingConfig
+    teacher_mix: float  # the teacher's share of every token's distribution
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     seed: int
@@ -54,8 +55,20 @@ class Response:
     """What an engine generates. A generated end token is the last of `token_ids`."""
 
     token_ids: Int32Array  # [T], T >= 1
-    logprobs: Float32Array  # [T], under the engine's weights at temperature 1, unfiltered
+    # [T], at temperature 1 and unfiltered, under the engine's weights or their mixture with the
+    # teacher's distribution.
+    logprobs: Float32Array
     finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedTeacher:
+    """A teacher that takes part in every token of a demanded response."""
+
+    model: Path
+    share: float  # m of b = m p + (1 - m) q, p the teacher's and q the student's distribution
+    dtype: Dtype
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +85,7 @@ class GeneratorJob:
     seed: int
     device: Device
     trust_remote_code: bool = False
+    teacher: MixedTeacher | None = None  # None: the demand is the model's alone
 
 
 def generator_job(
@@ -108,7 +122,7 @@ def student_job(
     config: Config, facts: ModelFacts, *, end_token_id: int, device: Device
 ) -> GeneratorJob:
     """The job of the student's generators in a training run."""
-    return generator_job(
+    job = generator_job(
         config,
         facts,
         Source.STUDENT,
@@ -118,6 +132,16 @@ def student_job(
         trust_remote_code=config.student.trust_remote_code,
         device=device,
     )
+    if not config.mixes_teacher:
+        return job
+    assert config.teacher is not None
+    teacher = MixedTeacher(
+        model=config.teacher.model,
+        share=config.rollout.teacher_mix,
+        dtype=config.teacher.dtype,
+        trust_remote_code=config.teacher.trust_remote_code,
+    )
+    return replace(job, teacher=teacher)
 
 
 class Generator(ABC):
@@ -177,7 +201,9 @@ class Generator(ABC):
         """Generate a demanded rollout with weights of `demand.min_version` or newer.
 
         Waits for those weights, then for the response, each for at most `rollout.timeout_s`. The
-        seed is a function of the run's seed, the ordinal and the attempt.
+        seed is a function of the run's seed, the ordinal and the attempt. Where the job names a
+        teacher, every token is sampled from the mixture with it, and the log-probabilities are the
+        mixture's.
 
         Raises:
             TimeoutError: names which of the two did not come.
@@ -186,6 +212,7 @@ class Generator(ABC):
             demand.prompt,
             rollout_id=f"student-{demand.ordinal}",
             sampling=self.job.sampling,
+            teacher_mix=0.0 if self.job.teacher is None else self.job.teacher.share,
             seed=request_seed(self.job.seed, demand.ordinal, demand.attempt),
             source=Source.STUDENT,
             min_version=demand.min_version,
@@ -202,6 +229,7 @@ class Generator(ABC):
     ) -> Rollout:
         """Respond to a prompt outside of training: evaluation, probes, `distillm-ray generate`.
 
+        The response is the model's alone, also where the demand's are mixed with a teacher.
         The engine's seed is a function of `seed` and the prompt's id, so equal seeds give the same
         sampling noise in any order of prompts.
 
@@ -212,6 +240,7 @@ class Generator(ABC):
             prompt,
             rollout_id=f"{source}-{prompt.prompt_id}-{seed}",
             sampling=sampling,
+            teacher_mix=0.0,
             seed=request_seed(seed, zlib.crc32(prompt.prompt_id.encode()), 0),
             source=source,
             min_version=0,
@@ -245,6 +274,7 @@ class Generator(ABC):
         *,
         rollout_id: str,
         sampling: SamplingConfig,
+        teacher_mix: float,
         seed: int,
         source: Source,
         min_version: int,
@@ -256,6 +286,7 @@ class Generator(ABC):
                 request_id=rollout_id,
                 prompt_ids=prompt.token_ids,
                 sampling=sampling,
+                teacher_mix=teacher_mix,
                 max_tokens=max_tokens,
                 stop_token_ids=tuple(
                     dict.fromkeys((*self.job.end_token_ids, *sampling.stop_token_ids))

@@ -2,7 +2,8 @@
 
 Queued requests run as one batch, padded on the left. A logits processor samples row by row, so each
 request keeps its own seed and sampling parameters, and recording log-probabilities needs no
-`[tokens, vocabulary]` matrix.
+`[tokens, vocabulary]` matrix. Demanded responses may be sampled from a mixture with a teacher
+(lockstep.py), which this process then holds as well; weight updates do not touch it.
 
 Axes: B batch, P padded prompt, T response tokens, V vocabulary.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -26,11 +28,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from distillm_ray.config import SamplingConfig, TransformersEngine
+from distillm_ray.config import Dtype, SamplingConfig, TransformersEngine
 from distillm_ray.dynamic_batching import DynamicBatcher
+from distillm_ray.errors import ModelError
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.row_path import soft_cap_of
-from distillm_ray.rollout.generator import Generator, Request, Response
+from distillm_ray.rollout.generator import Generator, MixedTeacher, Request, Response
+from distillm_ray.rollout.lockstep import Lockstep, mixture, next_log_probs
 from distillm_ray.types import Bucket, FinishReason
 from distillm_ray.weights.buckets import to_tensors
 
@@ -45,10 +49,16 @@ class SamplingProcessor(LogitsProcessor):
     """Samples the next token of each row and masks all others, so that generate() picks it."""
 
     def __init__(
-        self, requests: Sequence[Request], device: torch.device, vocabulary_size: int
+        self,
+        requests: Sequence[Request],
+        device: torch.device,
+        vocabulary_size: int,
+        teacher: Lockstep | None,
     ) -> None:
+        """`teacher` follows the same batch; None if the requests have no `teacher_mix`."""
         self._requests = requests
         self._vocabulary_size = vocabulary_size
+        self._teacher = teacher
         self._generators = [
             torch.Generator(device).manual_seed(request.seed) for request in requests
         ]
@@ -57,7 +67,10 @@ class SamplingProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits `[B, V]` in; 0 at the sampled tokens and -inf elsewhere out."""
-        log_probs_BV = scores[:, : self._vocabulary_size].float().log_softmax(dim=-1)
+        log_probs_BV = next_log_probs(scores, self._vocabulary_size)
+        if self._teacher is not None:
+            log_p_BV = self._teacher.log_probs(input_ids)
+            log_probs_BV = mixture(log_p_BV, log_probs_BV, self._requests[0].teacher_mix)
         tokens_B1 = torch.stack(
             [
                 sample(row_V, request.sampling, generator)
@@ -97,10 +110,15 @@ def _difference(one: Response, other: Response) -> float:
     return max(differences)
 
 
+def _tolerance(model: PreTrainedModel) -> float:
+    return TOLERANCES.get(model.dtype, TOLERANCES[torch.bfloat16])
+
+
 class TransformersGenerator(Generator):
     """Runs a Hugging Face model in this process, one batch at a time, in a thread."""
 
     _model: PreTrainedModel | None = None
+    _teacher: PreTrainedModel | None = None
     _mixes_lengths = True  # whether prompts of different lengths may share a batch
     _batcher: DynamicBatcher[Request, Response]
 
@@ -108,39 +126,84 @@ class TransformersGenerator(Generator):
         """Load the model; requests are accepted when this returns."""
         if self.job.device == "cpu":
             torch.set_num_threads(self.config.num_threads)
-        model = await asyncio.to_thread(self._loaded)
-        # generate() takes unset parameters from the model's own config, a repetition penalty say.
-        model.generation_config = GenerationConfig()
-        self._model = cast(Any, model).to(torch.device(self.job.device)).eval()
-        self._mixes_lengths = await asyncio.to_thread(self._padding_is_exact)
-        if not self._mixes_lengths:
+        self._batcher = DynamicBatcher(self._generate, self._fits)
+        job = self.job
+        self._model = await asyncio.to_thread(
+            self._loaded, job.model, self.config.dtype, job.trust_remote_code
+        )
+        models = [(self._model, 0.0)]
+        if job.teacher is not None:
+            self._teacher = await asyncio.to_thread(self._loaded_teacher, job.teacher)
+            models.append((self._teacher, 1.0))  # the whole share: its own log-probabilities
+        inexact = [
+            type(model).__name__
+            for model, share in models
+            if not await asyncio.to_thread(self._padding_is_exact, model, share)
+        ]
+        self._mixes_lengths = not inexact
+        if inexact:
             self.remark = (
-                f"{type(model).__name__}: a batch holds prompts of one length, because padding"
+                f"{' and '.join(inexact)}: a batch holds prompts of one length, because padding"
                 " changes its responses"
             )
-        self._batcher = DynamicBatcher(self._generate, self._fits)
         self._batcher.start()
 
-    def _loaded(self) -> PreTrainedModel:
-        """The model of the job, with an attention that computes all that its config asks for."""
-        shared = {"trust_remote_code": self.job.trust_remote_code, "local_files_only": True}
-        config = AutoConfig.from_pretrained(self.job.model, **shared)
-        return AutoModelForCausalLM.from_pretrained(
-            self.job.model,
+    def _loaded(self, directory: Path, dtype: Dtype, trust_remote_code: bool) -> PreTrainedModel:
+        """A model with an attention that computes all that its config asks for."""
+        shared = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        config = AutoConfig.from_pretrained(directory, **shared)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
             config=config,
-            dtype=resolve_dtype(self.config.dtype, self.job.device),
+            dtype=resolve_dtype(dtype, self.job.device),
             attn_implementation=None if soft_cap_of(config) is None else "eager",
             use_safetensors=True,
             **shared,
         )
+        # generate() takes unset parameters from the model's own config, a repetition penalty say.
+        model.generation_config = GenerationConfig()
+        return cast(Any, model).to(torch.device(self.job.device)).eval()
 
-    def _padding_is_exact(self) -> bool:
-        """Whether a padded prompt has the log-probabilities of the prompt alone.
+    def _loaded_teacher(self, teacher: MixedTeacher) -> PreTrainedModel:
+        """The teacher, proven to give in lockstep what it gives alone.
 
-        Some models with a recurrence read the padding.
+        Raises:
+            ModelError: it cannot be loaded, lacks ids of the vocabulary, or cannot follow.
         """
+        try:
+            model = self._loaded(teacher.model, teacher.dtype, teacher.trust_remote_code)
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(f"teacher.model: {teacher.model} cannot be loaded: {error}") from error
+        num_rows = model.config.get_text_config().vocab_size
+        if num_rows < self.job.vocabulary_size:
+            raise ModelError(
+                f"teacher.model: the output head of {teacher.model} has {num_rows} rows, the"
+                f" tokenizer has {self.job.vocabulary_size} ids: some ids would have no teacher"
+                " probability"
+            )
+        requests = self._check_requests(teacher_mix=1.0)
+        alone = self._responses(model, requests)
+        try:
+            followed = self._responses(self._student, requests, model)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, TypeError, AttributeError, ValueError) as error:
+            reason = f"its forward pass fails: {type(error).__name__}: {error}"
+        else:
+            apart = [_difference(*pair) for pair in zip(alone, followed, strict=True)]
+            if all(one <= _tolerance(model) for one in apart):  # NaN is refused as well
+                return model
+            reason = f"its log-probabilities change by {max(apart):.2g}"
+        raise ModelError(
+            f"teacher.model: {type(model).__name__} cannot follow another model's generation with"
+            f" rollout.teacher_mix = {teacher.share:g}: {reason}; set rollout.teacher_mix=0, or use"
+            " another teacher"
+        )
+
+    def _check_requests(self, *, teacher_mix: float) -> list[Request]:
+        """Greedy requests of `CHECKED_LENGTHS` random tokens."""
         numbers = np.random.default_rng(0)
-        requests = [
+        return [
             Request(
                 request_id=f"check-{length}",
                 prompt_ids=numbers.integers(
@@ -149,6 +212,7 @@ class TransformersGenerator(Generator):
                     dtype=np.int32,
                 ),
                 sampling=SamplingConfig(temperature=0.0),
+                teacher_mix=teacher_mix,
                 max_tokens=CHECKED_TOKENS,
                 stop_token_ids=self.job.end_token_ids or (0,),
                 seed=0,
@@ -156,19 +220,28 @@ class TransformersGenerator(Generator):
             )
             for length in CHECKED_LENGTHS
         ]
+
+    def _padding_is_exact(self, model: PreTrainedModel, teacher_mix: float) -> bool:
+        """Whether a padded prompt has the log-probabilities of the prompt alone.
+
+        Some models with a recurrence read the padding.
+
+        Args:
+            model: whose log-probabilities the mixture with `teacher_mix` gives.
+        """
+        requests = self._check_requests(teacher_mix=teacher_mix)
         together = self._generate(requests)
         alone = [self._generate([request])[0] for request in requests]
-        assert self._model is not None
-        tolerance = TOLERANCES.get(self._model.dtype, TOLERANCES[torch.bfloat16])
         return all(
-            _difference(one, other) <= tolerance for one, other in zip(together, alone, strict=True)
+            _difference(one, other) <= _tolerance(model)
+            for one, other in zip(together, alone, strict=True)
         )
 
     async def stop(self) -> None:
         """Free the model after the running batch; queued requests are cancelled."""
         if self._model is not None:
             await self._batcher.stop()
-            self._model = None
+            self._model = self._teacher = None
 
     async def _respond(self, request: Request) -> Response:
         assert self._model is not None, "call start() first"
@@ -215,19 +288,35 @@ class TransformersGenerator(Generator):
     def _fits(self, batch: Sequence[Request], request: Request) -> bool:
         """Whether `request` may join: generate() takes one set of end tokens per batch.
 
-        Prompts of different lengths are padded, which not every model supports.
+        The teacher follows all rows of a batch or none. Prompts of different lengths are padded,
+        which not every model supports.
         """
         engine_config = self.config.engine
         assert isinstance(engine_config, TransformersEngine)
         return (
             len(batch) < engine_config.max_batch_size
             and batch[0].stop_token_ids == request.stop_token_ids
+            and batch[0].teacher_mix == request.teacher_mix
             and (self._mixes_lengths or len(batch[0].prompt_ids) == len(request.prompt_ids))
         )
 
-    @torch.inference_mode()
+    @property
+    def _student(self) -> PreTrainedModel:
+        assert self._model is not None, "call start() first"
+        return self._model
+
     def _generate(self, requests: Sequence[Request]) -> list[Response]:
-        assert self._model is not None
+        """One batch, whose requests have the same `teacher_mix`."""
+        teacher = self._teacher if requests[0].teacher_mix > 0.0 else None
+        return self._responses(self._student, requests, teacher)
+
+    @torch.inference_mode()
+    def _responses(
+        self,
+        model: PreTrainedModel,
+        requests: Sequence[Request],
+        teacher: PreTrainedModel | None = None,
+    ) -> list[Response]:
         longest = max(len(request.prompt_ids) for request in requests)
         stop_ids = list(requests[0].stop_token_ids)
         token_ids_BP = torch.full((len(requests), longest), stop_ids[0])
@@ -236,11 +325,13 @@ class TransformersGenerator(Generator):
             length = len(request.prompt_ids)
             token_ids_BP[row, longest - length :] = torch.from_numpy(request.prompt_ids.copy())
             mask_BP[row, longest - length :] = 1
-        device = self._model.device
-        processor = SamplingProcessor(requests, device, self.job.vocabulary_size)
-        cast(Any, self._model).generate(
-            inputs=token_ids_BP.to(device),
-            attention_mask=mask_BP.to(device),
+        device, vocabulary_size = model.device, self.job.vocabulary_size
+        token_ids_BP, mask_BP = token_ids_BP.to(device), mask_BP.to(device)
+        follower = None if teacher is None else Lockstep(teacher, mask_BP, vocabulary_size)
+        processor = SamplingProcessor(requests, device, vocabulary_size, follower)
+        cast(Any, model).generate(
+            inputs=token_ids_BP,
+            attention_mask=mask_BP,
             generation_config=GenerationConfig(
                 max_new_tokens=max(request.max_tokens for request in requests),
                 do_sample=False,

@@ -6,6 +6,7 @@ Greedy and strictly on-policy, so that nothing depends on an engine's batches or
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from distillm_ray.config import DataConfig
 from distillm_ray.data import ray_data, tokenizing
 from distillm_ray.data.files import find_files
 from distillm_ray.data.templates import Renderer
-from distillm_ray.log.records import StepRecord, ValidationRecord
+from distillm_ray.log.records import ProbeRecord, StepRecord, ValidationRecord
 from distillm_ray.run_directory import MODEL_FOLDER
 from tests.integration.tiny import LIMIT_S, Driver, drawn, make_config, records
 
@@ -189,6 +190,29 @@ def test_weights_that_are_published_a_step_later_give_other_parameters(config: P
     stale = train(config, "stale", (*method, "rollout.sync_interval=2", "rollout.max_staleness=1"))
     assert distance(weights(strict), weights(stale)) > 100 * ROUNDING
     assert records(stale, StepRecord)[3].fresh_age_max == 1
+
+
+def test_a_run_on_a_cluster_trains_on_a_mixture_and_probes_the_student_alone(
+    config: Path,
+) -> None:
+    """Sampled, so not comparable token by token with a local run."""
+    run = train(
+        config,
+        "mixed",
+        (
+            *METHODS["minillm"],
+            "learner.steps=6",
+            "rollout.sampling.temperature=1",
+            "rollout.teacher_mix=0.5",
+            "validation.probe_prompts=4",
+        ),
+    )
+    steps, probes = records(run, StepRecord), records(run, ProbeRecord)
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(step.mix.fresh == BATCH_SIZE and not step.skipped for step in steps)
+    assert all(math.isnan(step.logprob_gap) for step in steps), "the engine's are the mixture's"
+    assert [probe.step for probe in probes] == [0, 4]
+    assert all(probe.logprob_gap < 1e-4 for probe in probes), "with the same weights as the learner"
 
 
 @pytest.mark.usefixtures("local_ray")
