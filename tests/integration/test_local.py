@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -209,6 +210,9 @@ def test_data_read_in_process_are_those_that_ray_data_reads(config: Path, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(config.parent / "student")
     files = find_files(settings.train, "train")
     renderer = Renderer(tokenizer, settings)
-    in_process = tokenizing.tokenize_files(files, renderer, settings, True)
-    assert in_process.equals(ray_data.tokenize_files(files, renderer, settings, True))
+    tokenize = partial(
+        tokenizing.tokenize_rows, renderer=renderer, config=settings, require_responses=True
+    )
+    in_process = tokenizing.map_files(files, tokenize)
+    assert in_process.equals(ray_data.map_files(files, tokenize))
     assert in_process["kind"].to_pylist().count(None) == in_process.num_rows - 3
