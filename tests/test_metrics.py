@@ -127,6 +127,7 @@ def test_a_step_record_joins_the_facts_of_learner_buffer_and_orchestrator() -> N
         "fresh": 2,
         "replay": 1,
         "dataset": 1,
+        "corpus": 0,
     }
 
 

@@ -133,6 +133,6 @@ def _compare(part: _Digests, saved: Any) -> None:
         what = f"{len(changed)} of {len(new)} {part.unit} differ"
     raise DataError(
         f"data.{part.name}: {name}:{row} is not the row that the run began with ({what}): a resumed"
-        " run must draw from the same data; put the file back, or set run.directory to a new directory"
-        " to start another run"
+        " run must draw from the same data; put the file back, or set run.directory to a new"
+        " directory to start another run"
     )

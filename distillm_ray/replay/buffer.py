@@ -75,7 +75,7 @@ class ReplayBuffer:
         >>> for demand in buffer.take_demand():
         ...     buffer.add(replace(response, source=Source.STUDENT, ordinal=demand.ordinal))
         >>> buffer.draw(0).mix
-        Mix(fresh=2, replay=0, dataset=2)
+        Mix(fresh=2, replay=0, dataset=2, corpus=0)
         >>> buffer.advance(1)
         >>> buffer.counters.replay  # the fresh ones, after their one use as fresh
         2
@@ -141,10 +141,13 @@ class ReplayBuffer:
             "learner.batch_size": batch_size,
             "prompts": len(prompts),
             "data-set responses": len(demonstrations),
-            "digest of the data": digest(prompts, (*demonstrations, *corpus)),
         }
         if corpus:
-            self._identity |= {"data.corpus_batch": corpus_batch, "corpus pieces": len(corpus)}
+            self._identity |= {
+                "data.corpus_batch": corpus_batch,
+                "pieces of the corpus": len(corpus),
+            }
+        self._identity["digest of the data"] = digest(prompts, (*demonstrations, *corpus))
 
         self._shelves = Shelves(
             prompts,

@@ -24,7 +24,7 @@ from distillm_ray.data.files import find_files
 from distillm_ray.data.templates import Renderer
 from distillm_ray.log.records import StepRecord, ValidationRecord
 from distillm_ray.run_directory import MODEL_FOLDER
-from tests.integration.tiny import LIMIT_S, Driver, drawn, make_config, records
+from tests.integration.tiny import LIMIT_S, Driver, drawn, make_config, make_corpus, records
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(2 * LIMIT_S)]
 
@@ -56,7 +56,22 @@ METHODS = {
         "learner={optimizer: adamw, learning_rate: 0.01}",
     ),
     "distillm2": ("method=distillm2", "learner={optimizer: sgd, learning_rate: 0.3}"),
-    "minillm": ("method=minillm", "learner={optimizer: sgd, learning_rate: 0.1}"),
+    "minillm": (
+        "method=minillm",
+        # Its own terms, and the language-modelling loss.
+        "loss.terms=[{on: student, type: reverse_kl, max_importance: 1.2},"
+        " {on: student, type: policy_gradient, horizon: rest},"
+        " {on: corpus, type: cross_entropy, weight: 0.5}]",
+        "data.corpus=[corpus.jsonl]",
+        "learner={optimizer: sgd, learning_rate: 0.1}",
+    ),
+    "corpus": (
+        "schedule={type: fixed, phi: 0}",
+        "loss.terms=[{type: cross_entropy}, {on: corpus, type: forward_kl}]",
+        "data.corpus=[corpus.jsonl]",
+        "data.corpus_batch=3",
+        "learner={optimizer: sgd, learning_rate: 0.3}",
+    ),
     "prompts": (
         "method=opd",
         "learner={optimizer: sgd, learning_rate: 0.1}",
@@ -88,6 +103,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 if parameter.ndim == 2:
                     parameter.mul_(10.0)
         model.save_pretrained(path.parent / name)
+    make_corpus(path.parent / "corpus.jsonl", 10)
     for source, target in (("train", "prompts"), ("validation", "held_out_prompts")):
         rows = map(json.loads, (path.parent / f"{source}.jsonl").read_text().splitlines())
         prompts = [json.dumps({"prompt": row["prompt"]}) for row in rows]
@@ -142,7 +158,8 @@ def test_every_step_draws_the_same_sequences(pair: Pair) -> None:
             "on-policy": {"fresh"},
             "sft": {"dataset"},
             "distillm2": {"fresh", "dataset"},
-            "minillm": {"fresh"},
+            "minillm": {"fresh", "corpus"},
+            "corpus": {"dataset", "corpus"},
             "prompts": {"fresh"},
         }[pair.method]
     )
