@@ -151,8 +151,10 @@ class LossTerm(Section):
     max_importance: Annotated[Number, Field(gt=0.0)] | None = None
 
     def covers(self, text: str) -> bool:
-        """Whether the term holds on text of this source. A corpus has to be named: `all` leaves it
-        out, so that a corpus never changes what the other terms mean."""
+        """Whether the term holds on text of this source.
+
+        `all` leaves the corpus out: it has to be named, so that it changes no other term.
+        """
         return self.on == text or (self.on == "all" and text != "corpus")
 
     @property

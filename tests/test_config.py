@@ -656,14 +656,6 @@ def load_text(text: str) -> Config:
     return parse_config(yaml.safe_load(text), name="x.yaml")
 
 
-@pytest.mark.parametrize(
-    ("schedule", "wanted"),
-    [
-        (AdaptiveSchedule(), True),
-        (FixedSchedule(phi=0.0), False),
-        (FixedSchedule(phi=0.5), True),
-    ],
-)
 def test_every_step_adds_as_many_sequences_of_the_corpus_as_it_has_slots() -> None:
     terms = [{"type": "skew_kl"}, {"type": "cross_entropy", "on": "corpus"}]
     data = {"train": ["a.jsonl"], "corpus": ["corpus.jsonl"]}
@@ -688,6 +680,14 @@ def test_all_stands_for_responses_and_leaves_the_corpus_out() -> None:
     assert scored.compares("corpus")
 
 
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        (AdaptiveSchedule(), True),
+        (FixedSchedule(phi=0.0), False),
+        (FixedSchedule(phi=0.5), True),
+    ],
+)
 def test_rollouts_are_wanted_if_phi_can_be_above_zero(schedule: Any, wanted: bool) -> None:
     assert make.config(schedule=schedule.model_dump()).wants_rollouts is wanted
 
