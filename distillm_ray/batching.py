@@ -74,7 +74,11 @@ def plan_step(
     weights = term_weights([drawn.rollout for drawn in draw.sequences], loss)
     sequences = [
         PlannedSequence(
-            rollout=drawn.rollout, shelf=drawn.shelf, age=drawn.age, term_weights=of_terms
+            rollout=drawn.rollout,
+            shelf=drawn.shelf,
+            age=drawn.age,
+            term_weights=of_terms,
+            needs_targets=loss.compares(drawn.rollout.source),
         )
         for drawn, of_terms in zip(draw.sequences, weights, strict=True)
     ]
@@ -111,6 +115,7 @@ def draw_facts(plan: StepPlan) -> DrawFacts:
     """The facts of a whole step, over all ranks, without its fillers."""
     ages: dict[Shelf, list[int]] = {shelf: [] for shelf in Shelf}
     ids: dict[Shelf, list[str]] = {shelf: [] for shelf in Shelf}
+    untargeted: list[Rollout] = []
     for rank in plan.ranks:
         for micro_batch in rank:
             for sequence in micro_batch.sequences:
@@ -118,12 +123,16 @@ def draw_facts(plan: StepPlan) -> DrawFacts:
                     continue
                 ages[sequence.shelf].append(sequence.age)
                 ids[sequence.shelf].append(sequence.rollout.rollout_id)
+                if not sequence.needs_targets:
+                    untargeted.append(sequence.rollout)
     return DrawFacts(
         phi=plan.phi,
         psi=plan.psi,
         mix=plan.mix,
         fresh_ages=tuple(ages[Shelf.FRESH]),
         replay_ages=tuple(ages[Shelf.REPLAY]),
+        untargeted_sequences=len(untargeted),
+        untargeted_tokens=sum(rollout.num_tokens for rollout in untargeted),
         rollout_ids={shelf.value: tuple(sorted(ids[shelf])) for shelf in Shelf},
     )
 
@@ -131,11 +140,11 @@ def draw_facts(plan: StepPlan) -> DrawFacts:
 def pack(micro_batch: MicroBatchPlan, targets: Mapping[str, TeacherTargets] | None) -> LearnerBatch:
     """One row of whole sequences.
 
-    `targets` holds the teacher targets of every sequence by rollout id; None: the loss has no
-    teacher.
+    `targets` holds the teacher targets of every sequence that needs them by rollout id; None: the
+    loss has no teacher.
 
     Raises:
-        ValueError: the targets of a sequence are missing, or belong to another response.
+        ValueError: targets that a sequence needs are missing, or belong to another response.
     """
     sequences = micro_batch.sequences
     assert sequences, "a micro-batch needs a sequence"
@@ -167,7 +176,7 @@ def pack(micro_batch: MicroBatchPlan, targets: Mapping[str, TeacherTargets] | No
         shelves=tuple(sequence.shelf for sequence in sequences),
         ages=tuple(sequence.age for sequence in sequences),
         is_filler=tuple(sequence.is_filler for sequence in sequences),
-        targets=None if targets is None else _stack(rollouts, targets),
+        targets=None if targets is None else _stack(sequences, targets),
         behaviour_logprobs_N=_behaviour_logprobs(rollouts),
     )
 
@@ -202,10 +211,23 @@ def _behaviour_logprobs(rollouts: Sequence[Rollout]) -> Float32Array | None:
     ).astype(np.float32, copy=False)
 
 
-def _stack(rollouts: Sequence[Rollout], targets: Mapping[str, TeacherTargets]) -> TeacherTargets:
-    """The rollouts' targets concatenated, `[N, ...]`."""
+def _stack(
+    sequences: Sequence[PlannedSequence], targets: Mapping[str, TeacherTargets]
+) -> TeacherTargets | None:
+    """The sequences' targets concatenated, `[N, ...]`; None if no sequence needs any.
+
+    The others get a filling, which their weights of 0 keep out of the loss.
+    """
+    needed = [one.rollout for one in sequences if one.needs_targets]
+    if not needed:
+        return None
     found: list[TeacherTargets] = []
-    for rollout in rollouts:
+    for sequence in sequences:
+        rollout = sequence.rollout
+        if not sequence.needs_targets:
+            like = targets.get(needed[0].rollout_id)
+            found += [] if like is None else [_filling(like, rollout.num_loss_tokens)]
+            continue
         if rollout.rollout_id not in targets:
             raise ValueError(
                 f"every sequence of a row needs its teacher targets, got none for"
@@ -235,6 +257,21 @@ def _stack(rollouts: Sequence[Rollout], targets: Mapping[str, TeacherTargets]) -
             )
     assert len(parts) == len(found), "a row mixes kinds of teacher targets"
     return stacked
+
+
+def _filling(like: TeacherTargets, num_rows: int) -> TeacherTargets:
+    """Targets of the kind and width of `like` that say nothing: a valid distribution each."""
+    match like:
+        case HiddenTargets(values_TD=values):
+            return HiddenTargets(values_TD=np.zeros((num_rows, values.shape[1]), values.dtype))
+        case LogitTargets(values_TV=values):
+            return LogitTargets(values_TV=np.zeros((num_rows, values.shape[1]), values.dtype))
+        case TopKTargets(ids_TK=ids, log_probs_TK=log_probs):
+            shape = (num_rows, ids.shape[1])
+            return TopKTargets(
+                ids_TK=np.broadcast_to(np.arange(shape[1], dtype=ids.dtype), shape),
+                log_probs_TK=np.full(shape, -np.log(2.0 * shape[1]), log_probs.dtype),
+            )
 
 
 def _num_rows(targets: TeacherTargets) -> int:

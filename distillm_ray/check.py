@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from distillm_ray import __version__
 from distillm_ray.config import Config, SamplingConfig
 from distillm_ray.data.splits import Dataset, load_splits
-from distillm_ray.data.tokenizing import tokenize_files
+from distillm_ray.data.tokenizing import map_files
 from distillm_ray.errors import ModelError
 from distillm_ray.log.commit import package_commit
 from distillm_ray.models.directory import ModelFacts
@@ -39,7 +39,7 @@ from distillm_ray.models.row_path import tolerance_of
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight
 from distillm_ray.report.opening import opening_lines
-from distillm_ray.report.rows import NUM_ROWS, describe_rows
+from distillm_ray.report.rows import NUM_ROWS, describe_pieces, describe_rows
 from distillm_ray.rollout.engines import make_generator
 from distillm_ray.rollout.generator import student_job
 from distillm_ray.types import Device, Prompt, Rollout
@@ -82,7 +82,7 @@ def check(config: Config, preflight: Preflight, say: Say) -> None:
         tokenizer,
         config.run.seed,
         responses_needed_by=config.responses_needed_by,
-        tokenize=partial(tokenize_files, max_rows=MAX_ROWS),
+        map_files=partial(map_files, max_rows=MAX_ROWS),
         vocabulary_size=preflight.vocabulary_size,
     )
     config = config.with_rows(len(splits.train.prompts))
@@ -93,6 +93,9 @@ def check(config: Config, preflight: Preflight, say: Say) -> None:
     ends = preflight.student.ends(train.end_token_id)
     say(f"\nthe first {min(NUM_ROWS, len(train.prompts))} rows")
     say(describe_rows(train.rows[:NUM_ROWS], tokenizer, ends))
+    if splits.corpus is not None:
+        say(f"\nthe first {min(NUM_ROWS, len(splits.corpus.pieces))} pieces of the corpus")
+        say(describe_pieces(splits.corpus, tokenizer))
     if config.teacher is not None:
         say(compare_tokenizers(config, train.rows[:NUM_ROWS], tokenizer))
 

@@ -140,8 +140,8 @@ class Section(BaseModel):
 # ---- loss --------------------------------------------------------------------------------------
 
 
-Text: TypeAlias = Literal["dataset", "student", "teacher", "all"]
-"""Who wrote a response."""
+Text: TypeAlias = Literal["dataset", "student", "teacher", "corpus", "all"]
+"""Who wrote a response, or the plain text of the corpus; `all` stands for all responses."""
 
 
 class LossTerm(Section):
@@ -151,6 +151,13 @@ class LossTerm(Section):
     weight: Annotated[Number, Field(gt=0.0)] = 1.0
     # Largest weight q / b of a token that the student sampled from b; unset: 1 for every token.
     max_importance: Annotated[Number, Field(gt=0.0)] | None = None
+
+    def covers(self, text: str) -> bool:
+        """Whether the term holds on text of this source.
+
+        `all` leaves the corpus out: it has to be named, so that it changes no other term.
+        """
+        return self.on == text or (self.on == "all" and text != "corpus")
 
     @property
     def formula(self) -> Self:
@@ -269,6 +276,10 @@ class LossConfig(Section):
     def needs_teacher(self) -> bool:
         """Whether any term compares with the teacher."""
         return any(not isinstance(term, CrossEntropy) for term in self.terms)
+
+    def compares(self, text: str) -> bool:
+        """Whether any term compares text of this source with the teacher."""
+        return any(term.covers(text) and not isinstance(term, CrossEntropy) for term in self.terms)
 
     @property
     def has_policy_gradient(self) -> bool:
@@ -461,6 +472,11 @@ class DataConfig(Section):
     """Which responses of a conversation are learned: all in one sequence, the last, or each in a
     sequence of its own. `auto` is all where the template renders earlier turns unchanged, else the
     last."""
+    # Plain text beside the prompts, for terms with on: corpus. A row is a document.
+    corpus: tuple[AbsolutePath, ...] = ()
+    corpus_column: Annotated[str, Field(min_length=1)] = "text"
+    # Sequences of the corpus that every step adds to its batch; default: learner.batch_size.
+    corpus_batch: Positive | None = None
     bad_rows: Literal["fail", "skip"] = "fail"  # empty or malformed
     long_rows: Literal["fail", "skip"] = "skip"  # longer than the two limits above
 
@@ -776,7 +792,7 @@ class Config(Section):
     """The whole tree.
 
     Defaults that follow from another section are filled in when the tree is built, so the resolved
-    config shows them: `replay.min_size` and every `sampling.max_tokens`.
+    config shows them: `replay.min_size`, `data.corpus_batch` and every `sampling.max_tokens`.
     """
 
     method: MayChange[MethodName | None] = None  # its settings (methods.py) stand in their own keys
@@ -835,13 +851,13 @@ class Config(Section):
         index, term = next(
             (index, term)
             for index, term in enumerate(self.loss.terms)
-            if term.on in ("all", self.data.responses)
+            if term.covers(self.data.responses)
         )
         return f"loss.terms.{index} ({term.type} on {term.on})"
 
     @property
     def drawn_text(self) -> tuple[Literal["dataset", "teacher", "student"], ...]:
-        """The sources of text that the run can draw."""
+        """The sources of responses that the run can draw."""
         data = (self.data.responses,) if self.draws_data else ()
         return (*data, "student") if self.wants_rollouts else data
 
@@ -930,6 +946,10 @@ class Config(Section):
         """Fill in the defaults that cross sections, then check the rules that do."""
         config = validate(values)
         filled: dict[str, Section] = {}
+        if config.data.corpus and config.data.corpus_batch is None:
+            filled["data"] = config.data.model_copy(
+                update={"corpus_batch": config.learner.batch_size}
+            )
         if config.replay.min_size is None:
             filled["replay"] = config.replay.model_copy(
                 update={"min_size": config.learner.batch_size}
@@ -1017,13 +1037,37 @@ class Config(Section):
                 f" {self.learner.warmup_steps} >= {self.learner.steps}: the learning rate would"
                 " never reach its peak"
             )
+        self._check_corpus()
         self._check_terms()
+
+    def _check_corpus(self) -> None:
+        """A term on the corpus and the corpus come together."""
+        named = bool(self.data.corpus)
+        for index, term in enumerate(self.loss.terms):
+            if term.on == "corpus" and not named:
+                raise ValueError(
+                    f"data.corpus is required by loss.terms.{index} ({term.type} on corpus), got no"
+                    " files: the term would hold nowhere; name files of plain text, as in"
+                    " data.corpus=[corpus.jsonl], or remove the term"
+                )
+        if named and not any(term.on == "corpus" for term in self.loss.terms):
+            covered = ", ".join(sorted({term.on for term in self.loss.terms}))
+            raise ValueError(
+                f"data.corpus needs a term with on: corpus in loss.terms, got terms on {covered}"
+                " only: the corpus would teach nothing (on: all stands for responses); add"
+                " {on: corpus, type: cross_entropy} to loss.terms, or remove data.corpus"
+            )
+        if self.data.corpus_batch is not None and not named:
+            raise ValueError(
+                f"data.corpus_batch needs data.corpus, got {self.data.corpus_batch} without files:"
+                " there is nothing to draw from; name files of plain text, or remove the key"
+            )
 
     def _check_terms(self) -> None:
         """Every term holds on text that is drawn, and all text that is drawn has a term."""
         drawn = self.drawn_text
         for index, term in enumerate(self.loss.terms):
-            if term.on != "all" and term.on not in drawn:
+            if term.on not in ("all", "corpus", *drawn):
                 reason, remedy = self._why_not_drawn(term.on)
                 raise ValueError(
                     f"loss.terms.{index}.on must name text that the run draws"
@@ -1031,7 +1075,7 @@ class Config(Section):
                     f" {term.type} would hold nowhere; {remedy}, or remove the term"
                 )
         for text in drawn:
-            if all(term.on not in ("all", text) for term in self.loss.terms):
+            if not any(term.covers(text) for term in self.loss.terms):
                 covered = ", ".join(sorted({term.on for term in self.loss.terms}))
                 consequence, remedy = _WHY_NOT_COVERED[text]
                 raise ValueError(

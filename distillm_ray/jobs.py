@@ -54,7 +54,7 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
         check_writable(output, "--output")
     check_engines({"evaluation.student": config.evaluation.student})
     facts = _check(config, directory, config.longest_response)
-    check_files(config.data, require_responses=config.draws_data)
+    check_files(config.data, require_responses=config.draws_data, with_corpus=False)
     device = _connect(config, placement.evaluate_phases, view)
     tokenizer = _tokenizer(directory, config)
     view.start("reading data")
@@ -63,8 +63,9 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
         tokenizer,
         config.run.seed,
         responses_needed_by=config.responses_needed_by,
-        tokenize=ray_data.tokenize_files,
+        map_files=ray_data.map_files,
         vocabulary_size=facts.vocabulary_size,
+        with_corpus=False,
     )
     test = splits.test or splits.validation
     answered = tuple(prompt for prompt in test.prompts if prompt.references)
@@ -136,7 +137,7 @@ def generate(
         tokenizer,
         split="test",
         responses_needed_by=None,
-        tokenize=ray_data.tokenize_files,
+        map_files=ray_data.map_files,
         vocabulary_size=facts.vocabulary_size,
     )
     if warning := _student_difference(config, model, dataset.prompts[0], tokenizer):

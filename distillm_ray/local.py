@@ -134,7 +134,7 @@ def train(
             view.note(line)
         write_atomically(directory / CONFIG_FILE, dump_config(config).encode())
         ends = preflight.student.ends(splits.train.end_token_id)
-        for line in write_first_rows(directory, splits.train.rows, tokenizer, ends):
+        for line in write_first_rows(directory, splits, tokenizer, ends):
             view.note(line)
         with (
             closing(MetricsLog(directory, commit=package_commit(), command=command)) as log,
@@ -230,7 +230,8 @@ def distil(
         torch.set_num_threads(config.learner.num_threads)
 
     # The replay buffer decides what every step trains on. Distributed: cluster/buffer.py.
-    buffer = build_buffer(config, splits.train.prompts, splits.train.demonstrations)
+    corpus = splits.corpus.pieces if splits.corpus else ()
+    buffer = build_buffer(config, splits.train.prompts, splits.train.demonstrations, corpus)
 
     limit = config.validation.max_prompts
     validation_work: Counter[str] = Counter()  # since the last step
@@ -318,9 +319,10 @@ def distil(
 
         # Draw. A slot of the batch takes a response of the student with probability phi: a fresh
         # one with probability psi (phi times the replay ratio), otherwise a replayed one. The other
-        # slots take the next sequences of the data set. The randomness depends on seed, step and
-        # slot alone. Every token then gets its weight in every term of the loss, and the sequences
-        # are packed into rows. Distributed: the same, for all ranks at once.
+        # slots take the next sequences of the data set, and a plain corpus adds its own. The
+        # randomness depends on seed, step and slot alone. Every token then gets its weight in every
+        # term of the loss, and the sequences are packed into rows. Distributed: the same, for all
+        # ranks at once.
         draw = buffer.draw(step)
         plan = plan_step(draw, num_ranks=1, max_micro_batch_tokens=max_tokens, loss=config.loss)
         (micro_batches,) = plan.ranks
@@ -330,7 +332,8 @@ def distil(
         # Distributed: cluster/targets.py, ahead of the draw.
         targets = None
         if scorer is not None and identity is not None:
-            rollouts = [drawn.rollout for drawn in draw.sequences]
+            drawn = [one.rollout for one in draw.sequences]
+            rollouts = [one for one in drawn if config.loss.compares(one.source)]
             targets, counts = runner.run(targets_of(rollouts, scorer, identity, store))
             work += counts
         scored = time.monotonic()
@@ -341,7 +344,8 @@ def distil(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         if step == 0 and config.loss.needs_teacher:
-            first = pack(micro_batches[0], targets)
+            batches = [pack(one, targets) for one in micro_batches]
+            first = next((one for one in batches if one.targets is not None), batches[0])
             largest = largest_self_divergence(student, first, config.loss, frozen_head, device)
             record(EventRecord(name="self-check", detail=describe_self_check(largest)))
         student.train()

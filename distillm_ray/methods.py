@@ -53,7 +53,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "loss": {"terms": [{"on": "student", "type": "reverse_kl"}]},
     },
     # The sequence-level reverse KL by policy gradient: Gu et al., ICLR 2024. The single-step part
-    # is exact; the long part rewards a token with the mean of those after it.
+    # is exact; the long part rewards a token with the mean of those after it. The paper's third
+    # part, cross-entropy on a plain corpus, needs files: data.corpus and a term with on: corpus.
     "minillm": {
         "schedule": _STUDENT_ONLY,
         "loss": {

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from distillm_ray.config import DataConfig
 from distillm_ray.data.splits import load_dataset
-from distillm_ray.data.tokenizing import tokenize_files
+from distillm_ray.data.tokenizing import map_files
 from distillm_ray.errors import DataError, ModelError, UserError
 from distillm_ray.files import write_atomically
 from distillm_ray.learner.layer_choice import LayerChoice, LayerChooser
@@ -76,7 +76,7 @@ def chosen_student(
         DataConfig(train=tuple(files)),
         load_tokenizer(teacher),
         split="train",
-        tokenize=partial(tokenize_files, max_rows=num_rows),
+        map_files=partial(map_files, max_rows=num_rows),
         vocabulary_size=facts.vocabulary_size,
     )
     chooser = LayerChooser(

@@ -103,7 +103,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                         tokenizer,
                         config.run.seed,
                         responses_needed_by=config.responses_needed_by,
-                        tokenize=ray_data.tokenize_files,
+                        map_files=ray_data.map_files,
                         vocabulary_size=preflight.vocabulary_size,
                     )
                 )
@@ -121,7 +121,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
             write_atomically(config.run.directory / CONFIG_FILE, dump_config(config).encode())
             keep_or_compare(config.run.directory, splits, resumed=resume_from is not None)
             ends = preflight.student.ends(splits.train.end_token_id)
-            for line in write_first_rows(config.run.directory, splits.train.rows, tokenizer, ends):
+            for line in write_first_rows(config.run.directory, splits, tokenizer, ends):
                 view.note(line)
             run = Run(config, preflight, splits, resume_from, device, command=command)
             watch.control = ControlClient(run.control)
@@ -209,8 +209,9 @@ def evaluate_missing(config: Config, preflight: Preflight, view: ConsoleView) ->
                         tokenizer,
                         config.run.seed,
                         responses_needed_by=config.responses_needed_by,
-                        tokenize=ray_data.tokenize_files,
+                        map_files=ray_data.map_files,
                         vocabulary_size=preflight.vocabulary_size,
+                        with_corpus=False,
                     )
                 )
             config = config.with_rows(len(splits.train.prompts))
@@ -343,6 +344,7 @@ class Run:
             buffer=self._buffer,
             prompts=ray.put(splits.train.prompts),
             demonstrations=ray.put(splits.train.demonstrations),
+            corpus=ray.put(splits.corpus.pieces if splits.corpus else ()),
             log=self.log,
             scorers=self.scorers,
             stores=self._stores,

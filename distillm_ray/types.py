@@ -37,14 +37,16 @@ class Source(StrEnum):
     DATASET = "dataset"
     STUDENT = "student"
     TEACHER = "teacher"
+    CORPUS = "corpus"  # nobody responded: plain text, whose first token stands for the prompt
 
 
 class Shelf(StrEnum):
-    """Where a slot of the global batch takes its sequence from."""
+    """Where a sequence of the global batch comes from. Slots take from all but the corpus."""
 
     DATASET = "dataset"
     FRESH = "fresh"
     REPLAY = "replay"
+    CORPUS = "corpus"
 
 
 class FinishReason(StrEnum):
@@ -178,21 +180,27 @@ class Demand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
-    """How many slots of a global batch came from where."""
+    """How many sequences of a global batch came from where."""
 
     fresh: int = 0
     replay: int = 0
     dataset: int = 0
+    corpus: int = 0  # besides the slots
+
+    @property
+    def responses(self) -> int:
+        """Sequences that the slots took: responses to prompts."""
+        return self.fresh + self.replay + self.dataset
 
     @property
     def total(self) -> int:
-        """Slots of the global batch."""
-        return self.fresh + self.replay + self.dataset
+        """Sequences of the global batch."""
+        return self.responses + self.corpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DrawnSequence:
-    """The sequence in one slot of the global batch."""
+    """The sequence in one slot of the global batch, or one that the corpus adds to it."""
 
     rollout: Rollout
     shelf: Shelf
@@ -201,7 +209,7 @@ class DrawnSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Draw:
-    """The global batch of one step in slot order, before it is split over ranks."""
+    """The global batch of one step in slot order, then the corpus, before the split over ranks."""
 
     step: int
     phi: float
@@ -222,6 +230,7 @@ class PlannedSequence:
     shelf: Shelf
     age: int
     term_weights: tuple[Float32Array, ...]  # each [num_loss_tokens], in the order of loss.terms
+    needs_targets: bool = True  # False: no term compares its text with the teacher
     is_filler: bool = False
 
 
@@ -261,20 +270,22 @@ class LearnerBatch:
     shelves: tuple[Shelf, ...]
     ages: tuple[int, ...]
     is_filler: tuple[bool, ...]
-    targets: TeacherTargets | None  # stacked over the N loss positions; None without a teacher
+    # Stacked over the N loss positions, with some filling where a sequence needs none; None: no
+    # sequence of the row needs any.
+    targets: TeacherTargets | None
     behaviour_logprobs_N: Float32Array | None = None  # the engine's; NaN where it gave none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Work:
-    """What the replay buffer wants done: ordinals to generate, data-set sequences to score ahead.
+    """What the replay buffer wants done: ordinals to generate, sequences to score ahead.
 
     `incarnation` grows with every restore. Work of an earlier incarnation is out of date.
     """
 
     incarnation: int
     demand: tuple[Demand, ...]
-    dataset: tuple[Rollout, ...]
+    dataset: tuple[Rollout, ...]  # of the data set and the corpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,6 +309,8 @@ class DrawFacts:
     mix: Mix
     fresh_ages: tuple[int, ...] = ()
     replay_ages: tuple[int, ...] = ()
+    untargeted_sequences: int = 0  # those that no term compares with the teacher
+    untargeted_tokens: int = 0  # of these sequences, prompts included
     rollout_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by shelf, sorted
 
 

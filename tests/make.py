@@ -132,16 +132,21 @@ def planned(
 
 
 def draw(rollouts: Sequence[Rollout], *, step: int = 0, phi: float = 0.5, psi: float = 0.5) -> Draw:
-    """A draw of these rollouts: the student's are fresh, all others from the data-set shelf."""
-    fresh = [one.source is Source.STUDENT for one in rollouts]
+    """A draw of these rollouts: the student's are fresh, the teacher's from the data-set shelf."""
+    shelf_of = {Source.STUDENT: Shelf.FRESH, Source.CORPUS: Shelf.CORPUS}
+    shelves = [shelf_of.get(one.source, Shelf.DATASET) for one in rollouts]
     return Draw(
         step=step,
         phi=phi,
         psi=psi,
-        mix=Mix(fresh=sum(fresh), dataset=len(fresh) - sum(fresh)),
+        mix=Mix(
+            fresh=shelves.count(Shelf.FRESH),
+            dataset=shelves.count(Shelf.DATASET),
+            corpus=shelves.count(Shelf.CORPUS),
+        ),
         sequences=tuple(
-            DrawnSequence(rollout=one, shelf=Shelf.FRESH if is_fresh else Shelf.DATASET, age=0)
-            for one, is_fresh in zip(rollouts, fresh, strict=True)
+            DrawnSequence(rollout=one, shelf=shelf, age=0)
+            for one, shelf in zip(rollouts, shelves, strict=True)
         ),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -11,12 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from distillm_ray.batching import (
-    pack,
-    plan_step,
-    plan_validation,
-)
-from distillm_ray.config import CrossEntropy, LossConfig, SkewKL
+from distillm_ray.batching import draw_facts, pack, plan_step, plan_validation
+from distillm_ray.config import CrossEntropy, LossConfig, ReverseKL, SkewKL, Term
 from distillm_ray.loss.terms import Normalize
 from distillm_ray.packing import split
 from distillm_ray.types import (
@@ -26,10 +23,12 @@ from distillm_ray.types import (
     LearnerBatch,
     LogitTargets,
     MicroBatchPlan,
+    Mix,
     PlannedSequence,
     Rollout,
     Shelf,
     Source,
+    StepPlan,
     TopKTargets,
 )
 from tests import make
@@ -199,6 +198,69 @@ def test_missing_targets_and_those_of_another_response_are_refused_by_id() -> No
         pack(row, {"a": HiddenTargets(values_TD=np.zeros((3, 4), dtype=np.float32))})
 
 
+def unscored(name: str, num_response: int) -> PlannedSequence:
+    one = of_lengths(1, num_response, name, Source.CORPUS)
+    return replace(planned(one), needs_targets=False)
+
+
+def test_sequences_that_need_no_targets_get_a_filling_of_the_rows_kind() -> None:
+    scored, plain = planned(of_lengths(1, 2, "a")), unscored("c", 3)
+    bits = np.arange(8, dtype=np.uint16).reshape(2, 4)
+    for row, own, filled in (
+        ((plain, scored), slice(3, 5), slice(0, 3)),
+        ((scored, plain), slice(0, 2), slice(2, 5)),
+    ):
+        plan = MicroBatchPlan(sequences=row)
+        hidden = pack(plan, {"a": HiddenTargets(values_TD=bits)}).targets
+        assert isinstance(hidden, HiddenTargets)
+        assert hidden.values_TD.dtype == np.uint16
+        assert np.array_equal(hidden.values_TD[own], bits)
+        assert not hidden.values_TD[filled].any()
+        logits = pack(plan, {"a": LogitTargets(values_TV=bits)}).targets
+        assert isinstance(logits, LogitTargets)
+        assert np.array_equal(logits.values_TV[own], bits)
+        assert not logits.values_TV[filled].any()
+        ids, scores = bits.astype(np.int32), bits.astype(np.float32)
+        top_k = pack(plan, {"a": TopKTargets(ids_TK=ids, log_probs_TK=scores)}).targets
+        assert isinstance(top_k, TopKTargets)
+        assert np.array_equal(top_k.ids_TK[own], ids)
+        # Half of the mass on four distinct ids, the other half in the tail.
+        assert top_k.ids_TK[filled].tolist() == [[0, 1, 2, 3]] * 3
+        assert np.exp(top_k.log_probs_TK[filled]).sum(-1) == pytest.approx([0.5] * 3)
+
+
+def test_a_row_in_which_nothing_needs_targets_has_none() -> None:
+    plan = MicroBatchPlan(sequences=(unscored("c", 3), unscored("d", 1)))
+    assert pack(plan, {}).targets is None
+    with pytest.raises(ValueError, match="got none for a: score it again"):
+        pack(MicroBatchPlan(sequences=(unscored("c", 3), planned(of_lengths(1, 2, "a")))), {})
+
+
+def test_only_text_that_a_term_compares_with_the_teacher_needs_targets() -> None:
+    rollouts = [
+        of_lengths(1, 2, "d", Source.DATASET),
+        of_lengths(1, 2, "s", Source.STUDENT),
+        of_lengths(2, 3, "c", Source.CORPUS),
+    ]
+
+    def plan(*terms: Term) -> StepPlan:
+        loss = LossConfig(terms=terms)
+        return plan_step(draw_of(rollouts), num_ranks=1, max_micro_batch_tokens=99, loss=loss)
+
+    def needed(step: StepPlan) -> list[str]:
+        [[row]] = step.ranks
+        return [one.rollout.rollout_id for one in row.sequences if one.needs_targets]
+
+    kept = plan(SkewKL(), CrossEntropy(on="corpus"))
+    assert needed(kept) == ["d", "s"]
+    facts = draw_facts(kept)
+    assert (facts.untargeted_sequences, facts.untargeted_tokens) == (1, 5)
+    assert facts.rollout_ids["corpus"] == ("c",)
+    assert facts.mix == Mix(fresh=1, dataset=1, corpus=1)
+    assert needed(plan(SkewKL(), ReverseKL(on="corpus"))) == ["d", "s", "c"]
+    assert needed(plan(SkewKL(on="student"), CrossEntropy())) == ["s"]
+
+
 # ---- the loss of a step -------------------------------------------------------------------------
 
 batches = st.lists(
@@ -245,26 +307,35 @@ def test_the_loss_is_the_hand_computed_one_for_every_split(
         draw_of(rollouts),
         num_ranks=num_ranks,
         max_micro_batch_tokens=max_tokens,
-        loss=LossConfig(terms=(SkewKL(), CrossEntropy()), normalize=normalize),
+        loss=LossConfig(
+            terms=(SkewKL(), CrossEntropy(), ReverseKL(on="corpus")), normalize=normalize
+        ),
     )
     # A different loss for every token, from its sequence number and offset.
     losses = {
         one.rollout_id: np.sin(1.7 * index + 0.3 * np.arange(one.num_loss_tokens))
         for index, one in enumerate(rollouts)
     }
-    total = cross_entropy = 0.0
+    total = cross_entropy = on_corpus = 0.0
     for micro_batch in (one for rank in plan.ranks for one in rank):
         row = pack(micro_batch, None)
         values = np.concatenate([losses[name] for name in row.rollout_ids])
-        skew_N, entropy_N = (weights_N.astype(np.float64) for weights_N in row.term_weights_N)
+        skew_N, entropy_N, corpus_N = (one.astype(np.float64) for one in row.term_weights_N)
         total += float((skew_N * values).sum())
         cross_entropy += float((entropy_N * values).sum())
+        on_corpus += float((corpus_N * values).sum())
 
-    assert total == pytest.approx(by_hand(rollouts, losses, normalize), abs=1e-6)
-    data = [one for one in rollouts if one.source is Source.DATASET]
+    data, corpus = (
+        [one for one in rollouts if one.source is source]
+        for source in (Source.DATASET, Source.CORPUS)
+    )
+    responses = [one for one in rollouts if one.source is not Source.CORPUS]
+    assert total == pytest.approx(by_hand(responses, losses, normalize), abs=1e-6)
     assert cross_entropy == pytest.approx(by_hand(data, losses, normalize), abs=1e-6)
+    assert on_corpus == pytest.approx(by_hand(corpus, losses, normalize), abs=1e-6)
     weights = [one.term_weights[0] for rank in plan.ranks for row in rank for one in row.sequences]
-    assert np.concatenate(weights).astype(np.float64).sum() == pytest.approx(1.0, abs=1e-6)
+    sum_of_weights = np.concatenate(weights).astype(np.float64).sum()
+    assert sum_of_weights == pytest.approx(1.0 if responses else 0.0, abs=1e-6)
 
 
 # ---- the split -----------------------------------------------------------------------------------

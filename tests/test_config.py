@@ -20,6 +20,7 @@ from distillm_ray.config import (
     Config,
     CrossEntropy,
     FixedSchedule,
+    LossConfig,
     ReverseKL,
     SkewKL,
     TransformersEngine,
@@ -279,7 +280,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_one_named(
         ),
         (
             {"loss": {"terms": [{"type": "skew_kl", "on": "replay"}]}},
-            "loss.terms.0.on: Input should be 'dataset', 'student', 'teacher' or 'all', got",
+            "loss.terms.0.on: Input should be 'dataset', 'student', 'teacher', 'corpus' or 'all',",
         ),
         ({"loss": {"terms": {"type": "skew_kl"}}}, "loss.terms: must be a list, as in [a, b]"),
         (
@@ -346,6 +347,39 @@ def test_a_wrong_type_names_key_rule_and_value(sections: dict[str, Any], message
             ("generate: tensor_parallel must be 1 with engine.type=transformers, got 2",),
         ),
         ({"teacher": None}, ("teacher.model is required", "type: cross_entropy alone")),
+        (
+            {"loss": {"terms": [{"type": "skew_kl"}, {"type": "cross_entropy", "on": "corpus"}]}},
+            (
+                "data.corpus is required by loss.terms.1 (cross_entropy on corpus), got no files",
+                "name files of plain text, as in data.corpus=[corpus.jsonl], or remove the term",
+            ),
+        ),
+        (
+            {"data": {"train": ["a.jsonl"], "corpus": ["b.jsonl"]}},
+            (
+                "data.corpus needs a term with on: corpus in loss.terms, got terms on all only",
+                "add {on: corpus, type: cross_entropy} to loss.terms, or remove data.corpus",
+            ),
+        ),
+        (
+            {"data": {"train": ["a.jsonl"], "corpus_batch": 4}},
+            ("data.corpus_batch needs data.corpus, got 4 without files",),
+        ),
+        (
+            {
+                "data": {"train": ["a.jsonl"], "corpus": ["b.jsonl"]},
+                "loss": {"terms": [{"type": "reverse_kl", "on": "corpus"}]},
+            },
+            ("loss.terms must cover all text that the run draws (dataset and student), got",),
+        ),
+        (
+            {"loss": {"terms": [{"type": "policy_gradient", "on": "corpus"}]}},
+            ("on must be student with type: policy_gradient, got corpus",),
+        ),
+        (
+            {"loss": {"terms": [{"type": "skew_kl", "on": "corpus", "max_importance": 2.0}]}},
+            ("loss.terms.0.max_importance needs on: student, got corpus",),
+        ),
         ({"evaluation": {"seeds": []}}, ("evaluation.seeds", "at least 1 item")),
         ({"evaluation": {"seeds": [-1]}}, ("evaluation.seeds.0", "greater than or equal to 0")),
         ({"loss": {"terms": []}}, ("loss.terms must hold at least one term", "nothing to learn")),
@@ -645,6 +679,30 @@ def test_defaults_that_follow_from_another_section_are_filled_in() -> None:
 
 def load_text(text: str) -> Config:
     return parse_config(yaml.safe_load(text), name="x.yaml")
+
+
+def test_every_step_adds_as_many_sequences_of_the_corpus_as_it_has_slots() -> None:
+    terms = [{"type": "skew_kl"}, {"type": "cross_entropy", "on": "corpus"}]
+    data = {"train": ["a.jsonl"], "corpus": ["corpus.jsonl"]}
+    assert make.config(data=data, loss={"terms": terms}).data.corpus_batch == 8
+    named = make.config(data={**data, "corpus_batch": 3}, loss={"terms": terms})
+    assert named.data.corpus_batch == 3
+    assert load_text(dump_config(named)) == named
+    assert make.config().data.corpus_batch is None
+
+
+def test_all_stands_for_responses_and_leaves_the_corpus_out() -> None:
+    loss = LossConfig.model_validate(
+        {"terms": [{"type": "skew_kl"}, {"type": "cross_entropy", "on": "corpus"}]}
+    )
+    on_all, on_corpus = loss.terms
+    assert [on_all.covers(text) for text in ("dataset", "student", "corpus")] == [True, True, False]
+    assert [on_corpus.covers(text) for text in ("dataset", "student", "corpus")] == [
+        *(False, False, True)
+    ]
+    assert [loss.compares(text) for text in ("student", "corpus")] == [True, False]
+    scored = loss.model_copy(update={"terms": (*loss.terms, SkewKL(on="corpus"))})
+    assert scored.compares("corpus")
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,17 @@ def test_a_step_line_shows_loss_schedule_mix_and_waiting() -> None:
     assert "SKIPPED" in line(step_record(7, skipped=True), 100)
 
 
+def test_the_corpus_is_shown_where_a_step_draws_from_it() -> None:
+    plain = step_record(7)
+    drawn = dataclasses.replace(plain, mix=dataclasses.replace(plain.mix, corpus=8))
+    assert "  mix 4/2/10 + 8 corpus  replay 30" in line(drawn, 100)
+    assert "fresh 4  replay 2  data set 10  corpus 8" in screen(
+        View(total_steps=9).after(drawn, 0.0), 0.0
+    )
+    for text in (line(plain, 100), screen(View(total_steps=9).after(plain, 0.0), 0.0)):
+        assert "corpus" not in text
+
+
 def test_every_kind_of_record_has_a_line() -> None:
     sample = Sample(prompt="Why\nnot?", reference="", response="Because.")
     lines = {
@@ -140,12 +151,14 @@ def test_shares_are_shown_in_percent(share: float, text: str) -> None:
         (Mix(fresh=4, replay=2, dataset=10), (6, 3, 15)),
         (Mix(fresh=1, replay=1, dataset=1), (8, 8, 8)),
         (Mix(dataset=5), (0, 0, 24)),
+        (Mix(fresh=4, corpus=4), (12, 0, 0, 12)),
     ],
 )
-def test_the_mix_bar_is_in_proportion_and_full(mix: Mix, cells: tuple[int, int, int]) -> None:
+def test_the_mix_bar_is_in_proportion_and_full(mix: Mix, cells: tuple[int, ...]) -> None:
     bar = mix_bar(mix, 24)
     drawn = {str(span.style): span.end - span.start for span in bar.spans}
-    assert tuple(drawn.get(style, 0) for style in ("#e69f00", "#56b4e9", "#999999")) == cells
+    colors = ("#e69f00", "#56b4e9", "#999999", "#009e73")[: len(cells)]
+    assert tuple(drawn.get(color, 0) for color in colors) == cells
     assert len(bar.plain) == 24
 
 

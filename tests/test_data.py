@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from distillm_ray.data.files import (
 from distillm_ray.data.rows import Example, RowError, parse_row
 from distillm_ray.data.splits import Dataset, hold_out, load_dataset, load_splits
 from distillm_ray.data.templates import Renderer
-from distillm_ray.data.tokenizing import tokenize_files
+from distillm_ray.data.tokenizing import map_files, tokenize_rows
 from distillm_ray.errors import DataError
 from tests import make
 
@@ -117,7 +118,9 @@ def test_only_the_first_rows_of_each_file_are_read_where_that_is_enough(tmp_path
     )
     config = DataConfig(train=paths)
     files = find_files(paths, "train")
-    table = tokenize_files(files, Renderer(make_tokenizer(), config), config, True, max_rows=2)
+    renderer = Renderer(make_tokenizer(), config)
+    rows = partial(tokenize_rows, renderer=renderer, config=config, require_responses=True)
+    table = map_files(files, rows, max_rows=2)
     assert table["row"].to_pylist() == [1, 2, 1, 2]
     assert table["kind"].to_pylist() == [None] * 4
 
@@ -135,7 +138,7 @@ def load(
         tokenizer or make_tokenizer(),
         split="train",
         responses_needed_by=needed_by,
-        tokenize=ray_data.tokenize_files,
+        map_files=ray_data.map_files,
     )
 
 
@@ -325,7 +328,7 @@ class TestWithRayData:
             *({"prompt": word, "response": "yes"} for word in ("is", "no", "and")),
         )
         config = DataConfig(train=(train,), validation=(held,))
-        splits = load_splits(config, make_tokenizer(), seed=0, tokenize=ray_data.tokenize_files)
+        splits = load_splits(config, make_tokenizer(), seed=0, map_files=ray_data.map_files)
         assert (len(splits.train.prompts), len(splits.validation.prompts)) == (2, 3)
         assert (splits.num_validation_twins, splits.test) == (1, None)
 

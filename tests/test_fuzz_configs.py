@@ -23,11 +23,21 @@ from distillm_ray.errors import ConfigError
 from tests import make
 
 VALID = make.tree(
-    loss={"terms": [{"type": "skew_kl", "alpha": 0.2, "on": "all"}, {"type": "reverse_kl"}]},
+    loss={
+        "terms": [
+            {"type": "skew_kl", "alpha": 0.2, "on": "all"},
+            {"type": "reverse_kl"},
+            {"type": "cross_entropy", "on": "corpus"},
+        ]
+    },
     student={"model": "/models/student", "lora": {"rank": 4, "target_modules": ["q", "v"]}},
     schedule={"type": "fixed", "phi": 0.5},
     rollout={"sampling": {"top_p": 0.9}, "engine": {"type": "transformers"}},
-    data={"train": ["/a.jsonl", "/b.jsonl"], "template": {"type": "chat", "system": "Be brief."}},
+    data={
+        "train": ["/a.jsonl", "/b.jsonl"],
+        "template": {"type": "chat", "system": "Be brief."},
+        "corpus": ["/c.jsonl"],
+    },
 )
 
 

@@ -19,11 +19,13 @@ from distillm_ray.config import Config
 from distillm_ray.config_files import dump_config, load_config
 from distillm_ray.errors import ConfigError, RunDirectoryError, UserError
 from distillm_ray.log.records import DoneRecord, StepRecord, ValidationRecord
+from distillm_ray.log.totals import Totals
 from distillm_ray.report.console import ConsoleView
+from distillm_ray.report.rows import ROWS_FILE
 from distillm_ray.run_directory import MODEL_FOLDER
 from distillm_ray.teacher.target_store import TargetStore
 from distillm_ray.types import TeacherTargets
-from tests.integration.tiny import NUM_TRAIN, make_config, make_rows, records
+from tests.integration.tiny import NUM_TRAIN, make_config, make_corpus, make_rows, records
 
 STEPS, BATCH_SIZE = 4, 8
 DATASET_ONLY = ("schedule={type: fixed, phi: 0}", "loss.terms=[{type: forward_kl}]")
@@ -218,6 +220,54 @@ def test_a_response_that_the_filter_drops_is_generated_again_and_then_kept(load:
     assert truncated > 0
     assert sum(step.work.dropped for step in steps) == truncated * 3 // 4
     assert all(step.mix.fresh == BATCH_SIZE for step in steps)
+
+
+def test_minillm_learns_a_corpus_beside_its_own_text(load: Load, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    make_corpus(corpus, 10)
+    method = load("method=minillm", "rollout.max_staleness=2").loss.model_dump()
+    on_corpus = {"on": "corpus", "type": "cross_entropy", "weight": 0.5}
+    terms = json.dumps([*method["terms"], on_corpus])
+    config = load(
+        "method=minillm",
+        "rollout.max_staleness=2",
+        f"loss.terms={terms}",
+        f"data.corpus=[{corpus}]",
+        "data.corpus_batch=4",
+        *("learner.steps=20", "learner.learning_rate=0.01", "validation.interval=20"),
+    )
+    steps = train(config)
+    assert {(step.mix.fresh, step.mix.corpus) for step in steps} == {(8, 4)}
+    name = "cross_entropy on corpus"
+    losses = [step.loss_by_term[name] for step in steps]
+    assert losses[-1] < 0.7 * losses[0]
+    for step in steps:
+        # The tokens of the corpus have one term of weight 0.5, and its mean over them is the loss.
+        assert step.loss_by_shelf["corpus"] == pytest.approx(
+            0.5 * step.loss_by_term[name], rel=1e-5
+        )
+        assert len(step.rollout_ids["corpus"]) == 4
+        # The teacher sees what the student wrote and none of the corpus.
+        assert step.untargeted_sequences == 4
+    assert num_scored(steps) <= sum(step.mix.fresh for step in steps)
+    totals = Totals.of(records(config.run.directory))
+    assert totals.mix.corpus == 80
+    assert 0.0 <= totals.target_reuse_sequences < 0.2
+    rows = (config.run.directory / ROWS_FILE).read_text()
+    assert "corpus-1.0: 18 tokens, 17 under the loss" in rows
+
+
+def test_a_divergence_on_the_corpus_has_its_pieces_scored_once(load: Load, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    make_corpus(corpus, 8)
+    terms = "loss.terms=[{type: cross_entropy}, {type: forward_kl, on: corpus, weight: 2.0}]"
+    config = load(
+        "schedule={type: fixed, phi: 0}", terms, f"data.corpus=[{corpus}]", "learner.steps=4"
+    )
+    steps = train(config)
+    # Of 8 data-set sequences, none is compared with the teacher; 8 pieces are a whole epoch.
+    assert [step.work.scored_sequences for step in steps] == [8, 0, 0, 0]
+    assert Totals.of(records(config.run.directory)).target_reuse_sequences == 0.75
 
 
 @pytest.mark.parametrize(

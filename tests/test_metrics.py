@@ -30,6 +30,8 @@ from distillm_ray.log.records import (
     StepRecord,
     ValidationRecord,
 )
+from distillm_ray.log.tensorboard import scalars
+from distillm_ray.log.totals import Totals
 from distillm_ray.types import (
     MicroBatchPlan,
     Mix,
@@ -127,6 +129,7 @@ def test_a_step_record_joins_the_facts_of_learner_buffer_and_orchestrator() -> N
         "fresh": 2,
         "replay": 1,
         "dataset": 1,
+        "corpus": 0,
     }
 
 
@@ -293,6 +296,13 @@ def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
     assert scalars_in(events, "validation/loss") == [(3, 2.5)]
     assert scalars_in(events, "mix/replay") == [(1, 2.0), (2, 2.0), (3, 2.0)]
     assert scalars_in(events, "work/generated_tokens") == [(1, 7.0), (2, 7.0), (3, 7.0)]
+
+
+def test_tensorboard_has_a_curve_of_the_corpus_where_there_is_one() -> None:
+    plain = step_record(1)
+    drawn = dataclasses.replace(plain, mix=dataclasses.replace(plain.mix, corpus=8))
+    assert ("mix/corpus", 8) in list(scalars(drawn, Totals()))
+    assert "mix/corpus" not in dict(scalars(plain, Totals()))
 
 
 def test_tensorboard_shows_the_target_reuse_of_all_steps_so_far(tmp_path: Path) -> None:

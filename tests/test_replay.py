@@ -40,6 +40,13 @@ def make_demonstrations(count: int) -> list[Rollout]:
     ]
 
 
+def make_corpus(count: int) -> list[Rollout]:
+    return [
+        make.rollout(f"c{index}", prompt=[3], response=[4, index], source=Source.CORPUS)
+        for index in range(count)
+    ]
+
+
 def rollout_of(demand: Demand, version: int | None = None) -> Rollout:
     """A rollout whose tokens and log-probabilities depend on the ordinal."""
     ordinal = demand.ordinal
@@ -77,6 +84,8 @@ class Run:
     num_demonstrations: int = 5
     losses: tuple[float, ...] = (1.0,)
     paired: bool = False
+    num_pieces: int = 0
+    corpus_batch: int = 0
 
     def buffer(self) -> ReplayBuffer:
         return ReplayBuffer(
@@ -90,6 +99,8 @@ class Run:
                 rule=self.rule,
             ),
             paired=self.paired,
+            corpus=make_corpus(self.num_pieces),
+            corpus_batch=self.corpus_batch,
             batch_size=self.batch_size,
             capacity=self.capacity,
             min_size=self.min_size,
@@ -672,6 +683,81 @@ def test_the_demonstration_of_a_pair_is_announced_before_its_step(run: Run) -> N
         assert announced[step * size : (step + 1) * size] == drawn
 
 
+# ---- the corpus ----------------------------------------------------------------------------------
+
+
+def pieces(draw: Draw) -> list[str]:
+    return [one.rollout.rollout_id for one in draw.sequences if one.shelf is Shelf.CORPUS]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_every_step_adds_the_next_pieces_of_a_corpus_that_is_shuffled_anew_each_epoch(
+    paired: bool,
+) -> None:
+    run = Run(num_demonstrations=7, num_pieces=5, corpus_batch=2, seed=3)
+    run = replace(run, paired=True, phi=1.0, ratio="none") if paired else run
+    draws = play(run)
+    for draw in draws:
+        assert draw.mix.corpus == 2
+        assert draw.mix.responses == (8 if paired else 4)
+        assert draw.mix.total == len(draw.sequences) == draw.mix.responses + 2
+        # After the slots, and of no age.
+        assert [one.shelf for one in draw.sequences[-2:]] == [Shelf.CORPUS] * 2
+        assert [one.age for one in draw.sequences[-2:]] == [0, 0]
+    visits = [name for draw in draws for name in pieces(draw)]
+    order = EpochOrder(seed=3, stream=Stream.CORPUS, size=5)
+    assert visits == [f"c{index}" for index in order.indices(0, 24)]
+    epochs = [visits[start : start + 5] for start in range(0, 20, 5)]
+    assert all(sorted(epoch) == [f"c{index}" for index in range(5)] for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+
+
+def test_a_corpus_changes_no_slot() -> None:
+    for draw, plain in zip(play(Run(num_pieces=5, corpus_batch=3)), play(Run()), strict=True):
+        assert slots(draw)[:4] == slots(plain)
+
+
+def test_a_resumed_run_draws_the_pieces_of_the_undisturbed_one() -> None:
+    run = Run(num_pieces=5, corpus_batch=3, lookahead=3)
+    undisturbed = play(run)
+    buffer = run.buffer()
+    play(run, buffer, stop=5)
+    finish_all(buffer)
+    buffer.draw(5)  # ahead of the checkpoint
+    resumed = run.buffer()
+    resumed.restore(buffer.state(5))
+    assert [pieces(draw) for draw in play(run, resumed, start=5)] == [
+        pieces(draw) for draw in undisturbed[5:]
+    ]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_pieces_of_the_open_steps_are_announced_once_and_again_after_a_restore(
+    paired: bool,
+) -> None:
+    run = Run(num_demonstrations=7, num_pieces=5, corpus_batch=2, total_steps=4)
+    run = replace(run, paired=True, phi=1.0, ratio="none") if paired else run
+    drawn = [pieces(draw) for draw in play(run)]
+
+    def announced(buffer: ReplayBuffer) -> list[str]:
+        found = buffer.upcoming_dataset()
+        return [one.rollout_id for one in found if one.source is Source.CORPUS]
+
+    buffer = run.buffer()
+    assert announced(buffer) == [*drawn[0], *drawn[1]]
+    assert announced(buffer) == []
+    play(run, buffer, stop=1)
+    assert announced(buffer) == drawn[2]
+    buffer.restore(buffer.state(1))
+    assert announced(buffer) == [*drawn[1], *drawn[2]]
+
+
+def test_a_corpus_and_its_share_of_a_batch_come_together() -> None:
+    for change in ({"num_pieces": 3}, {"corpus_batch": 3}):
+        with pytest.raises(ValueError, match="come together, got"):
+            replace(Run(), **change).buffer()
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -737,10 +823,13 @@ def test_the_state_of_a_step_outside_of_the_window_is_refused() -> None:
         ({"batch_size": 3}, "learner.batch_size"),
         ({"num_prompts": 8}, "prompts"),
         ({"num_demonstrations": 8}, "data-set responses"),
+        ({"num_pieces": 4}, "pieces of the corpus"),
+        ({"corpus_batch": 3}, r"data\.corpus_batch"),
+        ({"num_pieces": 0, "corpus_batch": 0}, "digest of the data"),
     ],
 )
 def test_another_runs_state_is_refused_by_name(change: dict[str, int], name: str) -> None:
-    run = Run()
+    run = Run(num_pieces=5, corpus_batch=2)
     other = replace(run, **change)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=f"^{name} must be that of the saved buffer"):
         other.buffer().restore(run.buffer().state(0))

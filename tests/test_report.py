@@ -47,8 +47,13 @@ class Clock:
         return self.now
 
 
-def write_run(directory: Path, *, num_steps: int = NUM_STEPS, start: float = 0.3) -> None:
-    """The log of a synthetic run: losses fall, phi rises twice, the replay shelf fills up."""
+def write_run(
+    directory: Path, *, num_steps: int = NUM_STEPS, start: float = 0.3, corpus: int = 0
+) -> None:
+    """The log of a synthetic run: losses fall, phi rises twice, the replay shelf fills up.
+
+    Every step adds `corpus` sequences, which the teacher does not score.
+    """
     random = np.random.default_rng(0)
     log = MetricsLog(
         directory,
@@ -82,7 +87,9 @@ def write_run(directory: Path, *, num_steps: int = NUM_STEPS, start: float = 0.3
         draw = DrawFacts(
             phi=phi,
             psi=psi,
-            mix=Mix(fresh=fresh, replay=replay, dataset=BATCH - fresh - replay),
+            mix=Mix(fresh=fresh, replay=replay, dataset=BATCH - fresh - replay, corpus=corpus),
+            untargeted_sequences=corpus,
+            untargeted_tokens=100 * corpus,
             fresh_ages=tuple(random.integers(0, 2, fresh).tolist()),
             replay_ages=tuple(random.integers(1, step + 1, replay).tolist()),
         )
@@ -127,6 +134,23 @@ def printed(renderable: RenderableType) -> str:
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()
+
+
+def test_a_corpus_changes_neither_the_share_of_the_student_nor_target_reuse(
+    finished: Path, tmp_path: Path
+) -> None:
+    write_run(tmp_path, num_steps=60, corpus=BATCH)
+    runs = read_run(finished), read_run(tmp_path)
+    plain, summary = map(summarize, runs)
+    assert summary.totals.mix.corpus == 60 * BATCH
+    assert summary.student_share == plain.student_share
+    assert summary.target_reuse_sequences == plain.target_reuse_sequences
+    scored = plain.totals.work.scored_tokens
+    assert summary.target_reuse_tokens == pytest.approx(1 - scored / (60 * (4000 - 100 * BATCH)))
+    text = " ".join(printed(render_report(runs[1], summary, {})).split())
+    assert "data-set sequences, 960 of the corpus" in text
+    assert "of the tokens trained on with targets" in text
+    assert "corpus" not in printed(render_report(runs[0], plain, {}))
 
 
 def test_the_summary_adds_up_the_log(finished: Path) -> None:

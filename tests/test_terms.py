@@ -55,6 +55,7 @@ from tests import make
 
 FIXTURE = Path(__file__).parent / "fixtures" / "loss_of_two_weights.npz"
 SOURCES = list(Source)
+RESPONSES = [one for one in Source if one is not Source.CORPUS]
 
 
 def rollout(name: str, source: Source, num_response: int, *, num_prompt: int = 2) -> Rollout:
@@ -115,6 +116,20 @@ def test_a_sequence_without_a_loss_token_does_not_count_as_a_slot() -> None:
         token_weights([silent], "source")
 
 
+@pytest.mark.parametrize("normalize", get_args(Normalize))
+def test_a_corpus_changes_no_weight_of_a_response_and_its_own_sum_to_one(
+    normalize: Normalize,
+) -> None:
+    corpus = [rollout("c6", Source.CORPUS, 6), rollout("c2", Source.CORPUS, 2)]
+    *responses, six, two = token_weights([*MIXED, *corpus], normalize)
+    for one, same in zip(responses, token_weights(MIXED, normalize), strict=True):
+        np.testing.assert_array_equal(one, same)
+    by_token = ([1 / 8] * 6, [1 / 8] * 2)
+    expected = ([1 / 12] * 6, [1 / 4] * 2) if normalize == "sequence" else by_token
+    assert six.tolist() == pytest.approx(expected[0], rel=1e-6)
+    assert two.tolist() == pytest.approx(expected[1], rel=1e-6)
+
+
 # ---- the weights of a term -----------------------------------------------------------------------
 
 
@@ -142,6 +157,25 @@ def test_cross_entropy_is_a_mean_over_the_tokens_that_it_covers() -> None:
     assert student == [[0.0], [0.0] * 3, [0.25] * 2, [0.25] * 10]
     twenty_fourth = float(np.float32(1 / 24))
     assert everything == [[0.125], [0.125] * 3, [twenty_fourth] * 2, [twenty_fourth] * 10]
+
+
+@pytest.mark.parametrize("on_corpus", [CrossEntropy, SkewKL])
+def test_a_term_on_the_corpus_is_the_mean_over_its_tokens_times_its_weight(on_corpus: Any) -> None:
+    corpus = [rollout("c3", Source.CORPUS, 3), rollout("c1", Source.CORPUS, 1)]
+    others = [SkewKL(weight=2.0), CrossEntropy(on="all")]
+    [skew, entropy, plain] = weights_of(
+        [*others, on_corpus(on="corpus", weight=0.5)], [*MIXED, *corpus]
+    )
+    assert plain == [[0.0], [0.0] * 3, [0.0] * 2, [0.0] * 10, [0.125] * 3, [0.125]]
+    # Terms on all text hold on responses, with the weights of a batch without a corpus.
+    without = weights_of(others)
+    assert [skew[:4], entropy[:4]] == without
+    assert skew[4:] == entropy[4:] == [[0.0] * 3, [0.0]]
+
+
+def test_a_batch_of_corpus_alone_has_weights() -> None:
+    [[weights]] = weights_of([CrossEntropy(on="corpus")], [rollout("c", Source.CORPUS, 4)])
+    assert weights == [0.25] * 4
 
 
 def test_cross_entropy_with_sequence_normalization_is_the_mean_of_the_covered_means() -> None:
@@ -183,7 +217,7 @@ batches = st.lists(
 def test_a_divergence_split_by_source_adds_up_to_the_one_on_all_exactly(
     rollouts: list[Rollout], normalize: Normalize, weight: float, divergence: Any
 ) -> None:
-    split = [divergence(on=source.value, weight=weight) for source in SOURCES]
+    split = [divergence(on=source.value, weight=weight) for source in RESPONSES]
     loss = LossConfig(terms=(divergence(weight=weight), *split), normalize=normalize)
     for whole, *parts in term_weights(rollouts, loss):
         np.testing.assert_array_equal(np.sum(parts, axis=0, dtype=np.float32), whole)
@@ -202,7 +236,7 @@ def test_the_weights_of_a_language_model_term_sum_to_its_own_weight(
 ) -> None:
     loss = LossConfig(terms=(CrossEntropy(on=on, weight=weight),), normalize=normalize)
     weights = np.concatenate([one for [one] in term_weights(rollouts, loss)])
-    covered = any(on in ("all", one.source) for one in rollouts)
+    covered = any(CrossEntropy(on=on).covers(one.source) for one in rollouts)
     total = weights.astype(np.float64).sum()
     assert total == pytest.approx(weight if covered else 0.0, rel=1e-5)
 

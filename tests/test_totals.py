@@ -67,6 +67,19 @@ def test_target_reuse_is_one_minus_scored_by_trained_on() -> None:
     assert totals.target_reuse_tokens == pytest.approx(1 - 140 / 200)
 
 
+def test_what_no_term_compares_with_the_teacher_does_not_count_as_reuse() -> None:
+    plain = dataclasses.replace(
+        step_record(1, scored=(2, 60)),
+        mix=Mix(fresh=1, replay=1, dataset=2, corpus=4),
+        untargeted_sequences=4,
+        untargeted_tokens=40,
+    )
+    totals = Totals.of([plain, plain])
+    assert totals.mix == Mix(fresh=2, replay=2, dataset=4, corpus=8)
+    assert totals.target_reuse_sequences == 1 - 4 / 8  # of 16 sequences, 8 without the teacher
+    assert totals.target_reuse_tokens == 0.0  # 120 tokens scored, 200 - 80 compared
+
+
 def test_targets_that_are_scored_just_in_time_are_not_reused() -> None:
     totals = Totals.of([step_record(step, scored=(4, 100)) for step in (1, 2, 3)])
     assert (totals.target_reuse_sequences, totals.target_reuse_tokens) == (0.0, 0.0)

@@ -4,7 +4,7 @@ orchestrator ── work, add, lose, restore ──► BufferActor ◄── dra
 
 wait       ends when                                            limit
 -------    -------------------------------------------------    -------------------------------
-`work`     there is demand or a data-set sequence to score      none: idle orchestrators wait
+`work`     there is demand or a sequence of data to score       none: idle orchestrators wait
 `draw`     the step is ready and the orchestrator works         `timeout_s` of the call
 """
 
@@ -70,14 +70,19 @@ class BufferActor:
 
     @ray.method
     async def work(self) -> Work:
-        """Wait for demand or for data-set sequences to score. The first call opens the buffer."""
+        """Wait for demand or for sequences of data to score. The first call opens the buffer.
+
+        Sequences that no term compares with the teacher are not scored.
+        """
         async with self._changed:
             self._open = True
             self._changed.notify_all()
             while True:
                 if self._restored is not None:
                     demand = tuple(self._buffer.take_demand())
-                    dataset = tuple(self._buffer.upcoming_dataset())
+                    compares = self._config.loss.compares
+                    upcoming = self._buffer.upcoming_dataset()
+                    dataset = tuple(one for one in upcoming if compares(one.source))
                     if demand or dataset:
                         return Work(incarnation=self._incarnation, demand=demand, dataset=dataset)
                 await self._changed.wait()
@@ -117,6 +122,7 @@ class BufferActor:
         state: bytes | None,
         prompts: Sequence[Prompt],
         demonstrations: Sequence[Rollout],
+        corpus: Sequence[Rollout],
     ) -> bool:
         """Go to a checkpoint's state, or to the beginning, as the given incarnation.
 
@@ -126,7 +132,7 @@ class BufferActor:
             RunDirectoryError: the state is of other data or of another version's format.
         """
         async with self._changed:
-            self._restored = build_buffer(self._config, prompts, demonstrations)
+            self._restored = build_buffer(self._config, prompts, demonstrations, corpus)
             if state is not None:
                 try:
                     self._restored.restore(state)
@@ -210,11 +216,13 @@ class ReplayProducer:
         actor: ActorProxy[BufferActor],
         prompts: ray.ObjectRef[Sequence[Prompt]],
         demonstrations: ray.ObjectRef[Sequence[Rollout]],
+        corpus: ray.ObjectRef[Sequence[Rollout]],
         log: AsyncLog,
     ) -> None:
         self._actor = actor
         self._prompts = prompts
         self._demonstrations = demonstrations
+        self._corpus = corpus
         self._log = log
         self._incarnation = 0
 
@@ -234,7 +242,7 @@ class ReplayProducer:
         """Go to a checkpoint's state, or to the beginning; returns the new incarnation."""
         self._incarnation += 1
         died = await self._actor.restore.remote(
-            self._incarnation, state, self._prompts, self._demonstrations
+            self._incarnation, state, self._prompts, self._demonstrations, self._corpus
         )
         if died:
             await self._log.add(

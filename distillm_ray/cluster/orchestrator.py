@@ -22,7 +22,7 @@ from distillm_ray.cluster.targets import ScorerActor, ScorerPool, TargetStoreAct
 from distillm_ray.config import Config, GeneratorPoolConfig, SamplingConfig
 from distillm_ray.log.records import Counters
 from distillm_ray.teacher.target_key import TargetIdentity
-from distillm_ray.types import Bucket, DrawFacts, Prompt, Rollout, TrainStep
+from distillm_ray.types import Bucket, DrawFacts, Prompt, Rollout, Source, TrainStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,6 +32,7 @@ class TrainingPeers:
     buffer: ActorProxy[BufferActor]
     prompts: ray.ObjectRef[Sequence[Prompt]]
     demonstrations: ray.ObjectRef[Sequence[Rollout]]
+    corpus: ray.ObjectRef[Sequence[Rollout]]
     log: ActorProxy[LogActor]
     scorers: Sequence[ActorProxy[ScorerActor]] = ()
     stores: Sequence[ActorProxy[TargetStoreActor]] = ()
@@ -52,7 +53,9 @@ class OrchestratorActor:
         startup_timeout_s = config.run.startup_timeout_s
         buffer = scorers = generator_pool = None
         if peers is not None:
-            buffer = ReplayProducer(peers.buffer, peers.prompts, peers.demonstrations, log)
+            buffer = ReplayProducer(
+                peers.buffer, peers.prompts, peers.demonstrations, peers.corpus, log
+            )
         if generators:
             generator_pool = GeneratorPool(
                 generators,
@@ -78,6 +81,7 @@ class OrchestratorActor:
             scorers=scorers,
             log=log,
             response_filter=config.rollout.filter,
+            scores_rollouts=config.loss.compares(Source.STUDENT),
         )
         self._reported = Counters()
 

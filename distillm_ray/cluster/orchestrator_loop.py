@@ -54,6 +54,7 @@ class Orchestrator:
         buffer: source of the demand; None where only `respond` is called (evaluation).
         generators: None where nothing generates.
         scorers: None where no term of the loss compares with a teacher.
+        scores_rollouts: whether any compares the student's responses with it.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class Orchestrator:
         scorers: ScorerPool | None,
         log: AsyncLog,
         response_filter: FilterConfig,
+        scores_rollouts: bool = True,
     ) -> None:
         self._optional_buffer = buffer
         self._optional_generators = generators
         self._scorers = scorers
         self._log = log
         self._filter = response_filter
+        self._scores_rollouts = scores_rollouts
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self._wake = asyncio.Event()  # a task failed, or `finish` was called
@@ -250,7 +253,8 @@ class Orchestrator:
             await self._lose(demand)
             return
         self._rejected.pop(demand.ordinal, None)
-        await self.ensure_targets((rollout,))
+        if self._scores_rollouts:
+            await self.ensure_targets((rollout,))
         await self._buffer.add(rollout)
 
     async def _lose(self, demand: Demand) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -16,11 +16,13 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillm_ray.config import ColumnsConfig, DataConfig
-from distillm_ray.data.rows import RowError, parse_row
+from distillm_ray.config import DataConfig
+from distillm_ray.data.rows import RowError, parse_document, parse_row
 from distillm_ray.errors import DataError
 
 Split: TypeAlias = Literal["train", "validation", "test"]
+FileList: TypeAlias = Literal[Split, "corpus"]
+"""A key of `data` that lists files."""
 Format: TypeAlias = Literal["jsonl", "parquet", "arrow"]
 
 _FORMATS: dict[str, Format] = {
@@ -49,8 +51,10 @@ class DataFile:
         return f"{self.name}:{row}"
 
 
-def find_files(paths: Sequence[Path], split: Split) -> tuple[DataFile, ...]:
+def find_files(paths: Sequence[Path], split: FileList) -> tuple[DataFile, ...]:
     """The files of `paths`, in order; a directory stands for its files of `split`.
+
+    Of a directory the corpus is the training split.
 
     Raises:
         DataError: a path does not exist, has an unknown extension, is empty, is listed twice, or
@@ -76,21 +80,33 @@ def find_files(paths: Sequence[Path], split: Split) -> tuple[DataFile, ...]:
     return tuple(files)
 
 
-def check_files(config: DataConfig, *, require_responses: bool = True) -> None:
+def check_files(
+    config: DataConfig, *, require_responses: bool = True, with_corpus: bool = True
+) -> None:
     """Check existence, format and first rows of every file, in milliseconds and without Ray.
+
+    `with_corpus` is False where nothing is trained.
 
     Raises:
         DataError: the first problem found. With `bad_rows: skip` the rows are not checked.
     """
-    splits: tuple[tuple[Split, tuple[Path, ...]], ...] = (
-        ("train", config.train),
-        ("validation", config.validation),
-        ("test", config.test),
+
+    def parse(row: Any) -> None:
+        parse_row(row, require_responses=require_responses, columns=config.columns)
+
+    def parse_text(row: Any) -> None:
+        parse_document(row, config.corpus_column)
+
+    lists: tuple[tuple[FileList, tuple[Path, ...], Callable[[Any], None]], ...] = (
+        ("train", config.train, parse),
+        ("validation", config.validation, parse),
+        ("test", config.test, parse),
+        ("corpus", config.corpus if with_corpus else (), parse_text),
     )
-    for split, paths in splits:
+    for split, paths, check in lists:
         for file in find_files(paths, split):
             if config.bad_rows == "fail":
-                _check_first_rows(file, config.columns, require_responses)
+                _check_first_rows(file, check)
 
 
 def read_rows(stream: BinaryIO, file: DataFile) -> Iterator[tuple[int, bytes]]:
@@ -179,7 +195,7 @@ def _check_column_names(fields: pa.Schema | pa.StructType, name: str) -> None:
             _check_column_names(field.type, name)
 
 
-def _check_first_rows(file: DataFile, columns: ColumnsConfig, require_responses: bool) -> None:
+def _check_first_rows(file: DataFile, check: Callable[[Any], None]) -> None:
     with file.path.open("rb") as stream:
         rows = read_rows(stream, file)
         for _ in range(_NUM_ROWS_CHECKED):
@@ -193,12 +209,18 @@ def _check_first_rows(file: DataFile, columns: ColumnsConfig, require_responses:
                     " line (JSONL)"
                 )
             try:
-                parse_row(decode_row(payload), require_responses=require_responses, columns=columns)
+                check(decode_row(payload))
             except RowError as error:
                 raise DataError(f"{file.position(number)}: {error.reason}") from error
 
 
-def _data_file(path: Path, split: Split) -> DataFile:
+def _data_file(path: Path, split: FileList) -> DataFile:
+    if split == "corpus" and path.suffix == ".txt":
+        raise DataError(
+            f"data.corpus: {path} must be JSONL, Parquet or a Hugging Face dataset directory, got"
+            ' .txt: plain text does not say where a document ends; write {"text": …}, one document'
+            " a line, into a .jsonl file"
+        )
     if path.suffix not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise DataError(
@@ -208,16 +230,17 @@ def _data_file(path: Path, split: Split) -> DataFile:
     return DataFile(path=path.resolve(), name=str(path), format=_FORMATS[path.suffix])
 
 
-def _files_of_directory(directory: Path, split: Split) -> list[DataFile]:
+def _files_of_directory(directory: Path, split: FileList) -> list[DataFile]:
     """Shards of a `save_to_disk` directory, else the files that have the split's name."""
+    wanted: Split = "train" if split == "corpus" else split
     if (directory / "dataset_dict.json").is_file():
         splits = _read_description(directory / "dataset_dict.json", "splits")
-        if split not in splits:
+        if wanted not in splits:
             raise DataError(
-                f"data.{split}: {directory} has no split {split!r}, only {', '.join(splits)};"
+                f"data.{split}: {directory} has no split {wanted!r}, only {', '.join(splits)};"
                 " name the split's own directory instead"
             )
-        return _files_of_directory(directory / split, split)
+        return _files_of_directory(directory / wanted, split)
     if (directory / "state.json").is_file():
         listed = _read_description(directory / "state.json", "_data_files")
         shards = [directory / str(item["filename"]) for item in listed]
@@ -230,9 +253,9 @@ def _files_of_directory(directory: Path, split: Split) -> list[DataFile]:
         for folder in (directory, directory / "data")
         if folder.is_dir()
         for path in folder.iterdir()
-        if path.is_file() and path.suffix in _FORMATS and path.name.startswith(split)
+        if path.is_file() and path.suffix in _FORMATS and path.name.startswith(wanted)
     )
-    shard = re.compile(rf"{split}([-_.]?\d+(-of-\d+(-[0-9a-f]+)?)?)?")
+    shard = re.compile(rf"{wanted}([-_.]?\d+(-of-\d+(-[0-9a-f]+)?)?)?")
     strange = [path.name for path in found if not shard.fullmatch(path.stem)]
     _check_shards(found, directory, split)
     if strange or len({(path.parent, path.suffix) for path in found}) > 1:
@@ -244,7 +267,8 @@ def _files_of_directory(directory: Path, split: Split) -> list[DataFile]:
     if not found:
         raise DataError(
             f"data.{split}: {directory} is not a Hugging Face dataset directory: it has neither"
-            f" state.json nor dataset_dict.json nor files named {split}*.jsonl or {split}*.parquet"
+            f" state.json nor dataset_dict.json nor files named {wanted}*.jsonl or"
+            f" {wanted}*.parquet"
         )
     return [_data_file(path, split) for path in found]
 
@@ -262,7 +286,7 @@ def _read_description(path: Path, key: str) -> list[Any]:
     return found
 
 
-def _check_shards(paths: Sequence[Path], directory: Path, split: Split) -> None:
+def _check_shards(paths: Sequence[Path], directory: Path, split: FileList) -> None:
     """All shards of `NAME-00000-of-00002`, and no others, must be there."""
     numbered = [match for path in paths if (match := _SHARD.search(path.stem))]
     if not numbered:

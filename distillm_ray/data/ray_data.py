@@ -1,4 +1,4 @@
-"""Reads and tokenizes files with Ray Data: `tokenizing.tokenize_files`, spread over a cluster."""
+"""Reads and tokenizes files with Ray Data: `tokenizing.map_files`, spread over a cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -14,10 +13,8 @@ import ray
 from ray.data.datasource import FileBasedDatasource
 from ray.exceptions import RayTaskError
 
-from distillm_ray.config import DataConfig
 from distillm_ray.data.files import DataFile
-from distillm_ray.data.templates import Renderer
-from distillm_ray.data.tokenizing import TOKENIZED, raw_batches, tokenize_rows
+from distillm_ray.data.tokenizing import MapRows, raw_batches, raw_table
 from distillm_ray.errors import DataError
 
 _BYTES_PER_TASK = 8 * 2**20  # smaller tasks do not pay for importing transformers in a worker
@@ -49,10 +46,8 @@ class RowsDatasource(FileBasedDatasource):
         return filesystem.open_input_file(path)
 
 
-def tokenize_files(
-    files: Sequence[DataFile], renderer: Renderer, config: DataConfig, require_responses: bool
-) -> pa.Table:
-    """The table of `tokenizing.tokenize_files`. Needs a connection to Ray and free CPUs.
+def map_files(files: Sequence[DataFile], map_rows: MapRows) -> pa.Table:
+    """The table of `tokenizing.map_files`. Needs a connection to Ray and free CPUs.
 
     Raises:
         DataError: a file cannot be read.
@@ -61,16 +56,7 @@ def tokenize_files(
     with _quiet_ray_data(progress_bars=num_bytes >= _BYTES_WITH_PROGRESS_BAR):
         dataset = ray.data.read_datasource(
             RowsDatasource(files), override_num_blocks=max(1, -(-num_bytes // _BYTES_PER_TASK))
-        ).map_batches(
-            partial(
-                tokenize_rows,
-                renderer=renderer,
-                config=config,
-                require_responses=require_responses,
-            ),
-            batch_format="pyarrow",
-            batch_size=None,
-        )
+        ).map_batches(map_rows, batch_format="pyarrow", batch_size=None)
         try:
             references: list[Any] = dataset.to_arrow_refs()
             tables: list[pa.Table] = ray.get(references)
@@ -79,8 +65,9 @@ def tokenize_files(
                 # The first line only: Ray adds the task's stack trace and notes on retries.
                 raise DataError(str(error.cause).splitlines()[0]) from error
             raise
-    table = pa.concat_tables([TOKENIZED.empty_table(), *(t for t in tables if t.num_rows)])
-    return table.sort_by([(name, "ascending") for name in ("file", "row", "turn")])
+    empty = map_rows(raw_table(0, []))
+    table = pa.concat_tables([empty, *(t for t in tables if t.num_rows)])
+    return table.sort_by([(name, "ascending") for name in table.column_names[:3]])
 
 
 @contextlib.contextmanager

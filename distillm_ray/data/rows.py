@@ -154,6 +154,31 @@ def _example_of(
     return _from_known_columns(values, example_id, names, require_responses=require_responses)
 
 
+def parse_document(row: Any, column: str) -> str:
+    """The text of one decoded row of a corpus.
+
+    Raises:
+        RowError: `malformed` without the column, or if it holds no text; `empty` if the text has no
+            word.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError("malformed", f"a row must be an object, got {type(row).__name__}")
+    if column not in row:
+        found = ", ".join(map(str, row)) or "none"
+        raise RowError(
+            "malformed",
+            f"a document must have the column {column!r}, got the columns {found}; name the one"
+            " with the text in data.corpus_column",
+        )
+    text = row[column]
+    if not isinstance(text, str):
+        raise RowError("malformed", f"{column} must be text, got {type(text).__name__}")
+    _check_characters(text, column)
+    if not text.strip():
+        raise RowError("empty", "the document is empty")
+    return text
+
+
 def split_turns(example: Example) -> tuple[Example, ...]:
     """One example for each assistant turn of a conversation, the last one included."""
     split = [

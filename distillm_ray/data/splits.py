@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,31 +21,23 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from distillm_ray.config import DataConfig
+from distillm_ray.data.corpus import Corpus, load_corpus
 from distillm_ray.data.files import DataFile, Split, find_files
+from distillm_ray.data.problems import NUM_SHOWN, RowProblem, listed, refused, remedy
 from distillm_ray.data.rows import NO_RESPONSE, RowProblemKind
 from distillm_ray.data.templates import Renderer
-from distillm_ray.data.tokenizing import TokenizeFiles, tokenize_files
+from distillm_ray.data.tokenizing import (
+    MapFiles,
+    iterate,
+    map_files,
+    tokenize_rows,
+    unique_stems,
+)
 from distillm_ray.errors import DataError
 from distillm_ray.types import FinishReason, Int32Array, Prompt, Rollout, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_ROWS_PER_CHUNK = 4096
-_NUM_PROBLEMS_SHOWN = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowProblem:
-    """One row that is not used, and why."""
-
-    position: str  # FILE:LINE
-    kind: RowProblemKind
-    reason: str
-
-    def __str__(self) -> str:
-        """`FILE:LINE: reason`."""
-        return f"{self.position}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,11 +101,12 @@ class Splits:
     validation: Dataset
     test: Dataset | None
     num_validation_twins: int  # validation prompts whose text is also a training prompt
+    corpus: Corpus | None = None
 
     def describe(self) -> list[str]:
         """What was read, for the user: a line for each split, and a warning about twins."""
-        datasets = [self.train, self.validation, *([self.test] if self.test else [])]
-        lines = [dataset.summary() for dataset in datasets]
+        parts = (self.train, self.validation, self.test, self.corpus)
+        lines = [part.summary() for part in parts if part is not None]
         if self.num_validation_twins:
             lines.append(
                 f"warning: {self.num_validation_twins} validation prompts are also training"
@@ -127,18 +121,20 @@ def load_splits(
     seed: int,
     *,
     responses_needed_by: str | None = "training",
-    tokenize: TokenizeFiles = tokenize_files,
+    map_files: MapFiles = map_files,
     vocabulary_size: int | None = None,
+    with_corpus: bool = True,
 ) -> Splits:
     """Read all splits; without validation files, hold out a part of the training prompts.
 
     The choice of held-out prompts depends only on their text and the seed; equal prompts stay
     together. `responses_needed_by` names what trains on responses; None: prompts are enough.
-    `tokenize` decides where the rows are read: in this process, or with Ray Data.
+    `map_files` decides where the rows are read: in this process, or with Ray Data.
     `vocabulary_size` is the number of ids for which the models have rows; None: all ids have one.
+    `with_corpus` is False where nothing is trained.
 
     Raises:
-        DataError: as in `load_dataset` and `hold_out`.
+        DataError: as in `load_dataset`, `hold_out` and `load_corpus`.
     """
 
     def load(paths: Sequence[Path], split: Split) -> Dataset:
@@ -148,7 +144,7 @@ def load_splits(
             tokenizer,
             split=split,
             responses_needed_by=responses_needed_by,
-            tokenize=tokenize,
+            map_files=map_files,
             vocabulary_size=vocabulary_size,
         )
 
@@ -158,12 +154,18 @@ def load_splits(
     else:
         train, validation = hold_out(train, fraction=config.validation_fraction, seed=seed)
     test = load(config.test, "test") if config.test else None
+    corpus = None
+    if config.corpus and with_corpus:
+        corpus = load_corpus(
+            config, tokenizer, map_files=map_files, vocabulary_size=vocabulary_size
+        )
     known = set(train.split_keys)
     return Splits(
         train=train,
         validation=validation,
         test=test,
         num_validation_twins=sum(key in known for key in validation.split_keys),
+        corpus=corpus,
     )
 
 
@@ -174,7 +176,7 @@ def load_dataset(
     *,
     split: Split,
     responses_needed_by: str | None = "training",
-    tokenize: TokenizeFiles = tokenize_files,
+    map_files: MapFiles = map_files,
     vocabulary_size: int | None = None,
 ) -> Dataset:
     """Read and tokenize the files of one split, in the order of files and rows.
@@ -188,7 +190,13 @@ def load_dataset(
     """
     files = find_files(paths, split)
     renderer = Renderer(tokenizer, config, vocabulary_size=vocabulary_size)
-    table = tokenize(files, renderer, config, responses_needed_by is not None)
+    tokenize = partial(
+        tokenize_rows,
+        renderer=renderer,
+        config=config,
+        require_responses=responses_needed_by is not None,
+    )
+    table = map_files(files, tokenize)
     return _collect(table, files, renderer, config, split, responses_needed_by)
 
 
@@ -226,7 +234,7 @@ def _collect(
     split: Split,
     responses_needed_by: str | None,
 ) -> Dataset:
-    stems = Counter(file.path.stem for file in files)
+    stems = unique_stems(files)
     first_with_id: dict[str, str] = {}
     problems: list[RowProblem] = []
     prompts: list[Prompt] = []
@@ -236,12 +244,9 @@ def _collect(
     places: list[tuple[int, int, int]] = []
     num_last_only = 0
     source = Source(config.responses) if split == "train" else Source.DATASET
-    for row in _iterate(table):
-        file: DataFile = files[row["file"]]
-        position = file.position(row["row"])
-        stem = file.path.stem
-        unique_stem = stem if stems[stem] == 1 else f"{stem}.{row['file']}"
-        prompt_id = row["id"] or f"{unique_stem}-{row['row']}"
+    for row in iterate(table):
+        position = files[row["file"]].position(row["row"])
+        prompt_id = row["id"] or f"{stems[row['file']]}-{row['row']}"
         if row["turn"]:
             prompt_id = f"{prompt_id}#{row['turn']}"
         if row["kind"] is not None:
@@ -279,7 +284,7 @@ def _collect(
         num_last_only=num_last_only,
         end_token_id=renderer.end_token_id,
         num_skipped=dict(Counter(problem.kind for problem in problems)),
-        skipped=tuple(problems[:_NUM_PROBLEMS_SHOWN]),
+        skipped=tuple(problems[:NUM_SHOWN]),
     )
 
 
@@ -289,34 +294,22 @@ def _refuse(
     split: Split,
     responses_needed_by: str | None,
 ) -> None:
-    refused = [
-        problem
-        for problem in problems
-        if (config.long_rows if problem.kind == "long" else config.bad_rows) == "fail"
-    ]
-    if not refused:
+    wrong = refused(problems, config)
+    if not wrong:
         return
-    lines = [str(problem) for problem in refused[:_NUM_PROBLEMS_SHOWN]]
-    if len(refused) > len(lines):
-        lines.append(f"and {len(refused) - len(lines)} more")
-    keys = sorted({"long_rows" if p.kind == "long" else "bad_rows" for p in refused})
-    remedy = " and ".join(f"data.{key}=skip" for key in keys)
-    if any(problem.kind == "duplicate" for problem in refused):
+    lines = listed(wrong)
+    if any(problem.kind == "duplicate" for problem in wrong):
         lines.append(
             f"data.{split}: an id names one row of all files together; rename the id columns or"
             " leave them out, because skip would leave out the later rows"
         )
-    if responses_needed_by and any(NO_RESPONSE in problem.reason for problem in refused):
+    if responses_needed_by and any(NO_RESPONSE in problem.reason for problem in wrong):
         lines.append(
             f"data.{split}: {responses_needed_by} trains on responses; for rows of prompts alone"
             " use student text only, as method=opd does"
         )
-    raise DataError("\n".join([*lines, f"data.{split}: correct these rows, or set {remedy}"]))
-
-
-def _iterate(table: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in table.to_batches(max_chunksize=_ROWS_PER_CHUNK):
-        yield from batch.to_pylist()
+    end = f"data.{split}: correct these rows, or set {remedy(wrong)}"
+    raise DataError("\n".join([*lines, end]))
 
 
 def _prompt(prompt_id: str, row: dict[str, Any]) -> Prompt:

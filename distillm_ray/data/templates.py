@@ -109,7 +109,8 @@ class Renderer:
         self._control = _any_of(control)
         empty: Any = tokenizer("")["input_ids"]
         bos = _id_or_none(tokenizer.bos_token_id)
-        self._bos_ids = [bos] if bos is not None and list(empty)[:1] == [bos] else []
+        # What the tokenizer itself puts before a text.
+        self.bos_ids = [bos] if bos is not None and list(empty)[:1] == [bos] else []
         match template:
             case ChatTemplate():
                 self._control = _any_of(control | self._turn_markers())
@@ -144,6 +145,39 @@ class Renderer:
         self._check_text(example, rendered)
         return rendered
 
+    @property
+    def document_end_token_id(self) -> int:
+        """The tokenizer's `eos_token`, which ends documents of a corpus.
+
+        Raises:
+            DataError: it has none.
+        """
+        if self._eos_token_id is None:
+            raise DataError(
+                f"data.corpus: the tokenizer of {self._tokenizer.name_or_path} has no eos_token, so"
+                " a document could not end; name one in its tokenizer_config.json"
+            )
+        return self._eos_token_id
+
+    def document_ids(self, text: str) -> list[int]:
+        """Token ids of a plain document, without a template, and its end token.
+
+        Raises:
+            RowError: the text holds a control token or cannot be read back from its ids, or the
+                model lacks a token's row.
+        """
+        self._check_control("the document", text)
+        try:
+            ids = self._encode(text)
+        except Exception as error:  # a tokenizer is code of the user's model
+            raise RowError("malformed", f"{type(error).__name__}: {error}") from error
+        if not ids:
+            raise RowError("empty", "the document has no tokens")
+        self._check_said("the document", self._decode(ids), text)
+        ids.append(self.document_end_token_id)
+        self._check_known(ids)
+        return ids
+
     def _check_control(self, what: str, content: str) -> None:
         """A tokenizer reads the text of a control token as the token, wherever it stands."""
         found = self._control.search(content) if self._control.pattern else None
@@ -156,21 +190,24 @@ class Renderer:
             )
 
     def _check_rows(self, rendered: RenderedExample) -> None:
-        limit = self._vocabulary_size
-        if limit is None:
-            return
         for ids in (
             rendered.prompt_ids,
             rendered.demonstration_response_ids,
             *rendered.reference_ids,
         ):
-            beyond = next((index for index in ids if index >= limit), None)
-            if beyond is not None:
-                token = self._tokenizer.convert_ids_to_tokens(beyond)
-                raise RowError(
-                    "malformed",
-                    f"it contains {token!r} (id {beyond}), for which the model has no row",
-                )
+            self._check_known(ids)
+
+    def _check_known(self, ids: Sequence[int]) -> None:
+        limit = self._vocabulary_size
+        if limit is None:
+            return
+        beyond = next((index for index in ids if index >= limit), None)
+        if beyond is not None:
+            token = self._tokenizer.convert_ids_to_tokens(beyond)
+            raise RowError(
+                "malformed",
+                f"it contains {token!r} (id {beyond}), for which the model has no row",
+            )
 
     def _check_text(self, example: Example, rendered: RenderedExample) -> None:
         """Compare what the ids say with the row: `<unk>` and lower case change what is learned."""
@@ -575,10 +612,10 @@ class Renderer:
             )
         else:
             text = _INSTRUCTION.format(instruction=example.instruction)
-        prompt_ids = self._bos_ids + self._encode(text)
+        prompt_ids = self.bos_ids + self._encode(text)
         references = [
             self._ended(
-                self._continue(text, prompt_ids, response, num_special=len(self._bos_ids)),
+                self._continue(text, prompt_ids, response, num_special=len(self.bos_ids)),
                 truncated=example.truncated,
             )
             for response in example.references

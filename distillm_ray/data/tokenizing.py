@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
@@ -19,6 +20,7 @@ from distillm_ray.data.rows import Example, RowError, parse_row, split_turns
 from distillm_ray.data.templates import RenderedExample, Renderer
 
 _ROWS_PER_BATCH = 4096
+_ROWS_PER_CHUNK = 4096
 
 TOKENIZED = pa.schema(
     [
@@ -43,31 +45,43 @@ TOKENIZED = pa.schema(
 )
 
 
-TokenizeFiles: TypeAlias = Callable[[Sequence[DataFile], Renderer, DataConfig, bool], pa.Table]
-"""`tokenize_files` or `ray_data.tokenize_files`: their tables are equal."""
+MapRows: TypeAlias = Callable[[pa.Table], pa.Table]
+"""Turns a table of `raw_table` into one whose first three columns give the order of its rows."""
+
+MapFiles: TypeAlias = Callable[[Sequence[DataFile], MapRows], pa.Table]
+"""`map_files` or `ray_data.map_files`: their tables are equal."""
 
 
-def tokenize_files(
-    files: Sequence[DataFile],
-    renderer: Renderer,
-    config: DataConfig,
-    require_responses: bool,
-    *,
-    max_rows: int | None = None,
+def map_files(
+    files: Sequence[DataFile], map_rows: MapRows, *, max_rows: int | None = None
 ) -> pa.Table:
-    """All rows in the order of files and rows, with the columns of `TOKENIZED`.
+    """What `map_rows` makes of all rows, in the order of files and rows.
 
     `max_rows` of each file are read, None: all.
 
     Raises:
         DataError: a file cannot be read.
     """
-    tables = [TOKENIZED.empty_table()]
+    tables = []
     for index, file in enumerate(files):
         with file.path.open("rb") as stream:
-            for batch in raw_batches(stream, file, index, max_rows=max_rows):
-                tables.append(tokenize_rows(batch, renderer, config, require_responses))
+            tables += [map_rows(one) for one in raw_batches(stream, file, index, max_rows=max_rows)]
     return pa.concat_tables(tables)
+
+
+def iterate(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows of a table, without all of them as Python objects at once."""
+    for batch in table.to_batches(max_chunksize=_ROWS_PER_CHUNK):
+        yield from batch.to_pylist()
+
+
+def unique_stems(files: Sequence[DataFile]) -> list[str]:
+    """A name for each file: its stem, with the file's index where two files share it."""
+    stems = Counter(file.path.stem for file in files)
+    return [
+        file.path.stem if stems[file.path.stem] == 1 else f"{file.path.stem}.{index}"
+        for index, file in enumerate(files)
+    ]
 
 
 def raw_batches(

@@ -96,10 +96,11 @@ class Prefetcher:
 
 
 def _rollouts(plan: RankPlan) -> Sequence[Rollout]:
-    """Each rollout once, in the order of the plan."""
+    """Each rollout that needs targets once, in the order of the plan."""
     by_id = {
         sequence.rollout.rollout_id: sequence.rollout
         for micro_batch in plan.micro_batches
         for sequence in micro_batch.sequences
+        if sequence.needs_targets
     }
     return list(by_id.values())

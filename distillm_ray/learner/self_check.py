@@ -36,8 +36,8 @@ def largest_self_divergence(
     result = run_row(student, batch, request, device)
     largest = [
         values_N.abs().max()
-        for term, values_N in zip(loss.terms, result.values, strict=True)
-        if not isinstance(term, CrossEntropy) and len(values_N)
+        for one, values_N in zip(request.terms, result.values, strict=True)
+        if not isinstance(one.term, CrossEntropy) and len(values_N)
     ]
     return float(torch.stack(largest).max()) if largest else 0.0
 

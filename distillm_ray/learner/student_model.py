@@ -17,7 +17,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distillm_ray.config import LoraConfig, LossConfig, StudentConfig
+from distillm_ray.config import CrossEntropy, LoraConfig, LossConfig, StudentConfig
 from distillm_ray.errors import ConfigError, ModelError
 from distillm_ray.loss.distillation_head import DistillationHead, install_distillation_head
 from distillm_ray.loss.head_loss import HeadLoss, LossRequest, WeightedTerm
@@ -79,18 +79,28 @@ def run_row(
 def training_request(
     batch: LearnerBatch, loss: LossConfig, teacher_head: FrozenHead | None, device: torch.device
 ) -> LossRequest:
-    """All terms of the loss, with the weights that the batch brings."""
-    teacher = None
-    if loss.needs_teacher:
-        assert batch.targets is not None, f"no teacher targets for {batch.rollout_ids}"
+    """All terms of the loss, with the weights that the batch brings.
+
+    In a row without targets no token has a weight in a term that compares with the teacher.
+    Cross-entropy, which needs none, takes the term's place there and adds 0.
+    """
+    terms, teacher = loss.terms, None
+    if loss.needs_teacher and batch.targets is not None:
         teacher = teacher_tensors(batch.targets, teacher_head, device)
+    elif loss.needs_teacher:
+        assert not any(
+            weights_N.any()
+            for term, weights_N in zip(terms, batch.term_weights_N, strict=True)
+            if not isinstance(term, CrossEntropy)
+        ), f"no teacher targets for {batch.rollout_ids}"
+        terms = tuple(term if isinstance(term, CrossEntropy) else CrossEntropy() for term in terms)
     is_student_S = np.array([shelf in (Shelf.FRESH, Shelf.REPLAY) for shelf in batch.shelves])
     counted_S = is_student_S & ~np.array(batch.is_filler)
     positions_S = sampled_positions(counted_S[batch.sequence_index_N])
     return LossRequest(
         terms=tuple(
             WeightedTerm(term=term, weights_N=_to_device(weights_N, torch.float32, device))
-            for term, weights_N in zip(loss.terms, batch.term_weights_N, strict=True)
+            for term, weights_N in zip(terms, batch.term_weights_N, strict=True)
         ),
         teacher=teacher,
         labels_N=_to_device(batch.labels_N, torch.int64, device),

@@ -268,7 +268,9 @@ class TrainLoop:
         if self._checked_itself or not self._config.loss.needs_teacher:
             return
         self._checked_itself = True
-        detail = describe_self_check(self._learner.self_check(prepared.batches[0]))
+        batches = prepared.batches
+        compared = next((one for one in batches if one.targets is not None), batches[0])
+        detail = describe_self_check(self._learner.self_check(compared))
         self._log(EventRecord(step=completed, name="self-check", detail=detail))
 
     def _after_step(self, prepared: PreparedStep, train: TrainStep) -> None:

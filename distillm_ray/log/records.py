@@ -98,6 +98,8 @@ class StepRecord(TrainStep):
     psi: float = 0.0  # rollout rate
     mix: Mix = field(default_factory=Mix)
     rollout_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)  # drawn, by shelf
+    untargeted_sequences: int = 0  # of those drawn: no term compares them with the teacher
+    untargeted_tokens: int = 0  # of these sequences, prompts included
     fresh_age_mean: float = math.nan  # NaN without fresh samples
     fresh_age_max: int = 0
     replay_age_mean: float = math.nan  # NaN without replayed samples
@@ -120,6 +122,8 @@ class StepRecord(TrainStep):
             psi=draw.psi,
             mix=draw.mix,
             rollout_ids=draw.rollout_ids,
+            untargeted_sequences=draw.untargeted_sequences,
+            untargeted_tokens=draw.untargeted_tokens,
             fresh_age_mean=_mean(draw.fresh_ages),
             fresh_age_max=max(draw.fresh_ages, default=0),
             replay_age_mean=_mean(draw.replay_ages),

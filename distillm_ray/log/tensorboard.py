@@ -58,6 +58,8 @@ def scalars(record: Record, totals: Totals) -> Iterator[tuple[str, float]]:
             ):
                 for name, value in dataclasses.asdict(part).items():
                     values[f"{group}/{name}"] = value
+            if not record.mix.corpus:  # a run without a corpus has no curve of it
+                del values["mix/corpus"]
         case ValidationRecord():
             values = {"validation/loss": record.loss, "schedule/phi_next": record.phi}
         case PublishRecord():

@@ -25,6 +25,8 @@ class Totals:
     wait_seconds: float = 0.0
     publishes: int = 0
     mix: Mix = field(default_factory=Mix)  # sequences trained on
+    untargeted_sequences: int = 0  # trained on without the teacher
+    untargeted_tokens: int = 0
     work: Counters = field(default_factory=Counters)
     has_targets: bool = False  # the teacher scored a sequence, or a store held targets
 
@@ -56,7 +58,10 @@ class Totals:
                         fresh=self.mix.fresh + mix.fresh,
                         replay=self.mix.replay + mix.replay,
                         dataset=self.mix.dataset + mix.dataset,
+                        corpus=self.mix.corpus + mix.corpus,
                     ),
+                    untargeted_sequences=self.untargeted_sequences + record.untargeted_sequences,
+                    untargeted_tokens=self.untargeted_tokens + record.untargeted_tokens,
                     work=self.work.plus(work),
                     has_targets=self.has_targets
                     or work.scored_sequences > 0
@@ -67,20 +72,21 @@ class Totals:
 
     @property
     def target_reuse_sequences(self) -> float:
-        """1 - sequences scored / sequences trained on.
+        """1 - sequences scored / sequences trained on that a term compares with the teacher.
 
         Negative where more was scored than trained on, for example again after an eviction.
         NaN before the first step and in a run without teacher targets.
         """
-        return self._reuse(self.work.scored_sequences, self.mix.total)
+        trained = self.mix.total - self.untargeted_sequences
+        return self._reuse(self.work.scored_sequences, trained)
 
     @property
     def target_reuse_tokens(self) -> float:
-        """1 - positions the teacher computed / tokens trained on, prompts included in both.
+        """1 - positions the teacher computed / tokens of these sequences, prompts in both.
 
         Negative or NaN as `target_reuse_sequences`.
         """
-        return self._reuse(self.work.scored_tokens, self.tokens)
+        return self._reuse(self.work.scored_tokens, self.tokens - self.untargeted_tokens)
 
     def _reuse(self, scored: int, trained: int) -> float:
         return 1 - scored / trained if self.has_targets and trained else math.nan

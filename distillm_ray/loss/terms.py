@@ -19,11 +19,6 @@ from distillm_ray.types import Float32Array, Rollout, Source
 Normalize: TypeAlias = Literal["source", "tokens", "sequence"]
 
 
-def covers(term: Term, source: Source) -> bool:
-    """Whether the term holds on text of this source."""
-    return term.on in ("all", source.value)
-
-
 def term_names(terms: Sequence[Term]) -> tuple[str, ...]:
     """A unique name for each term, such as `skew_kl on all`, for logs and reports.
 
@@ -54,6 +49,9 @@ def term_weights(
     `loss.normalize` gives the covered tokens are divided by their sum, so that the term is the mean
     over the covered tokens, times its `weight`. It is 0 in a batch without covered tokens.
 
+    The corpus is normalized apart: its sequences change no weight of a response, and any term on it
+    is the mean over the corpus tokens, times its `weight`.
+
     Raises:
         ValueError: no rollout has a loss token.
 
@@ -83,7 +81,9 @@ def term_weights(
 
 
 def token_weights(rollouts: Sequence[Rollout], normalize: Normalize) -> tuple[Float32Array, ...]:
-    """The weight of each rollout's loss tokens before any term, `[num_loss_tokens]`; they sum to 1.
+    """The weight of each rollout's loss tokens before any term, `[num_loss_tokens]`.
+
+    The weights of all responses sum to 1, and so do those of the corpus, each for itself.
 
     `source`: the slots of the source / all slots, spread evenly over the source's loss tokens.
     `tokens`: one mean over all loss tokens. `sequence`: the mean of the sequences' means. A rollout
@@ -93,30 +93,33 @@ def token_weights(rollouts: Sequence[Rollout], normalize: Normalize) -> tuple[Fl
         ValueError: no rollout has a loss token.
     """
     counts = [rollout.num_loss_tokens for rollout in rollouts]
-    slots = sum(count > 0 for count in counts)
-    if slots == 0:
+    if not any(counts):
         raise ValueError(
             f"a global batch must have a token under the loss, got {len(rollouts)} sequences"
             " without one: there is nothing to learn from"
         )
-    slots_of, tokens_of = Counter(), Counter()
+    slots_of, tokens_of = Counter[Source](), Counter[Source]()
+    slots, total = Counter[bool](), Counter[bool]()  # of the responses, of the corpus
     for rollout, count in zip(rollouts, counts, strict=True):
+        apart = rollout.source is Source.CORPUS
         slots_of[rollout.source] += count > 0
         tokens_of[rollout.source] += count
-    total = sum(counts)
+        slots[apart] += count > 0
+        total[apart] += count
     weights = []
     for rollout, count in zip(rollouts, counts, strict=True):
         if count == 0:
             weight = 0.0
         else:
+            source = rollout.source
+            apart = source is Source.CORPUS
             match normalize:
                 case "source":
-                    source = rollout.source
-                    weight = slots_of[source] / slots / tokens_of[source]
+                    weight = slots_of[source] / slots[apart] / tokens_of[source]
                 case "tokens":
-                    weight = 1.0 / total
+                    weight = 1.0 / total[apart]
                 case "sequence":
-                    weight = 1.0 / slots / count
+                    weight = 1.0 / slots[apart] / count
         weights.append(np.full(count, weight, dtype=np.float64).astype(np.float32))
     return tuple(weights)
 
@@ -125,7 +128,7 @@ def _weights_in(
     term: Term, rollouts: Sequence[Rollout], weights: Sequence[Float32Array]
 ) -> list[Float32Array]:
     """One term's weights for each rollout."""
-    covered = [covers(term, rollout.source) for rollout in rollouts]
+    covered = [term.covers(rollout.source) for rollout in rollouts]
     share = 1.0
     if isinstance(term, SAMPLED):
         pairs = zip(weights, covered, strict=True)

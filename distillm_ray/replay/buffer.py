@@ -1,4 +1,4 @@
-"""The replay buffer: three shelves of sequences, and the sequences that each step takes.
+"""The replay buffer: shelves of sequences, and the sequences that each step takes.
 
     advance(completed) ──► demand opens ──► take_demand() ──► (generate, score) ──► add(rollout)
     report(validation) ──► phi rises ──────────┘  ▲                                     │
@@ -75,7 +75,7 @@ class ReplayBuffer:
         >>> for demand in buffer.take_demand():
         ...     buffer.add(replace(response, source=Source.STUDENT, ordinal=demand.ordinal))
         >>> buffer.draw(0).mix
-        Mix(fresh=2, replay=0, dataset=2)
+        Mix(fresh=2, replay=0, dataset=2, corpus=0)
         >>> buffer.advance(1)
         >>> buffer.counters.replay  # the fresh ones, after their one use as fresh
         2
@@ -88,6 +88,8 @@ class ReplayBuffer:
         demonstrations: Sequence[Rollout],
         schedule: Schedule,
         paired: bool = False,
+        corpus: Sequence[Rollout] = (),
+        corpus_batch: int = 0,
         batch_size: int,
         capacity: int,
         min_size: int,
@@ -100,6 +102,7 @@ class ReplayBuffer:
 
         Args:
             paired: every slot takes a fresh rollout and the data's response to the same prompt.
+            corpus_batch: sequences of `corpus` that every step takes besides its slots.
             capacity: sequences on the replay shelf.
             min_size: sequences that the replay shelf must hold before a slot replays one.
             sync_interval: steps between two publications of weights.
@@ -118,6 +121,11 @@ class ReplayBuffer:
                 "a replay buffer needs prompts, and data-set responses unless phi is 1, got"
                 f" {len(prompts)} and {len(demonstrations)}: a slot could never be filled"
             )
+        if bool(corpus) != (corpus_batch > 0):
+            raise ValueError(
+                "a corpus and corpus_batch come together, got"
+                f" {len(corpus)} sequences and {corpus_batch}: nothing could be drawn"
+            )
         self._schedule = schedule
         self._paired = paired
         self._batch_size = batch_size
@@ -133,17 +141,26 @@ class ReplayBuffer:
             "learner.batch_size": batch_size,
             "prompts": len(prompts),
             "data-set responses": len(demonstrations),
-            "digest of the data": digest(prompts, demonstrations),
         }
+        if corpus:
+            self._identity |= {
+                "data.corpus_batch": corpus_batch,
+                "pieces of the corpus": len(corpus),
+            }
+        self._identity["digest of the data"] = digest(prompts, (*demonstrations, *corpus))
 
         self._shelves = Shelves(
             prompts,
             demonstrations,
             paired=paired,
+            corpus=corpus,
+            corpus_batch=corpus_batch,
             batch_size=batch_size,
             capacity=capacity,
             seed=seed,
         )
+        self._corpus_batch = corpus_batch
+        self._announced_corpus = 0  # steps whose corpus was returned by `upcoming_dataset`
         self._ordinals = self._shelves.ordinals
         self._completed = 0
         self._next_step = 0
@@ -171,15 +188,22 @@ class ReplayBuffer:
         self._ordinals.lose(ordinal)
 
     def upcoming_dataset(self) -> list[Rollout]:
-        """Data-set sequences that the open steps will draw, each visit returned once.
+        """Data-set and corpus sequences that the open steps will draw, each visit returned once.
 
         Scored ahead of their step, so that the draw does not wait for the teacher.
         """
+        steps = self._undrawn_steps()
+        first = max(self._announced_corpus, steps.start)
+        self._announced_corpus = max(first, steps.stop)
+        corpus = [
+            one
+            for step in range(first, self._announced_corpus)
+            for one in self._shelves.corpus_of(step)
+        ]
         if self._paired:
-            return self._shelves.announce_pairs()
-        return self._shelves.announce(
-            sum(self._batch_size - self._num_student(step) for step in self._undrawn_steps())
-        )
+            return self._shelves.announce_pairs() + corpus
+        num_slots = sum(self._batch_size - self._num_student(step) for step in steps)
+        return self._shelves.announce(num_slots) + corpus
 
     @property
     def wants_weights(self) -> bool:
@@ -334,14 +358,15 @@ class ReplayBuffer:
         """
         state = BufferState.from_bytes(data)
         for name, value in self._identity.items():
-            if state.identity[name] != value:
+            saved = state.identity.get(name)
+            if saved != value:
                 raise ValueError(
                     f"{name} must be that of the saved buffer, got {value} instead of"
-                    f" {state.identity[name]}: the resumed run would draw different sequences"
+                    f" {saved}: the resumed run would draw different sequences"
                 )
         self._schedule = self._schedule.resumed_from(Schedule(**state.schedule))
         self._last_validation = state.last_validation
-        self._completed = self._next_step = state.step
+        self._completed = self._next_step = self._announced_corpus = state.step
         self._made.clear()
         # A run that was shortened on resume takes fewer ordinals than were promised.
         self._fresh_counts = {
@@ -402,6 +427,7 @@ class ReplayBuffer:
                 fresh=num_fresh,
                 replay=num_student - num_fresh,
                 dataset=num_fresh if self._paired else self._batch_size - num_student,
+                corpus=self._corpus_batch,
             ),
             sequences=taken.sequences,
         )

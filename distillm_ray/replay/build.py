@@ -11,14 +11,19 @@ from distillm_ray.types import Prompt, Rollout
 
 
 def build_buffer(
-    config: Config, prompts: Sequence[Prompt], demonstrations: Sequence[Rollout]
+    config: Config,
+    prompts: Sequence[Prompt],
+    demonstrations: Sequence[Rollout],
+    corpus: Sequence[Rollout],
 ) -> ReplayBuffer:
-    """The buffer of a run, before the first draw."""
+    """The buffer of a run, before the first draw. `corpus` holds its pieces."""
     return ReplayBuffer(
         prompts=prompts,
         demonstrations=demonstrations,
         schedule=Schedule.from_config(config.schedule, total_steps=config.learner.num_steps),
         paired=isinstance(config.schedule, PairedSchedule),
+        corpus=corpus,
+        corpus_batch=config.data.corpus_batch or 0,
         batch_size=config.learner.batch_size,
         capacity=config.replay.capacity,
         min_size=config.replay_min_size,

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     REPLAY = 1  # index: step
     PROMPTS = 2  # index: epoch over the prompts of fresh rollouts
     DEMONSTRATIONS = 3  # index: epoch over the data-set responses
+    CORPUS = 4  # index: epoch over the pieces of the corpus
 
 
 def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""The three shelves: data-set responses, fresh rollouts and replayed rollouts.
+"""The shelves: data-set responses, fresh rollouts, replayed rollouts, and the corpus beside them.
 
 draw.py decides which shelf each slot takes from; this module takes the sequences.
 """
@@ -27,13 +27,13 @@ class Position:
 class Taken:
     """The sequences that a step took, and the shelves before it."""
 
-    sequences: tuple[DrawnSequence, ...]  # in slot order
+    sequences: tuple[DrawnSequence, ...]  # in slot order, then the corpus
     fresh: tuple[Rollout, ...]
     before: Position
 
 
 class Shelves:
-    """Fresh rollouts by ordinal, the replay shelf, and an endless walk over the data set."""
+    """Fresh rollouts by ordinal, the replay shelf, and endless walks over data set and corpus."""
 
     def __init__(
         self,
@@ -41,6 +41,8 @@ class Shelves:
         demonstrations: Sequence[Rollout],
         *,
         paired: bool = False,
+        corpus: Sequence[Rollout] = (),
+        corpus_batch: int = 0,
         batch_size: int,
         capacity: int,
         seed: int,
@@ -48,6 +50,8 @@ class Shelves:
         """`capacity` limits the replay shelf, which drops its oldest sequence first.
 
         With `paired`, each fresh rollout is taken together with the demonstration of its prompt.
+        Every step also takes `corpus_batch` sequences of the corpus. Which ones depends on seed and
+        step alone, so no position of the corpus is saved.
         """
         self.ordinals = Ordinals(prompts, seed=seed)
         self._demonstrations = demonstrations
@@ -57,6 +61,9 @@ class Shelves:
         self._announced = 0
         self._batch_size = batch_size
         self._seed = seed
+        self._corpus = corpus
+        self._corpus_batch = corpus_batch
+        self._corpus_order = EpochOrder(seed=seed, stream=Stream.CORPUS, size=len(corpus))
         self._partners = {one.prompt_id: one for one in demonstrations} if paired else None
 
     @property
@@ -88,8 +95,14 @@ class Shelves:
         prompts = self.ordinals.prompts(start, self._announced)
         return [partners[prompt.prompt_id] for prompt in prompts]
 
+    def corpus_of(self, step: int) -> list[Rollout]:
+        """The sequences that the corpus adds to the batch of a step."""
+        start = step * self._corpus_batch
+        indices = self._corpus_order.indices(start, start + self._corpus_batch)
+        return [self._corpus[index] for index in indices]
+
     def take(self, step: int, *, num_fresh: int, num_student: int) -> Taken:
-        """Fill the slots of a step. Its fresh rollouts then move to the replay shelf."""
+        """Fill the batch of a step. Its fresh rollouts then move to the replay shelf."""
         before = self.position
         num_replay = num_student - num_fresh
         num_dataset = self._batch_size - num_student
@@ -104,14 +117,18 @@ class Shelves:
         }
         self._replay.extend(fresh)
         self._dataset_position += num_dataset
+        corpus = tuple(_drawn(one, Shelf.CORPUS, step) for one in self.corpus_of(step))
         if self._partners is not None:
             assert num_replay == num_dataset == 0, "pairs have no other slots"
             pairs = [(self._partners[one.prompt_id], one) for one in fresh]
             return Taken(
-                sequences=tuple(
-                    _drawn(one, shelf, step)
-                    for pair in pairs
-                    for one, shelf in zip(pair, (Shelf.DATASET, Shelf.FRESH), strict=True)
+                sequences=(
+                    *(
+                        _drawn(one, shelf, step)
+                        for pair in pairs
+                        for one, shelf in zip(pair, (Shelf.DATASET, Shelf.FRESH), strict=True)
+                    ),
+                    *corpus,
                 ),
                 fresh=fresh,
                 before=before,
@@ -122,7 +139,7 @@ class Shelves:
             num_student=num_student,
         )
         return Taken(
-            sequences=tuple(_drawn(next(supply[shelf]), shelf, step) for shelf in slots),
+            sequences=(*(_drawn(next(supply[shelf]), shelf, step) for shelf in slots), *corpus),
             fresh=fresh,
             before=before,
         )
@@ -139,5 +156,6 @@ class Shelves:
 
 
 def _drawn(rollout: Rollout, shelf: Shelf, step: int) -> DrawnSequence:
-    age = 0 if shelf is Shelf.DATASET else step - rollout.version
+    is_data = shelf in (Shelf.DATASET, Shelf.CORPUS)
+    age = 0 if is_data else step - rollout.version
     return DrawnSequence(rollout=rollout, shelf=shelf, age=age)

@@ -38,7 +38,8 @@ from distillm_ray.types import Mix
 
 _NUM_EVENTS = 4
 _SMOOTHING = 0.1  # weight of the newest step in the average behind the remaining time
-_FRESH, _REPLAY, _DATASET = "#e69f00", "#56b4e9", "#999999"  # colors of the shelves
+# Colors of the shelves.
+_FRESH, _REPLAY, _DATASET, _CORPUS = "#e69f00", "#56b4e9", "#999999", "#009e73"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +100,11 @@ def line(record: Record, total_steps: int) -> str:
     """One record as a line of a log."""
     match record:
         case StepRecord(mix=mix, buffer=buffer):
+            corpus = f" + {mix.corpus} corpus" if mix.corpus else ""
             text = (
                 f"step {record.step}/{total_steps}  loss {record.loss:.4f}"
                 f"  lr {record.learning_rate:.2e}  phi {record.phi:.2f}"
-                f"  mix {mix.fresh}/{mix.replay}/{mix.dataset}"
+                f"  mix {mix.fresh}/{mix.replay}/{mix.dataset}{corpus}"
                 f"  replay {buffer.replay}  in flight {buffer.in_flight}"
                 f"  tokens {record.tokens}"
                 f"  {record.seconds:.1f} s (waited {record.wait_seconds:.1f})"
@@ -148,12 +150,17 @@ def percent(share: float) -> str:
 
 
 def mix_bar(mix: Mix, width: int) -> Text:
-    """A bar of `width` cells in proportion to fresh, replay and data set; empty for no slots."""
+    """A bar of `width` cells in proportion to the shelves; empty without sequences."""
     bar = Text()
     if mix.total == 0:
         return bar
     drawn, cells = 0, 0
-    for color, count in ((_FRESH, mix.fresh), (_REPLAY, mix.replay), (_DATASET, mix.dataset)):
+    for color, count in (
+        (_FRESH, mix.fresh),
+        (_REPLAY, mix.replay),
+        (_DATASET, mix.dataset),
+        (_CORPUS, mix.corpus),
+    ):
         drawn += count
         upto = round(width * drawn / mix.total)
         bar.append("█" * (upto - cells), style=color)
@@ -210,6 +217,8 @@ def _numbers(view: View) -> Table:
         mix.append(f"  fresh {step.mix.fresh}", style=_FRESH)
         mix.append(f"  replay {step.mix.replay}", style=_REPLAY)
         mix.append(f"  data set {step.mix.dataset}", style=_DATASET)
+        if step.mix.corpus:
+            mix.append(f"  corpus {step.mix.corpus}", style=_CORPUS)
         table.add_row("mix", mix)
         buffer = step.buffer
         published = "" if view.version is None else f"   newest weights: version {view.version}"

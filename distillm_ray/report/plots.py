@@ -169,7 +169,10 @@ def draw_phi(ax: Axes, records: Sequence[Record]) -> None:
 
 
 def draw_mix(ax: Axes, records: Sequence[Record]) -> None:
-    """Share of the shelves in each global batch, beside the shares that the schedule asked for."""
+    """Share of the shelves in the slots of each batch, beside what the schedule asked for.
+
+    What a corpus adds to every batch is left out: the schedule does not ask for it.
+    """
     steps, at = _steps(records)
     shares = np.array([[r.mix.fresh, r.mix.replay, r.mix.dataset] for r in steps], dtype=float)
     shares = shares.reshape(-1, 3)
@@ -184,7 +187,8 @@ def draw_mix(ax: Axes, records: Sequence[Record]) -> None:
     ax.step(at, [r.phi for r in steps], color="black", linewidth=1.2, where="mid", label="phi")
     ax.plot(at, [r.psi for r in steps], color="black", linewidth=1.2, linestyle="--", label="psi")
     ax.set_ylim(0, 1)
-    ax.set_ylabel("share of the batch")
+    has_corpus = any(r.mix.corpus for r in steps)
+    ax.set_ylabel(f"share of the batch{' without the corpus' if has_corpus else ''}")
     ax.legend(loc="upper right", ncols=5, frameon=True, framealpha=0.85, edgecolor="none")
     ax.grid(visible=False)
     _finish(ax, "Mix drawn", records)

@@ -121,10 +121,12 @@ def _seconds(summary: Summary) -> Table:
             f"{work.scored_tokens:,} tokens in {work.scored_sequences:,} sequences\n"
             f"target reuse: {percent(summary.target_reuse_sequences)} of the sequences,"
             f" {percent(summary.target_reuse_tokens)} of the tokens trained on"
+            + (" with targets" if totals.untargeted_sequences else "")
         )
     learned = (
         f"{totals.tokens:,} tokens: {mix.fresh:,} fresh, {mix.replay:,} replayed,"
         f" {mix.dataset:,} data-set sequences"
+        + (f", {mix.corpus:,} of the corpus" if mix.corpus else "")
     )
     published = f"{totals.publishes} versions published"
     for name, seconds, done in (

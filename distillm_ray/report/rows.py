@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distillm_ray.data.corpus import Corpus
+from distillm_ray.data.splits import Splits
 from distillm_ray.files import write_atomically
 from distillm_ray.types import Prompt, Rollout
 
@@ -38,16 +40,25 @@ def describe_rows(
     return "\n".join(_describe(one, tokenizer, end_token_ids) for one in rows)
 
 
+def describe_pieces(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first pieces of the corpus, likewise. A document that goes on in the next has no end."""
+    return describe_rows(corpus.pieces[:NUM_ROWS], tokenizer, (corpus.end_token_id,))
+
+
 def write_first_rows(
     directory: Path,
-    rows: Sequence[Rollout] | Sequence[Prompt],
+    splits: Splits,
     tokenizer: PreTrainedTokenizerBase,
     end_token_ids: Collection[int],
 ) -> list[str]:
     """Write the first rows of a run's data to a file; returns the first of them, for the screen."""
+    rows = splits.train.rows
     first = rows[:NUM_ROWS]
     path = directory / ROWS_FILE
-    write_atomically(path, f"{describe_rows(first, tokenizer, end_token_ids)}\n".encode())
+    text = describe_rows(first, tokenizer, end_token_ids)
+    if splits.corpus is not None:
+        text += f"\n\n{describe_pieces(splits.corpus, tokenizer)}"
+    write_atomically(path, f"{text}\n".encode())
     head = f"the first of {len(rows)} rows, as the models see it (more in {path}):"
     return [head, *describe_rows(first[:1], tokenizer, end_token_ids).splitlines()]
 

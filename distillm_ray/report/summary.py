@@ -46,12 +46,13 @@ class Summary:
     best_validation_loss: float = math.nan
     last_validation_loss: float = math.nan
     final_phi: float = 0.0
-    student_share: float = 0.0  # fresh and replayed sequences / sequences trained on
+    student_share: float = 0.0  # fresh and replayed / all responses trained on, without the corpus
     packing_efficiency: float = math.nan  # tokens / positions computed by the learners
     fresh_age_mean: float = math.nan
     fresh_age_max: int = 0
-    target_reuse_sequences: float = math.nan  # 1 - sequences scored / sequences trained on
-    target_reuse_tokens: float = math.nan  # 1 - tokens the teacher computed / trained on
+    # 1 - scored / trained on, of the sequences that a term compares with the teacher.
+    target_reuse_sequences: float = math.nan
+    target_reuse_tokens: float = math.nan
     totals: Totals = field(default_factory=Totals)
     notes: tuple[str, ...] = ()
 
@@ -105,7 +106,7 @@ def summarize(run: Run) -> Summary:
     last = next((r for r in reversed(run.records) if isinstance(r, DoneRecord | StartRecord)), None)
     done = last if isinstance(last, DoneRecord) else None
     losses = [record.loss for record in validations]
-    drawn = totals.mix.total
+    drawn = totals.mix.responses
     with_fresh = [record for record in steps if record.mix.fresh]
     age_sum = sum(record.mix.fresh * record.fresh_age_mean for record in with_fresh)
     return Summary(

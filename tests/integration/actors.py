@@ -135,6 +135,7 @@ def start_links(
         buffer=buffer,
         prompts=data[0],
         demonstrations=data[1],
+        corpus=ray.put(()),
         log=log or remote_log(config.run.directory),
         scorers=scorers,
         stores=stores,

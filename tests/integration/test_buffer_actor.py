@@ -115,7 +115,7 @@ def test_a_restored_buffer_ignores_work_of_an_earlier_incarnation(tmp_path: Path
     buffer = remote_buffer(config)
 
     def restore(incarnation: int) -> bool:
-        call = buffer.restore.remote(incarnation, None, *data_of(NAMES))
+        call = buffer.restore.remote(incarnation, None, *data_of(NAMES), ())
         return get(call)
 
     assert not restore(1)

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ from distillm_ray.data.files import find_files
 from distillm_ray.data.templates import Renderer
 from distillm_ray.log.records import ProbeRecord, StepRecord, ValidationRecord
 from distillm_ray.run_directory import MODEL_FOLDER
-from tests.integration.tiny import LIMIT_S, Driver, drawn, make_config, records
+from tests.integration.tiny import LIMIT_S, Driver, drawn, make_config, make_corpus, records
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(2 * LIMIT_S)]
 
@@ -57,6 +58,15 @@ METHODS = {
     ),
     "distillm2": ("method=distillm2", "learner={optimizer: sgd, learning_rate: 0.3}"),
     "minillm": ("method=minillm", "learner={optimizer: sgd, learning_rate: 0.1}"),
+    # The teacher scores what the student wrote and the corpus, not the data set beside them.
+    "corpus": (
+        "schedule={type: fixed, phi: 0.5, replay_ratio: none}",
+        "loss.terms=[{on: student, type: forward_kl}, {type: cross_entropy},"
+        " {on: corpus, type: forward_kl, weight: 0.5}]",
+        "data.corpus=[corpus.jsonl]",
+        "data.corpus_batch=3",
+        "learner={optimizer: sgd, learning_rate: 0.1}",
+    ),
     "prompts": (
         "method=opd",
         "learner={optimizer: sgd, learning_rate: 0.1}",
@@ -88,6 +98,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 if parameter.ndim == 2:
                     parameter.mul_(10.0)
         model.save_pretrained(path.parent / name)
+    make_corpus(path.parent / "corpus.jsonl", 10)
     for source, target in (("train", "prompts"), ("validation", "held_out_prompts")):
         rows = map(json.loads, (path.parent / f"{source}.jsonl").read_text().splitlines())
         prompts = [json.dumps({"prompt": row["prompt"]}) for row in rows]
@@ -143,6 +154,7 @@ def test_every_step_draws_the_same_sequences(pair: Pair) -> None:
             "sft": {"dataset"},
             "distillm2": {"fresh", "dataset"},
             "minillm": {"fresh"},
+            "corpus": {"fresh", "dataset", "corpus"},
             "prompts": {"fresh"},
         }[pair.method]
     )
@@ -233,6 +245,9 @@ def test_data_read_in_process_are_those_that_ray_data_reads(config: Path, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(config.parent / "student")
     files = find_files(settings.train, "train")
     renderer = Renderer(tokenizer, settings)
-    in_process = tokenizing.tokenize_files(files, renderer, settings, True)
-    assert in_process.equals(ray_data.tokenize_files(files, renderer, settings, True))
+    tokenize = partial(
+        tokenizing.tokenize_rows, renderer=renderer, config=settings, require_responses=True
+    )
+    in_process = tokenizing.map_files(files, tokenize)
+    assert in_process.equals(ray_data.map_files(files, tokenize))
     assert in_process["kind"].to_pylist().count(None) == in_process.num_rows - 3

@@ -66,6 +66,15 @@ def make_rows(path: Path, count: int, *, start: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def make_corpus(path: Path, count: int) -> None:
+    """Documents that count upwards from different numbers."""
+    texts = [
+        " and ".join(NUMBERS[(start + offset) % 10] for offset in range(9 + start % 4))
+        for start in range(count)
+    ]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
 def make_config(directory: Path, *, steps: int, batch_size: int) -> Path:
     """Models, data and a config for them, with `run` beside it; returns the config's path."""
     make_model(directory / "teacher", seed=1)
