@@ -59,6 +59,8 @@ from distillm_ray.log.records import (
     StepRecord,
     ValidationRecord,
 )
+from distillm_ray.loss.curriculum import first_anchors, next_anchors
+from distillm_ray.loss.terms import loss_at
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory
@@ -271,6 +273,7 @@ def distil(
 
     # ---- The loop -------------------------------------------------------------------------------
 
+    anchors = first_anchors(config.loss.terms)  # of curricula; distributed: in the checkpoint
     skipped_in_a_row = 0
     for step in range(config.learner.steps):
         if step % config.validation.interval == 0:
@@ -300,7 +303,8 @@ def distil(
         # slot alone. Every token then gets its weight in every term of the loss, and the sequences
         # are packed into rows. Distributed: the same, for all ranks at once.
         draw = buffer.draw(step)
-        plan = plan_step(draw, num_ranks=1, max_micro_batch_tokens=max_tokens, loss=config.loss)
+        loss = loss_at(config.loss, step, num_steps=config.learner.steps)
+        plan = plan_step(draw, num_ranks=1, max_micro_batch_tokens=max_tokens, loss=loss)
         (micro_batches,) = plan.ranks
 
         # Score what the store does not hold. The teacher never changes, so a replayed response, a
@@ -319,14 +323,15 @@ def distil(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         student.train()
-        statistics = StepStatistics(config.loss.terms, device)
+        statistics = StepStatistics(loss.terms, device)
         for micro_batch in micro_batches:
             batch = pack(micro_batch, targets)
-            request = training_request(batch, config.loss, frozen_head, device)
+            request = training_request(batch, loss, frozen_head, device, anchors=anchors)
             result = run_row(student, batch, request, device)
             result.loss.backward()
             statistics.add(batch, result)
         totals = statistics.reduce(step + 1, wait_seconds=scored - started)
+        anchors = next_anchors(anchors, loss.terms, statistics.gaps)
         norm = float(nn.utils.clip_grad_norm_(parameters, config.learner.max_gradient_norm))
         skipped = not (math.isfinite(totals.loss) and math.isfinite(norm))
         if not skipped:

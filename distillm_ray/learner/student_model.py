@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from distillm_ray.config import LoraConfig, LossConfig, StudentConfig
 from distillm_ray.errors import ConfigError, ModelError
+from distillm_ray.loss.curriculum import Anchors, anchor_gaps, first_anchors
 from distillm_ray.loss.distillation_head import DistillationHead, install_distillation_head
 from distillm_ray.loss.head_loss import HeadLoss, LossRequest, WeightedTerm
 from distillm_ray.loss.teacher_tensors import teacher_tensors
@@ -76,17 +77,28 @@ def run_row(
 
 
 def training_request(
-    batch: LearnerBatch, loss: LossConfig, teacher_head: FrozenHead | None, device: torch.device
+    batch: LearnerBatch,
+    loss: LossConfig,
+    teacher_head: FrozenHead | None,
+    device: torch.device,
+    *,
+    anchors: Anchors | None = None,
 ) -> LossRequest:
-    """All terms of the loss, with the weights that the batch brings."""
+    """All terms of the loss, with the weights that the batch brings.
+
+    `anchors` are those of the loss's curricula; None: no step was taken yet.
+    """
     teacher = None
     if loss.needs_teacher:
         assert batch.targets is not None, f"no teacher targets for {batch.rollout_ids}"
         teacher = teacher_tensors(batch.targets, teacher_head, device)
+    gaps = anchor_gaps(anchors or first_anchors(loss.terms), loss.terms)
     return LossRequest(
         terms=tuple(
-            WeightedTerm(term=term, weights_N=_to_device(weights_N, torch.float32, device))
-            for term, weights_N in zip(loss.terms, batch.term_weights_N, strict=True)
+            WeightedTerm(
+                term=term, weights_N=_to_device(weights_N, torch.float32, device), anchor=gap
+            )
+            for term, weights_N, gap in zip(loss.terms, batch.term_weights_N, gaps, strict=True)
         ),
         teacher=teacher,
         labels_N=_to_device(batch.labels_N, torch.int64, device),
