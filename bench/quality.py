@@ -8,10 +8,10 @@ pairs that people wrote, JSONL with `prompt` and `response`, and fine-tunes the 
 student is healed by supervised fine-tuning before any method starts, as in the DistiLLM paper.
 
 Every run is `distillm-ray train method=NAME` with vLLM generators, on-policy baselines included,
-and every model is scored by `distillm-ray evaluate`, greedy. Cost is counted in busy seconds: those
-in which learners, generators and scorers compute, as `distillm-ray compare` counts them. The
+and every model is scored by `distillm-ray evaluate`, greedy. Cost is the CPU seconds of all
+processes of a run from its first step on, which other work on the machine changes little. The
 teacher's responses for seqkd are written before the runs and not counted. At equal cost, a method
-takes as many steps as fit into the busy seconds of DistiLLM with skew KL.
+takes as many steps as fit into the CPU seconds of DistiLLM with skew KL.
 
 Finished runs are kept in runs/quality-NAME; the same command continues.
 """
@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 from _common import REPOSITORY, RESULTS, write
-from _runs import draw_quality, once, product, spread
+from _runs import draw_quality, once, product, spread, training_cpu_seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -83,8 +83,7 @@ class Outcome:
     validation_loss: float
     rouge_l: float
     exact_match: float
-    busy_seconds: float
-    training_seconds: float
+    cpu_seconds: float
     generated_tokens: int
     scored_tokens: int
 
@@ -151,10 +150,14 @@ class Laboratory:
             "checkpoint": {"interval": 1000},
         }
 
-    def train(self, directory: Path, *overrides: str) -> None:
-        """A run; an interrupted one goes on, a finished one returns at once."""
+    def train(self, directory: Path, *overrides: str) -> float:
+        """A run; returns the CPU seconds of its training. An interrupted one begins again."""
+        shutil.rmtree(directory, ignore_errors=True)
         log = directory.with_suffix(".log")
-        product(log, "train", str(self.config), f"run.directory={directory}", *overrides)
+        log.unlink(missing_ok=True)
+        return training_cpu_seconds(
+            log, "train", str(self.config), f"run.directory={directory}", *overrides
+        )
 
     def evaluate(self, model: Path, output: Path) -> dict[str, Any]:
         """The scores of a model directory, as `evaluation.json` has them."""
@@ -162,7 +165,7 @@ class Laboratory:
             product(
                 output.with_suffix(".evaluate.log"),
                 *("evaluate", str(self.config), f"run.directory={output}"),
-                *("--model", str(model), "--output", str(output / EVALUATION_FILE)),
+                *("--model", str(model), "--output", str(output)),
             )
         models = json.loads((output / EVALUATION_FILE).read_text())["models"]
         (scores,) = models.values()
@@ -211,7 +214,7 @@ class Laboratory:
             overrides = [*RUNS[method], f"run.seed={seed}", f"learner.steps={steps}"]
             if METHODS[method.partition("-")[0]].get("data", {}).get("responses") == "teacher":
                 overrides.append(f"data.train=[{self.respond()}]")
-            self.train(directory, *overrides)
+            cpu_seconds = self.train(directory, *overrides)
             totals = Totals.of(read_records(directory / FILE_NAME))
             scores = self.evaluate(directory / "model", directory)
             outcome = Outcome(
@@ -221,10 +224,7 @@ class Laboratory:
                 validation_loss=scores["validation_loss"],
                 rouge_l=scores["rouge_l"]["mean"],
                 exact_match=scores["exact_match"]["mean"],
-                busy_seconds=totals.learn_seconds
-                + totals.work.generate_seconds
-                + totals.work.score_seconds,
-                training_seconds=totals.learn_seconds + totals.wait_seconds,
+                cpu_seconds=cpu_seconds,
                 generated_tokens=totals.work.generated_tokens,
                 scored_tokens=totals.work.scored_tokens,
             )
@@ -235,7 +235,7 @@ class Laboratory:
 
 def table_of(title: str, by_method: dict[str, list[Outcome]]) -> Table:
     """A row a method, mean ± standard deviation over seeds."""
-    names = ("steps", "validation loss", "ROUGE-L", "exact %", "busy s", "generated", "scored")
+    names = ("steps", "validation loss", "ROUGE-L", "exact %", "CPU-s", "generated", "scored")
     table = Table("method", title=title)
     for name in names:
         table.add_column(name, justify="right")
@@ -246,7 +246,7 @@ def table_of(title: str, by_method: dict[str, list[Outcome]]) -> Table:
             spread([one.validation_loss for one in outcomes], 4),
             spread([one.rouge_l for one in outcomes], 1),
             spread([one.exact_match for one in outcomes], 1),
-            f"{statistics.median(one.busy_seconds for one in outcomes):.0f}",
+            f"{statistics.median(one.cpu_seconds for one in outcomes):.0f}",
             f"{statistics.median(one.generated_tokens for one in outcomes):,.0f}",
             f"{statistics.median(one.scored_tokens for one in outcomes):,.0f}",
         )
@@ -263,7 +263,7 @@ def run_all(lab: Laboratory, steps: dict[str, int], seeds: int) -> dict[str, lis
             print(
                 f"{time.strftime('%H:%M')} {method}, seed {seed}, {count} steps:"
                 f" loss {outcome.validation_loss:.4f}, ROUGE-L {outcome.rouge_l:.1f},"
-                f" {outcome.busy_seconds:.0f} busy seconds",
+                f" {outcome.cpu_seconds:.0f} CPU-seconds",
                 flush=True,
             )
     return found
@@ -317,24 +317,24 @@ def main() -> None:
     equal_cost: dict[str, list[Outcome]] = {}
     if DISTILLM in methods and not arguments.quick:
         cost = {
-            method: statistics.median(one.busy_seconds for one in outcomes)
+            method: statistics.median(one.cpu_seconds for one in outcomes)
             for method, outcomes in by_method.items()
         }
         steps = {
             method: max(10, round(size.steps * cost[DISTILLM] / cost[method])) for method in methods
         }
         equal_cost = run_all(lab, steps, seeds)
-        tables.append(table_of(f"equal cost: {cost[DISTILLM]:.0f} busy seconds", equal_cost))
+        tables.append(table_of(f"equal cost: {cost[DISTILLM]:.0f} CPU-seconds", equal_cost))
     for table in tables:
         Console(width=120).print(table)
     draw_quality(
         {
-            method: [(one.busy_seconds, one.rouge_l) for one in outcomes]
+            method: [(one.cpu_seconds, one.rouge_l) for one in outcomes]
             for method, outcomes in by_method.items()
         },
         {"student before": before["rouge_l"]["mean"], "teacher": teacher["rouge_l"]["mean"]},
         RESULTS / f"{name}.png",
-        xlabel="busy seconds of all roles",
+        xlabel="CPU-seconds of all roles",
         ylabel="ROUGE-L",
     )
     write(

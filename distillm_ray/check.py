@@ -85,6 +85,7 @@ def check(config: Config, preflight: Preflight, say: Say) -> None:
         tokenize=partial(tokenize_files, max_rows=MAX_ROWS),
         vocabulary_size=preflight.vocabulary_size,
     )
+    config = config.with_rows(len(splits.train.prompts))
     train = splits.train
     say(f"\ndata; read were at most {MAX_ROWS:,} rows of each file")
     for line in opening_lines(config, splits, tokenizer):

@@ -295,6 +295,29 @@ def compare(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.", parser=_path)],
+    checkpoint: Annotated[
+        str, typer.Option(help="best, latest, or the step of a checkpoint.")
+    ] = "best",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The directory to make; RUN/model-step-N by default.", parser=_path),
+    ] = None,
+) -> None:
+    """A model directory from a checkpoint of a run, finished or stopped."""
+    with _user_errors():
+        _quiet()
+        from transformers.utils.logging import disable_progress_bar
+
+        from distillm_ray import checkpoint_export
+
+        disable_progress_bar()  # of loading weights
+        for line in checkpoint_export.export(run, checkpoint, output):
+            typer.echo(line)
+
+
+@app.command()
 def doctor() -> None:
     """What this machine or cluster can run, and what is missing."""
     with _user_errors():
@@ -340,7 +363,7 @@ def _load(path: Path, overrides: list[str] | None) -> Config:
 def _view(config: Config) -> Iterator[ConsoleView]:
     from distillm_ray.report.console import ConsoleView
 
-    view = ConsoleView(config.learner.steps)
+    view = ConsoleView(config.learner.steps or 0)  # of epochs: known when the data is read
     try:
         yield view
     finally:

@@ -11,6 +11,7 @@ must keep its value (`learner/resume.py` compares them).
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from datetime import datetime
@@ -28,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from distillm_ray.errors import ConfigError
 from distillm_ray.methods import MethodName
 
 T = TypeVar("T")
@@ -656,7 +658,8 @@ class LearnerConfig(ProcessConfig):
 
     workers: MayChange[Positive] = 1  # with zero_stage 0 only
     zero_stage: MayChange[Annotated[Integer, Field(ge=0, le=3)]] = 1  # between 1 and 2 only
-    steps: MayChange[Positive]
+    steps: MayChange[Positive | None] = None  # optimizer steps; with epochs: at most
+    epochs: MayChange[Above0 | None] = None  # passes over data.train, if every slot were of it
     batch_size: Positive  # sequences of the global batch
     max_micro_batch_tokens: MayChange[Positive] = 8192  # of one packed row
     learning_rate: MayChange[Above0] = 1e-5
@@ -672,8 +675,17 @@ class LearnerConfig(ProcessConfig):
     data_timeout_s: MayChange[Above0] = 1800.0  # waiting for one step's samples, while training
     max_restarts: MayChange[NonNegative] = 3  # of the group, from the last checkpoint
 
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run. `Config.with_rows` has made them of epochs."""
+        assert self.steps is not None, "the steps of an epoch are not known before the data"
+        return self.steps
+
 
 # ---- the rest ----------------------------------------------------------------------------------
+
+
+ValidationMetric: TypeAlias = Literal["loss", "rouge_l"]
 
 
 class ValidationConfig(Section):
@@ -682,6 +694,45 @@ class ValidationConfig(Section):
     interval: Positive = 100  # optimizer steps
     max_prompts: Positive | None = None  # None: the whole split
     probe_prompts: MayChange[NonNegative] = 4  # responses in the log where weights are new
+    # Which of two checkpoints is the better one, for `model-best/` and stop.patience: the lower
+    # loss, or the higher ROUGE-L of the responses to `probe_prompts` prompts.
+    metric: MayChange[ValidationMetric] = "loss"
+
+    @model_validator(mode="after")
+    def _has_probes(self) -> ValidationConfig:
+        if self.metric == "rouge_l" and not self.probe_prompts:
+            raise ValueError(
+                "probe_prompts must be at least 1 with metric: rouge_l, got 0: there would be no"
+                " response to score; some hundreds tell checkpoints apart"
+            )
+        return self
+
+
+class StopConfig(Section):
+    """What ends training before its last step, with a checkpoint and a complete run.
+
+    A step is finished before its budget is looked at, and what steps lost to a restart have cost
+    counts as well. A raised budget goes on where the run has ended.
+    """
+
+    patience: MayChange[Positive | None] = None  # validations in a row that improve nothing
+    min_improvement: MayChange[Amount] = 0.0  # of validation.metric: nats, or points of ROUGE-L
+    max_seconds: MayChange[Above0 | None] = None  # of training
+    max_generated_tokens: MayChange[Positive | None] = None
+    max_teacher_tokens: MayChange[Positive | None] = None  # positions, prompts included
+
+    @property
+    def is_set(self) -> bool:
+        """Whether any rule is."""
+        return any(
+            limit is not None
+            for limit in (
+                self.patience,
+                self.max_seconds,
+                self.max_generated_tokens,
+                self.max_teacher_tokens,
+            )
+        )
 
 
 class HeldOutLossConfig(ProcessConfig):
@@ -704,7 +755,7 @@ class EvaluationConfig(Section):
     num_samples_shown: NonNegative = 10  # before/after samples in the run directory
     at_end: MayChange[bool] = True  # evaluate before and after training; may be turned off only
     student: MayChange[GeneratorPoolConfig] = GeneratorPoolConfig()
-    teacher: MayChange[GeneratorPoolConfig] = GeneratorPoolConfig()
+    teacher: MayChange[GeneratorPoolConfig | None] = GeneratorPoolConfig()  # None: not evaluated
     held_out_loss: MayChange[HeldOutLossConfig] = HeldOutLossConfig()
 
 
@@ -712,7 +763,8 @@ class CheckpointConfig(Section):
     """When the run's state is saved, and how many checkpoints are kept."""
 
     interval: MayChange[Positive] = 500  # optimizer steps
-    keep: MayChange[Positive] = 2  # the newest ones; the best by validation loss is always kept too
+    keep: MayChange[Positive] = 2  # the newest ones; the best by validation.metric is kept too
+    at_best: MayChange[bool] = False  # also after every validation that is the best so far
 
 
 class RunConfig(Section):
@@ -744,6 +796,7 @@ class Config(Section):
     replay: ReplayConfig = ReplayConfig()
     targets: TargetsConfig = TargetsConfig()
     validation: ValidationConfig = ValidationConfig()
+    stop: StopConfig = StopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     generate: GenerateConfig = GenerateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -810,8 +863,14 @@ class Config(Section):
 
     @property
     def wants_generators(self) -> bool:
-        """Whether a run generates: rollouts, or responses to evaluate the student."""
-        return self.wants_rollouts or self.evaluation.at_end
+        """Whether a run generates: rollouts, or responses to score the student."""
+        return self.wants_rollouts or self.evaluation.at_end or self.validation.metric == "rouge_l"
+
+    @property
+    def evaluates_teacher(self) -> bool:
+        """Whether a run scores the teacher after training."""
+        section = self.evaluation
+        return section.at_end and section.teacher is not None and self.teacher is not None
 
     @property
     def longest_response(self) -> int:
@@ -821,6 +880,27 @@ class Config(Section):
             self.rollout.sampling.limit,
             self.evaluation.sampling.limit,
         )
+
+    def with_rows(self, num_rows: int) -> Config:
+        """The config with `learner.steps` for a training set of `num_rows` prompts.
+
+        Steps beside epochs are an upper limit, so that a saved config reads back as it was.
+
+        Raises:
+            ConfigError: the warm-up is as long as the run.
+        """
+        learner = self.learner
+        if learner.epochs is None:
+            return self
+        steps = math.ceil(learner.epochs * num_rows / learner.batch_size)
+        steps = min(steps, learner.steps or steps)
+        if learner.warmup_steps >= steps:
+            raise ConfigError(
+                f"learner.warmup_steps must be below the steps of learner.epochs ="
+                f" {learner.epochs:g}, got {learner.warmup_steps} >= {steps} ({num_rows:,} rows in"
+                f" batches of {learner.batch_size}): the learning rate would never reach its peak"
+            )
+        return self.model_copy(update={"learner": learner.model_copy(update={"steps": steps})})
 
     @model_validator(mode="wrap")
     @classmethod
@@ -905,7 +985,12 @@ class Config(Section):
                 f" {self.loss.temperature:g}: the tail's probability at another temperature cannot"
                 " be computed from k ids; use targets.type=hidden or logits"
             )
-        if self.learner.warmup_steps >= self.learner.steps:
+        if self.learner.steps is None and self.learner.epochs is None:
+            raise ValueError(
+                "learner.steps or learner.epochs is required: nothing says how long to train; add"
+                " one, as in learner.epochs=3"
+            )
+        if self.learner.steps is not None and self.learner.warmup_steps >= self.learner.steps:
             raise ValueError(
                 f"learner.warmup_steps must be below learner.steps, got"
                 f" {self.learner.warmup_steps} >= {self.learner.steps}: the learning rate would"

@@ -45,10 +45,13 @@ from distillm_ray.errors import ConfigError, RunDirectoryError, UserError
 from distillm_ray.files import write_atomically
 from distillm_ray.learner.held_out_loss import cross_entropy_sum, own_text_sum
 from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at
+from distillm_ray.learner.self_check import describe_self_check, largest_self_divergence
 from distillm_ray.learner.step_statistics import StepStatistics
+from distillm_ray.learner.stopping import ENDED_EARLY, Standing, why_stop
 from distillm_ray.learner.student_model import build_student, run_row, training_request
 from distillm_ray.learner.teacher_head import teacher_head
 from distillm_ray.log.commit import package_commit
+from distillm_ray.log.health import HealthWatch
 from distillm_ray.log.metrics import MetricsLog
 from distillm_ray.log.records import (
     BufferSizes,
@@ -121,6 +124,8 @@ def train(
         responses_needed_by=config.responses_needed_by,
         vocabulary_size=preflight.vocabulary_size,
     )
+    config = config.with_rows(len(splits.train.prompts))
+    view.expect(config.learner.num_steps)
     for line in opening_lines(config, splits, tokenizer):
         view.note(line)
     directory.mkdir(parents=True, exist_ok=True)
@@ -145,9 +150,9 @@ def train(
             view.start(TRAINING)
             if store is None:
                 store = TargetStore(config.targets.max_bytes)
-            distil(config, preflight, splits, store, record, runner)
+            completed = distil(config, preflight, splits, store, record, runner)
             seconds = time.monotonic() - started
-            record(DoneRecord(step=config.learner.steps, status="complete", seconds=seconds))
+            record(DoneRecord(step=completed, status="complete", seconds=seconds))
 
 
 def check_start(config: Config) -> list[str]:
@@ -175,8 +180,8 @@ def distil(
     store: TargetStore[TeacherTargets],
     record: Callable[[Record], None],
     runner: asyncio.Runner,
-) -> None:
-    """The algorithm, from the data to the trained model in `run.directory`.
+) -> int:
+    """The algorithm, from the data to the trained model in `run.directory`; returns its steps.
 
     `runner` waits for generator and scorer, whose methods are coroutines because in a distributed
     run they serve many callers at the same time.
@@ -230,6 +235,17 @@ def distil(
 
     limit = config.validation.max_prompts
     validation_work: Counter[str] = Counter()  # since the last step
+    standing, health = Standing(), HealthWatch()  # what ends a run, and what it is warned of
+
+    def note(entry: Record) -> None:
+        nonlocal standing, health
+        record(entry)
+        if isinstance(entry, StepRecord):
+            health, warnings = health.after(entry)
+            for warning in warnings:
+                record(warning)
+        standing = standing.plus(entry, metric="loss", min_improvement=config.stop.min_improvement)
+
     held_out = pack_held_out(splits.validation.demonstrations[:limit], None, max_tokens)
 
     def validate_and_adapt(completed: int) -> None:
@@ -246,7 +262,7 @@ def distil(
         seconds = time.monotonic() - started
         text = "dataset" if held_out else "student"
         facts = dataclasses.asdict(validation)
-        record(ValidationRecord(**facts, text=text, phi=phi, seconds=seconds))
+        note(ValidationRecord(**facts, text=text, phi=phi, seconds=seconds))
 
     def loss_on_own_text(completed: int) -> torch.Tensor:
         """Without held-out responses: the divergence on the student's, under its weights of now."""
@@ -275,9 +291,14 @@ def distil(
 
     anchors = first_anchors(config.loss.terms)  # of curricula; distributed: in the checkpoint
     skipped_in_a_row = 0
-    for step in range(config.learner.steps):
+    completed = 0
+    for step in range(config.learner.num_steps):
         if step % config.validation.interval == 0:
             validate_and_adapt(step)
+        # Distributed: learner/train_loop.py, by the same rule.
+        if config.stop.is_set and (rule := why_stop(config.stop, standing)):
+            record(EventRecord(step=step, name=ENDED_EARLY, detail=rule))
+            break
         started = time.monotonic()
         evictions = store.counters.evictions
         work = validation_work.copy()
@@ -303,7 +324,7 @@ def distil(
         # slot alone. Every token then gets its weight in every term of the loss, and the sequences
         # are packed into rows. Distributed: the same, for all ranks at once.
         draw = buffer.draw(step)
-        loss = loss_at(config.loss, step, num_steps=config.learner.steps)
+        loss = loss_at(config.loss, step, num_steps=config.learner.num_steps)
         plan = plan_step(draw, num_ranks=1, max_micro_batch_tokens=max_tokens, loss=loss)
         (micro_batches,) = plan.ranks
 
@@ -322,6 +343,10 @@ def distil(
         learning_rate = learning_rate_at(step, config.learner)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+        if step == 0 and config.loss.needs_teacher:
+            first = pack(micro_batches[0], targets)
+            largest = largest_self_divergence(student, first, config.loss, frozen_head, device)
+            record(EventRecord(name="self-check", detail=describe_self_check(largest)))
         student.train()
         statistics = StepStatistics(loss.terms, device)
         for micro_batch in micro_batches:
@@ -356,11 +381,13 @@ def distil(
             score_seconds=scored - generated,
         )
         sizes = sizes_of(buffer, store)
-        record(StepRecord.build(train_step, draw_facts(plan), buffer=sizes, work=counters))
+        note(StepRecord.build(train_step, draw_facts(plan), buffer=sizes, work=counters))
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         check_skips(skipped_in_a_row, step + 1, config.learner)
+        completed = step + 1
 
-    validate_and_adapt(config.learner.steps)
+    if completed % config.validation.interval or completed == config.learner.num_steps:
+        validate_and_adapt(completed)
     weights = gather(student.model, torch.float32, keep=True)
     export_model(
         weights,
@@ -369,6 +396,7 @@ def distil(
         torch.float32,
         end_token_ids=preflight.student.ends(splits.train.end_token_id),
     )
+    return completed
 
 
 def pack_held_out(
@@ -390,7 +418,7 @@ async def respond(
     responses = await asyncio.gather(*calls)
     counts: Counter[str] = Counter()
     for response in responses:
-        counts.update(response_counts(response, response_facts(response)))
+        counts.update(probe_sequences=1, probe_tokens=len(response.response_ids))
     return responses, counts
 
 
@@ -491,6 +519,7 @@ def check(config: Config) -> None:
             False,
             "evaluate model/ afterwards with `distillm-ray evaluate`",
         ),
+        ("validation.metric", config.validation.metric, "loss", "no response is scored"),
     ]
     if config.wants_rollouts:
         rollout = config.rollout

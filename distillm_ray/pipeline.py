@@ -43,7 +43,7 @@ from distillm_ray.config_files import dump_config
 from distillm_ray.data import ray_data
 from distillm_ray.data.fingerprint import keep_or_compare
 from distillm_ray.data.splits import Splits, load_splits
-from distillm_ray.errors import RunFailed, UserError
+from distillm_ray.errors import ConfigError, RunFailed, UserError
 from distillm_ray.evaluation.responder import Responder
 from distillm_ray.evaluation.results import (
     STUDENT_AFTER,
@@ -55,6 +55,7 @@ from distillm_ray.evaluation.run_evaluator import RunEvaluator
 from distillm_ray.files import write_atomically
 from distillm_ray.learner import worker
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
+from distillm_ray.learner.stopping import has_ended
 from distillm_ray.log.commit import package_commit
 from distillm_ray.log.records import DoneRecord
 from distillm_ray.models.tokenizers import load_tokenizer
@@ -106,6 +107,9 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                         vocabulary_size=preflight.vocabulary_size,
                     )
                 )
+                config = config.with_rows(len(splits.train.prompts))
+                view.expect(config.learner.num_steps)
+                _check_metric(config, splits)
                 for line in opening_lines(config, splits, tokenizer):
                     view.note(line)
         except Stopped:
@@ -152,10 +156,11 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
                 evaluation.write(directory)
         with watch.phase(TRAINING):
             watch.follow(group, run.orchestrator, run.log)
-        if _checkpointed(config) == config.learner.steps:
+        completed = _checkpointed(config)
+        if has_ended(config, completed):
             watch.group = None  # it has ended as it should
             if evaluation is not None:
-                trained = Trained(responder, (*run.generators, *run.scorers))
+                trained = Trained(responder, completed, (*run.generators, *run.scorers))
                 _evaluate(config, run.preflight, watch, evaluator, evaluation, trained)
             status = "complete"
     except Stopped:
@@ -208,6 +213,7 @@ def evaluate_missing(config: Config, preflight: Preflight, view: ConsoleView) ->
                         vocabulary_size=preflight.vocabulary_size,
                     )
                 )
+            config = config.with_rows(len(splits.train.prompts))
             keep_or_compare(config.run.directory, splits, resumed=True)
             evaluator = RunEvaluator(config, splits, tokenizer, device, watch.interrupt)
             _evaluate(config, preflight, watch, evaluator, evaluation, None)
@@ -220,6 +226,7 @@ class Trained:
     """The generators that hold the trained student, and all actors to free after their use."""
 
     responder: Responder
+    step: int  # the version of its weights
     actors: tuple[Any, ...]
 
 
@@ -249,19 +256,34 @@ def _evaluate(
 
     if STUDENT_AFTER not in evaluation.models:
         done = trained is not None and attempt(
-            "student after training", lambda known: evaluator.after(trained.responder, known)
+            "student after training",
+            lambda known: evaluator.after(trained.responder, known, version=trained.step),
         )
         if trained is not None:
             release(trained.actors)
         if not done:
             attempt("exported student", evaluator.exported)
     teacher = preflight.teacher
-    if teacher is not None and TEACHER not in evaluation.models:
+    if teacher is not None and config.evaluates_teacher and TEACHER not in evaluation.models:
         attempt("teacher", lambda known: evaluator.teacher(known, teacher))
     if missing := missing_evaluations(config):
         watch.view.note(
             f"the run is complete, but the evaluation of {' and '.join(missing)} is missing: the"
             " same command tries it again"
+        )
+
+
+def _check_metric(config: Config, splits: Splits) -> None:
+    """Refuse to compare checkpoints by responses that have no reference.
+
+    Raises:
+        ConfigError: none of the prompts to be scored has one.
+    """
+    prompts = splits.validation.prompts[: config.validation.probe_prompts]
+    if config.validation.metric == "rouge_l" and not any(one.references for one in prompts):
+        raise ConfigError(
+            f"validation.metric must be loss, got rouge_l: none of the first {len(prompts)}"
+            " held-out rows has a response to compare with"
         )
 
 
@@ -293,7 +315,7 @@ class Run:
         self.device: Device = device
         self.control = start_control()
         self.log = start_log(
-            config.run.directory,
+            config,
             resume_step=resume_from.meta.step if resume_from else None,
             commit=package_commit(),
             command=command,

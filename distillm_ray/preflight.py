@@ -15,6 +15,7 @@ from distillm_ray.evaluation.results import STUDENT_AFTER, TEACHER, read_evaluat
 from distillm_ray.files import check_writable
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.learner.resume import check_resume
+from distillm_ray.learner.stopping import has_ended
 from distillm_ray.log.metrics import FILE_NAME, read_records
 from distillm_ray.log.records import DoneRecord
 from distillm_ray.models.completeness import check_complete
@@ -57,19 +58,24 @@ class Preflight:
 
 
 def settled(config: Config, now: datetime) -> Config:
-    """The config with `data.time`: the user's, else that of the run in `run.directory`, else now.
+    """The config with what the run in `run.directory` has fixed at its start.
 
-    Chat templates may write the date. A run that is resumed on another day renders as it began.
+    `data.time`: the user's, else the run's, else now. Chat templates may write the date, and a run
+    that is resumed on another day renders as it began. `learner.steps`: the run's, where it has the
+    same epochs.
 
     Raises:
         ConfigError: the run's own config cannot be read.
     """
-    if config.data.time is not None:
-        return config
-    saved = config.run.directory / CONFIG_FILE
-    time = load_config(saved).data.time if saved.is_file() else None
-    data = config.data.model_copy(update={"time": time or now.replace(microsecond=0)})
-    return config.model_copy(update={"data": data})
+    path = config.run.directory / CONFIG_FILE
+    saved = load_config(path) if path.is_file() else None
+    data, learner = config.data, config.learner
+    if data.time is None:
+        time = saved.data.time if saved is not None else None
+        data = data.model_copy(update={"time": time or now.replace(microsecond=0)})
+    if learner.steps is None and saved is not None and saved.learner.epochs == learner.epochs:
+        learner = learner.model_copy(update={"steps": saved.learner.steps})
+    return config.model_copy(update={"data": data, "learner": learner})
 
 
 def check(config: Config) -> Preflight:
@@ -113,7 +119,7 @@ def train_engines(config: Config) -> dict[str, GeneratorPoolConfig]:
         pools["rollout"] = config.rollout
     if config.evaluation.at_end:
         pools["evaluation.student"] = config.evaluation.student
-        if config.teacher is not None:
+        if config.evaluates_teacher and config.evaluation.teacher is not None:
             pools["evaluation.teacher"] = config.evaluation.teacher
     return pools
 
@@ -159,24 +165,25 @@ def check_run_directory(config: Config) -> Checkpoint | None:
     check_resume(load_config(saved), config)
     folder = directory / CHECKPOINT_FOLDER
     latest = CheckpointDirectory(folder, keep=config.checkpoint.keep).latest()
-    if latest is not None and latest.meta.step > config.learner.steps:
+    steps = config.learner.steps
+    if latest is not None and steps is not None and latest.meta.step > steps:
         raise RunDirectoryError(
             f"learner.steps must be at least the steps that the run has done, got"
-            f" {config.learner.steps} < {latest.meta.step}: {latest.path} is beyond the new end;"
+            f" {steps} < {latest.meta.step}: {latest.path} is beyond the new end;"
             " raise learner.steps, or set run.directory to a new directory to start another run"
         )
     return latest
 
 
 def is_complete(config: Config) -> bool:
-    """Whether the run in `run.directory` has done all its steps."""
+    """Whether the run in `run.directory` has done all its steps, or a rule of `stop` ended it."""
     path = config.run.directory / FILE_NAME
     if not path.is_file():
         return False
     return any(
         isinstance(record, DoneRecord)
         and record.status == "complete"
-        and record.step == config.learner.steps
+        and has_ended(config, record.step)
         for record in read_records(path)
     )
 
@@ -186,5 +193,5 @@ def missing_evaluations(config: Config) -> tuple[str, ...]:
     evaluation = read_evaluation(config.run.directory)
     if evaluation is None or not config.evaluation.at_end:
         return ()
-    wanted = (STUDENT_AFTER, *((TEACHER,) if config.teacher is not None else ()))
+    wanted = (STUDENT_AFTER, *((TEACHER,) if config.evaluates_teacher else ()))
     return tuple(name for name in wanted if name not in evaluation.models)

@@ -11,6 +11,7 @@ from distillm_ray.errors import RunDirectoryError
 
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
+BEST_MODEL_FOLDER = "model-best"  # where an earlier checkpoint is better than the last
 CHECKPOINT_FOLDER = "checkpoints"
 
 

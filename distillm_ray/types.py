@@ -383,3 +383,8 @@ class TrainStep:
     infinite_tokens: int = 0  # tokens whose divergence is +inf (an id possible for one side only)
     rank_token_imbalance: float = 0.0  # (most - fewest) / most tokens of a rank
     logprob_gap: float = math.nan  # mean |engine - learner| over tokens of age 0; NaN without any
+    # Means over a sample of the student's own tokens (loss/token_health.py); NaN without any.
+    student_entropy: float = math.nan  # nats
+    teacher_entropy: float = math.nan
+    top_overlap: float = math.nan  # of the two sides' most likely ids, 0 to 1
+    teacher_probability: float = math.nan  # of the tokens themselves

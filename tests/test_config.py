@@ -119,6 +119,7 @@ def test_an_override_of_one_alias_leaves_the_other_as_it_is(file: Path) -> None:
     pools = "evaluation: {student: &pool {actors: 2, num_cpus: 3}, teacher: *pool}\n"
     file.write_text(file.read_text() + pools)
     evaluation = load_config(file, ["evaluation.teacher.actors=5"]).evaluation
+    assert evaluation.teacher is not None
     assert (evaluation.student.actors, evaluation.teacher.actors) == (2, 5)
     assert evaluation.student.num_cpus == evaluation.teacher.num_cpus == 3
 

@@ -49,7 +49,7 @@ def load(tiny_job: Path, tmp_path: Path) -> Load:
 
 def train(config: Config, store: TargetStore[TeacherTargets] | None = None) -> list[StepRecord]:
     local.check(config)
-    view = ConsoleView(config.learner.steps, stream=io.StringIO())
+    view = ConsoleView(config.learner.num_steps, stream=io.StringIO())
     local.train(config, preflight.check(config), view, store=store)
     return records(config.run.directory, StepRecord)
 

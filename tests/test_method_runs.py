@@ -11,7 +11,7 @@ import pytest
 
 from distillm_ray import local, preflight
 from distillm_ray.config_files import load_config
-from distillm_ray.log.records import StepRecord
+from distillm_ray.log.records import EventRecord, StepRecord
 from distillm_ray.methods import METHODS
 from distillm_ray.report.console import ConsoleView
 from tests.integration.tiny import make_config, records
@@ -59,7 +59,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(job: Path, directory: Path, *overrides: str) -> list[StepRecord]:
     config = load_config(job, ["run.mode=local", f"run.directory={directory}", *overrides])
     local.check(config)
-    view = ConsoleView(config.learner.steps, stream=io.StringIO())
+    view = ConsoleView(config.learner.num_steps, stream=io.StringIO())
     local.train(config, preflight.check(config), view)
     return records(config.run.directory, StepRecord)
 
@@ -91,3 +91,22 @@ def test_a_method_trains_on_its_text_and_lowers_its_own_loss(
     assert not any(step.skipped for step in steps)
     losses = [step.loss for step in steps]
     assert mean(losses[-5:]) < mean(losses[:5])
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_on_its_own_text(
+    job: Path, tmp_path: Path
+) -> None:
+    config = load_config(job)
+    assert config.teacher is not None
+    same = [f"student.model={config.teacher.model}", "teacher.dtype=float32"]
+    steps = run(job, tmp_path / "run", "method=opd", "learner.learning_rate=1e-9", *same)
+    assert [step.loss for step in steps] == pytest.approx([0.0] * STEPS, abs=1e-6)
+    # Both sides are one distribution, from which the tokens were sampled.
+    for step in steps:
+        assert step.student_entropy == pytest.approx(step.teacher_entropy, rel=1e-5)
+        assert step.top_overlap == 1.0
+        assert 0.0 < step.teacher_probability < 1.0
+    (check,) = (
+        event for event in records(tmp_path / "run", EventRecord) if event.name == "self-check"
+    )
+    assert float(check.detail.split("at most ")[1].split()[0]) < 1e-6

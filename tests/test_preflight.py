@@ -10,6 +10,7 @@ from typing import cast
 import pytest
 
 from distillm_ray import preflight
+from distillm_ray.cluster import placement
 from distillm_ray.config import (
     Config,
     CrossEntropy,
@@ -21,6 +22,7 @@ from distillm_ray.config import (
 )
 from distillm_ray.config_files import dump_config
 from distillm_ray.errors import ConfigError, RunDirectoryError
+from distillm_ray.evaluation.results import STUDENT_AFTER, Evaluation, ModelScores
 from distillm_ray.learner.checkpoint import CheckpointDirectory, CheckpointMeta
 from distillm_ray.models.directory import ModelFacts
 from distillm_ray.preflight import (
@@ -28,6 +30,7 @@ from distillm_ray.preflight import (
     check,
     check_engines,
     check_run_directory,
+    missing_evaluations,
     train_engines,
 )
 from distillm_ray.teacher.target_key import TargetIdentity
@@ -98,6 +101,18 @@ def test_every_pool_of_the_run_is_checked_for_vllm_before_anything_starts(
     with pytest.raises(ConfigError, match=r"^evaluation\.teacher\.engine\.type is vllm"):
         check_engines({"rollout": other, "evaluation.teacher": teacher})
     check_engines({"rollout": other})
+
+
+def test_a_teacher_that_is_not_evaluated_needs_no_pool_and_is_not_missing(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    evaluation = config.evaluation.model_copy(update={"teacher": None})
+    config = config.model_copy(update={"evaluation": evaluation})
+    assert list(train_engines(config)) == ["rollout", "evaluation.student"]
+    names = [phase.name for phase in placement.train_phases(config, "cpu")]
+    assert "evaluation of the student" in names
+    assert not any("teacher" in name for name in names)
+    Evaluation(models={STUDENT_AFTER: ModelScores()}).write(tmp_path)
+    assert missing_evaluations(config) == ()
 
 
 def test_without_at_end_and_rollouts_no_engine_is_needed() -> None:

@@ -103,7 +103,7 @@ def before(evaluator: RunEvaluator) -> Evaluation:
 def test_the_trained_student_has_the_losses_of_the_log_and_the_last_weights(
     evaluator: RunEvaluator,
 ) -> None:
-    after = evaluator.after(responder({1: STEPS, 2: STEPS}), before(evaluator))
+    after = evaluator.after(responder({1: STEPS, 2: STEPS}), before(evaluator), version=STEPS)
     assert after is not None
     assert after.models["student before"].validation_loss == 4.0
     assert after.models["student after"].validation_loss == 1.5
@@ -114,7 +114,7 @@ def test_the_trained_student_has_the_losses_of_the_log_and_the_last_weights(
 def test_a_generator_that_lost_the_last_weights_gives_no_scores(
     evaluator: RunEvaluator, versions: dict[int, int]
 ) -> None:
-    assert evaluator.after(responder(versions), before(evaluator)) is None
+    assert evaluator.after(responder(versions), before(evaluator), version=STEPS) is None
 
 
 def test_the_exported_student_is_scored_instead_of_the_generators_weights(

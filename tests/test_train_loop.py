@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 
 from distillm_ray.cluster.learner import Links
 from distillm_ray.config import Config
-from distillm_ray.errors import ClusterError, RunDirectoryError, UserError
+from distillm_ray.errors import ClusterError, ModelError, RunDirectoryError, UserError
 from distillm_ray.learner import train_loop
 from distillm_ray.learner.checkpoint import CheckpointDirectory
 from distillm_ray.learner.prefetch import Prefetcher, PreparedStep
+from distillm_ray.learner.stopping import ENDED_EARLY, Standing
 from distillm_ray.learner.train_loop import TrainLoop
 from distillm_ray.log.records import EventRecord, ProbeRecord, Record, Sample
 from distillm_ray.types import (
@@ -69,6 +71,7 @@ class Roles:
     """Every role that the loop talks to. A draw waits for the steps and validations before it."""
 
     def __init__(self, config: Config) -> None:
+        self.config = config
         self.lookahead = config.rollout.lookahead
         self.interval = config.validation.interval
         self.calls: list[tuple[str, int]] = []
@@ -168,6 +171,14 @@ class Roles:
     def add(self, record: Record) -> None:
         self.records.append(record)
 
+    def standing(self) -> Standing:
+        standing = Standing.of(
+            self.records,
+            metric=self.config.validation.metric,
+            min_improvement=self.config.stop.min_improvement,
+        )
+        return replace(standing, generated_tokens=100 * max(self.completed, 0))
+
     def status(self) -> RunStatus:
         stop = self.completed == self.stop_at
         return RunStatus(phase=self.phase, stop=stop, failure=self.failure)
@@ -189,6 +200,9 @@ class FakeLearner:
         self.full_at: int | None = None
         self.waits: list[float] = []  # seconds, of each step
         self.remark = ""
+        self.self_divergence = 2e-7
+        self.losses: dict[int, float] = {}  # sums over ten tokens; others: 30 minus the steps
+        self.exported: dict[str, int] = {}  # steps of each exported student
 
     def train_step(
         self, batches: Sequence[LearnerBatch], step: int, *, wait_seconds: float
@@ -201,7 +215,10 @@ class FakeLearner:
         return TrainStep(step=step + 1, loss=1.0, skipped=skipped, wait_seconds=wait_seconds)
 
     def validation_loss(self, batches: Sequence[LearnerBatch]) -> tuple[float, int]:
-        return 30.0 - self.steps_taken, 10
+        return self.losses.get(self.steps_taken, 30.0 - self.steps_taken), 10
+
+    def self_check(self, batch: LearnerBatch) -> float:
+        return self.self_divergence
 
     def token_logprobs(self, batch: LearnerBatch) -> NDArray[np.float32]:
         return np.array([-1.5, -1.25], dtype=np.float32)
@@ -221,6 +238,7 @@ class FakeLearner:
     def export(self, directory: Path, end_token_ids: Sequence[int]) -> None:
         assert end_token_ids == (2, 1)
         directory.mkdir()
+        self.exported[directory.name] = self.steps_taken
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
         return flags
@@ -233,7 +251,9 @@ PROBE = make.prompt("probe", text="why", references=("so",))
 
 
 def run(roles: Roles, learner: FakeLearner, config: Config, *, resume: bool = False) -> int:
-    checkpoints = CheckpointDirectory(config.run.directory / "checkpoints", keep=2)
+    checkpoints = CheckpointDirectory(
+        config.run.directory / "checkpoints", keep=2, metric=config.validation.metric
+    )
     loop = TrainLoop(
         cast(Any, learner),
         roles.links,
@@ -316,8 +336,8 @@ def test_a_probe_measures_the_log_probability_gap_of_engine_and_learner(tmp_path
     # The engine returns -1 for each of the two tokens, the learner -1.5 and -1.25.
     assert probes[0].logprob_gap == pytest.approx(0.375)
     assert probes[0].samples == (Sample(prompt="why", reference="so", response="as"),)
-    warnings = [record for record in roles.records if isinstance(record, EventRecord)]
-    assert [warning.name for warning in warnings] == ["log-probabilities differ"]
+    warnings = events(roles, "log-probabilities differ")
+    assert len(warnings) == 1
     assert "0.375 nats" in warnings[0].detail
 
 
@@ -502,3 +522,117 @@ def test_leaving_the_prefetcher_ends_its_thread_even_with_a_pending_draw(tmp_pat
         get(ahead, 0)
     assert time.monotonic() - started < 3.0
     assert not [one for one in threading.enumerate() if one.name.startswith("prefetch")]
+
+
+# ---- the end -------------------------------------------------------------------------------------
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    updates = {
+        name: getattr(config, name).model_copy(update=values) for name, values in sections.items()
+    }
+    return config.model_copy(update=updates)
+
+
+def events(roles: Roles, name: str) -> list[EventRecord]:
+    return [one for one in roles.records if isinstance(one, EventRecord) and one.name == name]
+
+
+def test_a_run_without_improvement_ends_with_a_checkpoint_and_both_models(tmp_path: Path) -> None:
+    config = changed(
+        make_config(tmp_path, steps=12),
+        stop={"patience": 2},
+        checkpoint={"at_best": True},
+        evaluation={"at_end": True},
+    )
+    roles, learner = Roles(config), FakeLearner()
+    learner.losses = {0: 30.0, 3: 20.0, 6: 21.0, 9: 20.0}
+    assert run(roles, learner, config) == 9
+    (event,) = events(roles, ENDED_EARLY)
+    assert event.step == 9
+    assert event.detail == (
+        "stop.patience: 2 validations without an improvement on step 3 (2.0000)"
+    )
+    # Step 3 has a checkpoint because it was the best, and it was kept beside the newest two.
+    assert learner.exported == {"model": 9, "model-best": 3}
+    assert roles.published[-1].version == 9  # for the evaluation
+    kept = CheckpointDirectory(tmp_path / "checkpoints", keep=2).complete()
+    assert [found.meta.step for found in kept] == [3, 8, 9]
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(1, 1), (250, 3), (300, 3), (10_000, 6)])
+def test_a_run_ends_after_the_step_that_spends_its_tokens(
+    tmp_path: Path, limit: int, steps: int
+) -> None:
+    config = changed(make_config(tmp_path), stop={"max_generated_tokens": limit})
+    roles, learner = Roles(config), FakeLearner()
+    assert run(roles, learner, config) == steps
+    assert roles.calls[-1] == ("validation", steps)
+    assert learner.exported == {"model": steps}
+    assert len(events(roles, ENDED_EARLY)) == (steps < 6)
+
+
+def test_a_raised_budget_goes_on_and_an_unchanged_one_trains_no_step(tmp_path: Path) -> None:
+    config = changed(make_config(tmp_path), stop={"max_generated_tokens": 300})
+    run(Roles(config), FakeLearner(), config)
+    (tmp_path / "model").rmdir()
+
+    again, learner = Roles(config), FakeLearner()
+    assert run(again, learner, config, resume=True) == 3
+    assert learner.trained_on == []
+    assert learner.exported == {"model": 3}
+
+    (tmp_path / "model").rmdir()
+    raised, learner = changed(config, stop={"max_generated_tokens": 500}), FakeLearner()
+    assert run(Roles(raised), learner, raised, resume=True) == 5
+    assert learner.trained_on == ["student-3", "student-4"]
+
+
+def test_the_best_checkpoint_by_rouge_is_that_of_the_highest_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(
+        make_config(tmp_path),
+        validation={"metric": "rouge_l"},
+        checkpoint={"at_best": True, "interval": 100},
+    )
+    roles, learner = Roles(config), FakeLearner()
+    scores = {0: 10.0, 3: 40.0, 6: 30.0}
+    monkeypatch.setattr(
+        train_loop, "_mean_rouge_l", lambda prompts, samples: scores[learner.steps_taken]
+    )
+    assert run(roles, learner, config) == 6
+    assert [one.rouge_l for one in roles.records if isinstance(one, ProbeRecord)] == [10, 40, 30]
+    assert ("publish", 3) in roles.calls  # no demand asked for it, the score did
+    assert learner.exported == {"model": 6, "model-best": 3}
+
+
+def test_the_score_of_a_probe_is_rouge_l_over_the_prompts_with_a_reference() -> None:
+    prompts = (make.prompt(references=("a b c d",)), make.prompt(references=()))
+    samples = tuple(Sample(prompt="", reference="", response="a b") for _ in prompts)
+    # Precision 1, recall 1/2.
+    assert train_loop._mean_rouge_l(prompts, samples) == pytest.approx(100 * 2 / 3)
+    assert np.isnan(train_loop._mean_rouge_l(prompts[1:], samples[1:]))
+
+
+# ---- the self-check ------------------------------------------------------------------------------
+
+
+def test_the_first_batch_proves_that_the_student_costs_nothing_against_itself(
+    tmp_path: Path,
+) -> None:
+    config = make_config(tmp_path)
+    roles = Roles(config)
+    run(roles, FakeLearner(), config)
+    (event,) = events(roles, "self-check")
+    assert "costs at most 2.0e-07 nats" in event.detail
+
+
+@pytest.mark.parametrize("value", [0.01, float("nan")])
+def test_a_loss_that_is_not_zero_against_itself_ends_the_run(tmp_path: Path, value: float) -> None:
+    config = make_config(tmp_path)
+    roles, learner = Roles(config), FakeLearner()
+    learner.self_divergence = value
+    with pytest.raises(ModelError, match=r"must be 0, got (0\.01|nan) nats"):
+        run(roles, learner, config)
+    assert learner.trained_on == []

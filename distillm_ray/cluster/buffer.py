@@ -190,7 +190,7 @@ class BufferActor:
                 self._buffer.draw(step),
                 num_ranks=self._config.learner.workers,
                 max_micro_batch_tokens=self._config.learner.max_micro_batch_tokens,
-                loss=loss_at(self._config.loss, step, num_steps=self._config.learner.steps),
+                loss=loss_at(self._config.loss, step, num_steps=self._config.learner.num_steps),
             )
         return self._plans[step]
 

@@ -178,7 +178,9 @@ class OrchestratorClient:
     def start_probe(self, prompts: Sequence[Prompt]) -> None:
         """Have the generators respond to held-out prompts with the weights just published."""
         config = self._config
-        self._probe = self._actor.respond.remote(prompts, config.rollout.sampling, config.run.seed)
+        scored = config.validation.metric == "rouge_l"
+        sampling = config.evaluation.sampling if scored else config.rollout.sampling
+        self._probe = self._actor.respond.remote(prompts, sampling, config.run.seed)
 
     def finish_probe(self) -> list[Rollout]:
         """Wait for the responses of `start_probe`."""

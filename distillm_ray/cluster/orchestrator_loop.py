@@ -167,8 +167,8 @@ class Orchestrator:
             responses = await asyncio.gather(
                 *(self._generators.respond(prompt, sampling, seed) for prompt in prompts)
             )
-        self._counts["generated_tokens"] += sum(len(item.response_ids) for item in responses)
-        self._counts["generated_sequences"] += len(responses)
+        self._counts["probe_tokens"] += sum(len(item.response_ids) for item in responses)
+        self._counts["probe_sequences"] += len(responses)
         return responses
 
     def counters(self) -> Counters:

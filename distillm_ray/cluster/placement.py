@@ -98,6 +98,7 @@ def student_evaluation(config: Config, device: Device) -> RoleSpec:
 
 def teacher_evaluation(config: Config, device: Device) -> RoleSpec:
     """Generators that evaluate the teacher."""
+    assert config.evaluation.teacher is not None
     return _pool("teacher generator", "evaluation.teacher", config.evaluation.teacher, device)
 
 
@@ -126,7 +127,7 @@ def train_phases(config: Config, device: Device) -> tuple[Phase, ...]:
     phases = [Phase(name="training", roles=tuple(roles), object_store_bytes=store)]
     if config.evaluation.at_end:
         phases += evaluate_phases(config, device)
-        if config.teacher is not None:
+        if config.evaluates_teacher:
             phases += _evaluation("teacher", teacher_evaluation(config, device), config, device)
     return tuple(phases)
 

@@ -36,6 +36,7 @@ def served_student(config: Config, facts: ModelFacts, device: Device) -> ServedM
 def served_teacher(config: Config, facts: ModelFacts, device: Device) -> ServedModel:
     """The teacher in the pool of `evaluation.teacher`."""
     assert config.teacher is not None
+    assert config.evaluation.teacher is not None
     return ServedModel(
         facts=facts,
         model=config.teacher,

@@ -83,15 +83,17 @@ class RunEvaluator:
             seeds=evaluation_seeds(self._config),
         )
 
-    def after(self, responder: Responder, evaluation: Evaluation) -> Evaluation | None:
+    def after(
+        self, responder: Responder, evaluation: Evaluation, *, version: int
+    ) -> Evaluation | None:
         """The trained student, by the generators of the run.
 
-        None if one of them does not hold the last weights. A generator that restarts after the
-        learners have ended cannot get them: the learners own the published weights.
+        None if one of them does not hold the weights of `version`, the last step. A generator that
+        restarts after the learners have ended cannot get them: the learners own what they
+        published.
         """
         scores, responses = score_responses(responder, self.prompts, self._config)
-        steps = self._config.learner.steps
-        if any(response.version != steps for by_seed in responses for response in by_seed):
+        if any(response.version != version for by_seed in responses for response in by_seed):
             return None
         return self._completed(evaluation, scores, responses)
 

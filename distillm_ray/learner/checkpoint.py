@@ -7,13 +7,14 @@
 
 Every rank writes into `step-00000100.partial`; rank 0 syncs it to disk and renames it. The module
 does not use `files.new_directory`, which assumes a single writer. The newest `keep` checkpoints
-and the one with the lowest validation loss are kept.
+and the best one by `validation.metric` are kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from distillm_ray.config import ValidationMetric
 from distillm_ray.errors import DISK_FULL, RunDirectoryError
 from distillm_ray.files import rename_durably
 from distillm_ray.types import Validation
@@ -40,6 +42,17 @@ class CheckpointMeta:
     step: int  # completed optimizer steps
     phi: float
     validation: Validation | None  # the latest one
+    rouge_l: float | None = None  # of the probes after this step, where they were scored
+
+    def value(self, metric: ValidationMetric) -> float | None:
+        """How good the student is, lower is better; None if that was not measured at this step."""
+        match metric:
+            case "loss":
+                fits = self.validation is not None and self.validation.step == self.step
+                value = self.validation.loss if fits and self.validation is not None else math.nan
+            case "rouge_l":
+                value = math.nan if self.rouge_l is None else -self.rouge_l
+        return None if math.isnan(value) else value
 
     def to_json(self) -> str:
         """Return the content of `meta.json`."""
@@ -54,6 +67,7 @@ class CheckpointMeta:
             step=values["step"],
             phi=values["phi"],
             validation=Validation(**validation) if validation else None,
+            rouge_l=values.get("rouge_l"),
         )
 
 
@@ -77,10 +91,11 @@ class Checkpoint:
 class CheckpointDirectory:
     """The `checkpoints/` of a run. The constructor does not access the disk."""
 
-    def __init__(self, path: Path, *, keep: int) -> None:
+    def __init__(self, path: Path, *, keep: int, metric: ValidationMetric = "loss") -> None:
         assert keep >= 1, f"keep must be at least 1, got {keep}"
         self._path = path
         self._keep = keep
+        self._metric: ValidationMetric = metric
 
     def complete(self) -> list[Checkpoint]:
         """Return all complete checkpoints, oldest first."""
@@ -98,9 +113,13 @@ class CheckpointDirectory:
         return max(self.complete(), key=lambda found: found.meta.step, default=None)
 
     def best(self) -> Checkpoint | None:
-        """Return the complete checkpoint with the lowest validation loss, the earliest on ties."""
-        scored = [found for found in self.complete() if found.meta.validation is not None]
-        return min(scored, key=_validation_loss, default=None)
+        """Return the best complete checkpoint by the metric, the earliest on ties.
+
+        Only checkpoints of a step with a validation can be.
+        """
+        values = [(found.meta.value(self._metric), found) for found in self.complete()]
+        scored = [(value, found) for value, found in values if value is not None]
+        return min(scored, key=lambda pair: pair[0], default=(0.0, None))[1]
 
     def partial_path(self, step: int) -> Path:
         """Return the directory that all ranks write the checkpoint of `step` into."""
@@ -165,11 +184,6 @@ class CheckpointDirectory:
         for found in complete[: -self._keep]:
             if best is None or found.path != best.path:
                 shutil.rmtree(found.path)
-
-
-def _validation_loss(checkpoint: Checkpoint) -> float:
-    assert checkpoint.meta.validation is not None
-    return checkpoint.meta.validation.loss
 
 
 def _is_disk_full(error: OSError | RuntimeError) -> bool:

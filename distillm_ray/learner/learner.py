@@ -42,6 +42,7 @@ from distillm_ray.learner.deepspeed_engine import (
 from distillm_ray.learner.held_out_loss import cross_entropy_sum, own_text_sum
 from distillm_ray.learner.host_memory import return_freed_memory
 from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at
+from distillm_ray.learner.self_check import largest_self_divergence
 from distillm_ray.learner.step_statistics import StepStatistics
 from distillm_ray.learner.student_model import (
     build_student,
@@ -56,13 +57,12 @@ from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.row_path import RowPath
 from distillm_ray.types import Bucket, LearnerBatch, TrainStep
 from distillm_ray.weights.export import export_model
-from distillm_ray.weights.gather import gather
+from distillm_ray.weights.gather import EXPORT_ELEMENTS, gather
 
 Value = TypeVar("Value")
 
 _ENGINE_TAG = "engine"
 _ANCHORS_FILE = "anchors.json"  # of the curricula, where there are any
-_EXPORT_ELEMENTS = 1_000_000_000  # most elements of one exported file
 
 
 class Learner:
@@ -154,7 +154,7 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.train()
-        loss = loss_at(self._loss, step, num_steps=self._config.steps)
+        loss = loss_at(self._loss, step, num_steps=self._config.num_steps)
         statistics = StepStatistics(loss.terms, self.device)
         for batch in batches:
             request = training_request(
@@ -179,6 +179,14 @@ class Learner:
             seconds=time.monotonic() - started + wait_seconds,
             skipped=not math.isfinite(norm),
         )
+
+    def self_check(self, batch: LearnerBatch) -> float:
+        """The largest divergence of the student from itself at a token of any rank's row."""
+        largest = largest_self_divergence(
+            self._engine, batch, self._loss, self._teacher_head, self.device
+        )
+        # NaN must not be lost in a maximum.
+        return max(self.collect(largest), key=lambda one: math.inf if math.isnan(one) else one)
 
     def validation_loss(self, batches: Sequence[LearnerBatch]) -> tuple[float, int]:
         """Sum of the cross-entropy over the loss tokens of all ranks, in nats, and their number.
@@ -240,7 +248,7 @@ class Learner:
         `end_token_ids` end the responses of the trained model.
         """
         keep = self.rank == 0
-        buckets = gather(self._model, self._dtype, keep=keep, bucket_elements=_EXPORT_ELEMENTS)
+        buckets = gather(self._model, self._dtype, keep=keep, bucket_elements=EXPORT_ELEMENTS)
         if keep:
             student = self._student.model
             export_model(buckets, student, directory, self._dtype, end_token_ids=end_token_ids)

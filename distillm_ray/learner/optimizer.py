@@ -39,7 +39,7 @@ def learning_rate_at(step: int, config: LearnerConfig) -> float:
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    decay_steps = max(config.steps - 1 - config.warmup_steps, 1)
+    decay_steps = max(config.num_steps - 1 - config.warmup_steps, 1)
     progress = min((step - config.warmup_steps) / decay_steps, 1.0)
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     low = config.min_learning_rate_ratio

@@ -17,13 +17,15 @@ from distillm_ray.config import Term, has_curriculum
 from distillm_ray.loss.curriculum import GapSum
 from distillm_ray.loss.head_loss import HeadLoss
 from distillm_ray.loss.terms import term_names
+from distillm_ray.loss.token_health import TokenHealth
 from distillm_ray.types import BoolArray, LearnerBatch, Shelf, TrainStep
 
 _SHELVES = tuple(Shelf)
 # Indices into the vector of sums. The sums of the terms follow at the end, and after them three
 # for each term with a curriculum: of gaps, of alphas, and the number of sequences.
 _LOSS, _INFINITE, _GAP, _GAP_TOKENS = range(4)
-_SHELF_LOSS = 4
+_HEALTH = 4  # the fields of TokenHealth
+_SHELF_LOSS = _HEALTH + len(TokenHealth._fields)
 _SHELF_FINITE = _SHELF_LOSS + len(_SHELVES)
 _TERM_LOSS = _SHELF_FINITE + len(_SHELVES)
 
@@ -67,6 +69,9 @@ class StepStatistics:
         losses_N = losses_N.double().masked_fill(~finite_N, 0.0)
         sums[_SHELF_LOSS:_SHELF_FINITE].index_add_(0, shelf_N, losses_N)
         sums[_SHELF_FINITE:_TERM_LOSS].index_add_(0, shelf_N, finite_N.double())
+        if result.health is not None:
+            health = [torch.as_tensor(value, device=sums.device) for value in result.health]
+            sums[_HEALTH:_SHELF_LOSS] += torch.stack([value.double() for value in health])
         if batch.behaviour_logprobs_N is not None and result.log_probs_N is not None:
             # Only samples of the current weights: others differ because the weights do.
             current_S = np.array([age == 0 for age in batch.ages])
@@ -134,6 +139,10 @@ class StepStatistics:
             gap_sums[term] = GapSum(gaps=gaps, alphas=alphas, num_sequences=int(number))
         self._gap_sums = tuple(gap_sums)
         names = term_names(self._terms)
+        num_sampled, *health = flat[_HEALTH:_SHELF_LOSS]
+        entropy, teacher_entropy, overlap, probability = (
+            value / num_sampled if num_sampled else math.nan for value in health
+        )
         return TrainStep(
             step=step,
             loss=flat[_LOSS],
@@ -155,6 +164,10 @@ class StepStatistics:
             },
             infinite_tokens=int(flat[_INFINITE]),
             logprob_gap=flat[_GAP] / flat[_GAP_TOKENS] if flat[_GAP_TOKENS] > 0 else math.nan,
+            student_entropy=entropy,
+            teacher_entropy=teacher_entropy,
+            top_overlap=overlap,
+            teacher_probability=probability,
             positions=int(sum(positions)),
             tokens=int(sum(tokens)),
             loss_tokens=int(sum(loss_tokens)),

@@ -23,11 +23,12 @@ from distillm_ray.loss.curriculum import Anchors, anchor_gaps, first_anchors
 from distillm_ray.loss.distillation_head import DistillationHead, install_distillation_head
 from distillm_ray.loss.head_loss import HeadLoss, LossRequest, WeightedTerm
 from distillm_ray.loss.teacher_tensors import teacher_tensors
+from distillm_ray.loss.token_health import sampled_positions
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.packed import PackedModel, load_packed_model
 from distillm_ray.models.row_path import RowPath
-from distillm_ray.types import LearnerBatch
+from distillm_ray.types import LearnerBatch, Shelf
 
 
 class PackedStudent(nn.Module):
@@ -93,6 +94,9 @@ def training_request(
         assert batch.targets is not None, f"no teacher targets for {batch.rollout_ids}"
         teacher = teacher_tensors(batch.targets, teacher_head, device)
     gaps = anchor_gaps(anchors or first_anchors(loss.terms), loss.terms)
+    is_student_S = np.array([shelf in (Shelf.FRESH, Shelf.REPLAY) for shelf in batch.shelves])
+    counted_S = is_student_S & ~np.array(batch.is_filler)
+    positions_S = sampled_positions(counted_S[batch.sequence_index_N])
     return LossRequest(
         terms=tuple(
             WeightedTerm(
@@ -107,6 +111,7 @@ def training_request(
         if batch.behaviour_logprobs_N is None
         else _to_device(batch.behaviour_logprobs_N, torch.float32, device),
         sequence_N=_to_device(batch.sequence_index_N, torch.int64, device),
+        health_S=None if positions_S is None else positions_S.to(device),
     )
 
 

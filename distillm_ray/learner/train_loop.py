@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from distillm_ray.batching import pack, plan_validation
 from distillm_ray.cluster.learner import Links
 from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError, UserError
+from distillm_ray.evaluation.scores import rouge
 from distillm_ray.learner.checkpoint import (
     LEARNER_FOLDER,
     Checkpoint,
@@ -46,6 +48,8 @@ from distillm_ray.learner.checkpoint import (
     CheckpointMeta,
 )
 from distillm_ray.learner.prefetch import Prefetcher, PreparedStep
+from distillm_ray.learner.self_check import describe_self_check
+from distillm_ray.learner.stopping import ENDED_EARLY, why_stop
 from distillm_ray.log.records import (
     CheckpointRecord,
     EventRecord,
@@ -55,7 +59,7 @@ from distillm_ray.log.records import (
     Sample,
     ValidationRecord,
 )
-from distillm_ray.run_directory import MODEL_FOLDER
+from distillm_ray.run_directory import BEST_MODEL_FOLDER, MODEL_FOLDER
 from distillm_ray.types import (
     TRAINING,
     LearnerBatch,
@@ -112,14 +116,17 @@ class TrainLoop:
         self._speaks = learner.rank == 0
         self._phi = 0.0
         self._validation: Validation | None = None
+        self._rouge_l = math.nan  # of the newest validation, if its probes were scored
         self._skipped_in_a_row = 0
         self._published = 0  # the generators loaded the student's directory: version 0
         self._warned = False
+        self._checked_itself = False
 
     def run(self, start: Checkpoint | None) -> int:
-        """Run until `learner.steps` are completed or the run is asked to end; returns `completed`.
+        """Run to the last step, to a rule of `stop` or to a stop request; returns `completed`.
 
-        A finished run leaves its model in `model/`; every end leaves a checkpoint. `start` is the
+        A run that has ended by itself leaves its model in `model/`, and its best one in
+        `model-best/` if that is another one. Every end leaves a checkpoint. `start` is the
         checkpoint to resume from, the same on all ranks.
 
         Raises:
@@ -130,28 +137,70 @@ class TrainLoop:
         if self._learner.remark:
             self._log(EventRecord(name="student", detail=self._learner.remark))
         completed = saved = self._begin(start)
-        total_steps = self._config.learner.steps
+        total_steps = self._config.learner.num_steps
+        rule = self._rule_that_ends()
         with self._prefetcher(completed) as prefetcher:
-            while completed < total_steps:
+            while completed < total_steps and not rule:
                 prepared = self._await_batches(prefetcher, completed)
                 if prepared is None:
                     break
+                self._check_itself(prepared, completed)
                 train = self._learner.train_step(
                     prepared.batches, completed, wait_seconds=prepared.wait_seconds
                 )
                 completed += 1
                 self._after_step(prepared, train)
-                at_end = completed == total_steps
+                rule = self._rule_that_ends()
+                is_best = False
+                at_end = completed == total_steps or bool(rule)
                 if completed % self._config.validation.interval == 0 or at_end:
                     self._validate(completed)
-                if completed % self._config.checkpoint.interval == 0 or at_end:
+                    is_best = self._is_best(completed)
+                    rule = rule or self._rule_that_ends()
+                    at_end = at_end or bool(rule)
+                if completed % self._config.checkpoint.interval == 0 or at_end or is_best:
                     self._save(completed)
                     saved = completed
         if saved < completed:
             self._save(completed)
-        if completed == total_steps:
-            self._learner.export(self._config.run.directory / MODEL_FOLDER, self._end_token_ids)
+        if completed == total_steps or rule:
+            self._finish(completed, rule)
         return completed
+
+    # ---- the end ---------------------------------------------------------------------------------
+
+    def _rule_that_ends(self) -> str:
+        """The rule of `stop` that ends the run now; empty while it goes on, on all ranks."""
+        stop = self._config.stop
+        if not stop.is_set:
+            return ""
+        rule = why_stop(stop, self._links.log.standing()) if self._speaks else ""
+        (ends,) = self._learner.any_of(bool(rule))
+        return rule or "a rule of stop" if ends else ""
+
+    def _is_best(self, completed: int) -> bool:
+        """Whether the validation just made is the best so far and has a checkpoint of its own."""
+        if not self._config.checkpoint.at_best:
+            return False
+        best = self._speaks and self._links.log.standing().best_step == completed
+        return self._learner.any_of(best)[0]
+
+    def _finish(self, completed: int, rule: str) -> None:
+        """Give the last weights to the evaluation, and write the models."""
+        if self._config.evaluation.at_end and self._published != completed:
+            self._publish(completed, wanted=True)
+        directory = self._config.run.directory
+        self._learner.export(directory / MODEL_FOLDER, self._end_token_ids)
+        best = self._learner.collect(self._checkpoints.best() if self._speaks else None)[0]
+        if best is not None and best.meta.step != completed:
+            self._learner.load(best.learner_path)
+            self._learner.export(directory / BEST_MODEL_FOLDER, self._end_token_ids)
+            detail = f"{BEST_MODEL_FOLDER}/ is the student after step {best.meta.step}"
+            self._log(EventRecord(step=completed, name="best student", detail=detail))
+        elif self._speaks:
+            shutil.rmtree(directory / BEST_MODEL_FOLDER, ignore_errors=True)
+        if rule:
+            self._log(EventRecord(step=completed, name=ENDED_EARLY, detail=rule))
 
     # ---- the parts of a step ---------------------------------------------------------------------
 
@@ -210,6 +259,18 @@ class TrainLoop:
                     f" {reason or 'another rank'}"
                 )
 
+    def _check_itself(self, prepared: PreparedStep, completed: int) -> None:
+        """Prove on the first batch that the loss is 0 where the teacher equals the student.
+
+        Raises:
+            ModelError: it is not.
+        """
+        if self._checked_itself or not self._config.loss.needs_teacher:
+            return
+        self._checked_itself = True
+        detail = describe_self_check(self._learner.self_check(prepared.batches[0]))
+        self._log(EventRecord(step=completed, name="self-check", detail=detail))
+
     def _after_step(self, prepared: PreparedStep, train: TrainStep) -> None:
         completed = train.step
         self._phi = prepared.facts.phi
@@ -228,7 +289,7 @@ class TrainLoop:
         """
         interval = self._config.rollout.sync_interval
         newest = completed // interval * interval
-        if completed == self._config.learner.steps:
+        if completed == self._config.learner.num_steps:
             newest = completed
         if self._published < newest:
             self._publish(completed)
@@ -238,7 +299,7 @@ class TrainLoop:
         if self._speaks and not wanted:
             config = self._config
             # The student is evaluated with the weights of the last step.
-            evaluated = completed == config.learner.steps and config.evaluation.at_end
+            evaluated = completed == config.learner.num_steps and config.evaluation.at_end
             wanted = evaluated or (config.wants_rollouts and self._links.buffer.wants_weights())
         (wanted,) = self._learner.any_of(wanted)
         if not wanted:
@@ -261,12 +322,14 @@ class TrainLoop:
     def _validate(self, completed: int) -> None:
         """Compute the held-out loss, adapt the schedule, and let the student respond to probes."""
         started = time.monotonic()
-        if self._held_out_prompts and self._published != completed:
+        scoring = self._config.validation.metric == "rouge_l"
+        self._rouge_l = math.nan
+        if (self._held_out_prompts or scoring) and self._published != completed:
             self._publish(completed, wanted=True)
         probing = (
             not self._held_out_prompts
             and self._published == completed
-            and self._config.wants_rollouts
+            and (self._config.wants_rollouts or scoring)
             and len(self._probe_prompts) > 0
         )
         if probing and self._speaks:
@@ -340,7 +403,10 @@ class TrainLoop:
             self._sample(prompt, rollout)
             for prompt, rollout in zip(self._probe_prompts, rollouts, strict=True)
         )
-        self._log(ProbeRecord(step=completed, samples=samples, logprob_gap=gap))
+        self._rouge_l = _mean_rouge_l(self._probe_prompts, samples)
+        self._log(
+            ProbeRecord(step=completed, samples=samples, logprob_gap=gap, rouge_l=self._rouge_l)
+        )
         self._watch_gap(completed, gap)
 
     def _watch_gap(self, completed: int, gap: float) -> None:
@@ -369,10 +435,13 @@ class TrainLoop:
             self._learner.save(checkpoints.partial_path(completed) / LEARNER_FOLDER)
         with self._failing_together():
             if self._speaks:
+                now = self._validation is not None and self._validation.step == completed
+                scored = now and not math.isnan(self._rouge_l)
                 meta = CheckpointMeta(
                     step=completed,
                     phi=self._phi,
                     validation=self._validation,
+                    rouge_l=self._rouge_l if scored else None,
                 )
                 path = checkpoints.commit(meta, self._links.buffer.state(completed)).path
                 seconds = time.monotonic() - started
@@ -432,6 +501,19 @@ class TrainLoop:
             self._links.targets,
             rank=self._learner.rank,
             first_step=completed,
-            total_steps=config.steps,
+            total_steps=config.num_steps,
             depth=config.prefetch_steps,
         )
+
+
+def _mean_rouge_l(prompts: Sequence[Prompt], samples: Sequence[Sample]) -> float:
+    """Over the prompts that have a reference; NaN if none has."""
+    pairs = [
+        (sample.response, prompt.references)
+        for prompt, sample in zip(prompts, samples, strict=True)
+        if prompt.references
+    ]
+    if not pairs:
+        return math.nan
+    responses, references = zip(*pairs, strict=True)
+    return float(rouge(responses, references)["rouge_l"].mean())

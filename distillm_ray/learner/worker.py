@@ -47,7 +47,9 @@ def run(job: LearnerJob) -> None:
             max_micro_batch_tokens=config.learner.max_micro_batch_tokens,
         )
     checkpoints = CheckpointDirectory(
-        config.run.directory / CHECKPOINT_FOLDER, keep=config.checkpoint.keep
+        config.run.directory / CHECKPOINT_FOLDER,
+        keep=config.checkpoint.keep,
+        metric=config.validation.metric,
     )
     # One rank looks, so that all resume from the same checkpoint.
     (start, *_) = learner.collect(checkpoints.latest() if learner.rank == 0 else None)

@@ -131,15 +131,21 @@ class MetricsLog:
             )
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of a log that are not superseded, in file order; none for a missing file.
+def read_records(path: Path, *, superseded: bool = False) -> list[Record]:
+    """The records of a log in file order; none for a missing file.
+
+    Those that describe the run as it is, or with `superseded` the others: lost to a restart.
 
     An incomplete last line (after a crash, or while a run writes it) is ignored.
 
     Raises:
         RunDirectoryError: another line is not a record.
     """
-    return [from_json(value) for value in _objects(path) if not value.get("superseded", False)]
+    return [
+        from_json(value)
+        for value in _objects(path)
+        if bool(value.get("superseded", False)) == superseded
+    ]
 
 
 def count_superseded_steps(path: Path) -> int:

@@ -29,8 +29,10 @@ UNKNOWN_STEP = -1
 class Counters:
     """Work of the roles other than the learner, counted from the start of the job or the actor."""
 
-    generated_sequences: int = 0
+    generated_sequences: int = 0  # to be trained on
     generated_tokens: int = 0  # response tokens
+    probe_sequences: int = 0  # responses to held-out prompts, those of the evaluation included
+    probe_tokens: int = 0
     scored_sequences: int = 0
     scored_tokens: int = 0  # positions that the teacher computed, prompts included
     target_evictions: int = 0  # targets that a store removed to make room for others
@@ -187,6 +189,7 @@ class ProbeRecord:
     time: float = 0.0
     samples: tuple[Sample, ...] = ()
     logprob_gap: float = math.nan  # mean |engine - learner| over these responses, in nats
+    rouge_l: float = math.nan  # 0 to 100, mean over the prompts that have a reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,6 +49,11 @@ def scalars(record: Record, totals: Totals) -> Iterator[tuple[str, float]]:
                 "rollout/logprob_gap": record.logprob_gap,
                 "targets/reuse_sequences": totals.target_reuse_sequences,
                 "targets/reuse_tokens": totals.target_reuse_tokens,
+                "health/student_entropy": record.student_entropy,
+                "health/teacher_entropy": record.teacher_entropy,
+                "health/top_overlap": record.top_overlap,
+                "health/teacher_probability": record.teacher_probability,
+                **_response_shares(record),
             }
             for group, part in (
                 ("mix", record.mix),
@@ -62,6 +67,18 @@ def scalars(record: Record, totals: Totals) -> Iterator[tuple[str, float]]:
         case PublishRecord():
             values = {"publish/seconds": record.seconds, "publish/bytes": record.nbytes}
     yield from ((name, value) for name, value in values.items() if math.isfinite(value))
+
+
+def _response_shares(record: StepRecord) -> dict[str, float]:
+    """Of the responses generated since the step before; none without any."""
+    work = record.work
+    if not work.generated_sequences:
+        return {}
+    shares = {name: getattr(work, name) for name in ("truncated", "empty", "looping")}
+    return {
+        "health/response_tokens": work.generated_tokens / work.generated_sequences,
+        **{f"health/{name}": count / work.generated_sequences for name, count in shares.items()},
+    }
 
 
 def _tag(name: str) -> str:

@@ -9,6 +9,7 @@ Axes: N loss positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 from distillm_ray.errors import ModelError
 from distillm_ray.loss.fused import fused_loss
 from distillm_ray.loss.head_loss import HeadLoss, LossRequest, plain_loss
+from distillm_ray.loss.teacher_tensors import TeacherHidden
+from distillm_ray.loss.token_health import TokenHealth, token_health
 from distillm_ray.models.directory import Role, key_of
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.logit_rules import LogitRule, logit_rule
@@ -54,8 +57,11 @@ class DistillationHead(nn.Linear):
         """`HeadLoss` if there is a request, else the matrix product with the bias added."""
         if request is None:
             return super().forward(hidden_ND)
+        if request.is_self_check:
+            own = TeacherHidden(values_ND=hidden_ND.detach(), head=self._frozen())
+            request = replace(request, teacher=own)
         if self.implementation == "plain":
-            return plain_loss(
+            result = plain_loss(
                 hidden_ND,
                 self.weight,
                 self.bias,
@@ -63,14 +69,34 @@ class DistillationHead(nn.Linear):
                 vocabulary_size=self.vocabulary_size,
                 request=request,
             )
-        return fused_loss(
-            hidden_ND,
-            self.weight,
-            self.bias,
+        else:
+            result = fused_loss(
+                hidden_ND,
+                self.weight,
+                self.bias,
+                rule=self.rule,
+                vocabulary_size=self.vocabulary_size,
+                request=request,
+                memory_bytes=self.memory_bytes,
+            )
+        return result._replace(health=self._health(hidden_ND, request))
+
+    def _frozen(self) -> FrozenHead:
+        """This head as a teacher's: a view of the same weights."""
+        return FrozenHead(
+            weight_VD=self.weight.detach()[: self.vocabulary_size],
+            bias_V=None if self.bias is None else self.bias.detach()[: self.vocabulary_size],
             rule=self.rule,
-            vocabulary_size=self.vocabulary_size,
-            request=request,
-            memory_bytes=self.memory_bytes,
+        )
+
+    def _health(self, hidden_ND: Tensor, request: LossRequest) -> TokenHealth | None:
+        if request.health_S is None or request.teacher is None or request.labels_N is None:
+            return None
+        return token_health(
+            self._frozen().logits(hidden_ND.detach()[request.health_S]),
+            request.teacher,
+            request.health_S,
+            request.labels_N[request.health_S],
         )
 
 

@@ -38,6 +38,7 @@ from distillm_ray.loss.teacher_tensors import (
     student_buckets,
     teacher_buckets,
 )
+from distillm_ray.loss.token_health import TokenHealth
 from distillm_ray.models.heads import finish_logits
 from distillm_ray.models.logit_rules import LogitRule
 
@@ -78,6 +79,8 @@ class LossRequest:
     temperature: float = 1.0  # of both sides of the divergences; sampled tokens are always at 1
     behaviour_N: Tensor | None = None  # log-probability that a label was sampled with; NaN: unknown
     sequence_N: Tensor | None = None  # int64; needed by policy gradients and curricula
+    health_S: Tensor | None = None  # int64, positions at which to compare both sides for the log
+    is_self_check: bool = False  # the student is its own teacher: every divergence must be 0
 
     def __post_init__(self) -> None:
         """Reject combinations that would silently compute something else."""
@@ -172,6 +175,7 @@ class HeadLoss(NamedTuple):
     log_probs_N: Tensor | None  # of the labels, temperature 1
     num_infinite: Tensor  # scalar int64: infinite divergences and log-probabilities
     alphas: tuple[SequenceAlphas | None, ...] = ()  # for each term, None without a curriculum
+    health: TokenHealth | None = None  # where the request names positions
 
 
 def plain_loss(

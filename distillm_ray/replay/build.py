@@ -17,7 +17,7 @@ def build_buffer(
     return ReplayBuffer(
         prompts=prompts,
         demonstrations=demonstrations,
-        schedule=Schedule.from_config(config.schedule, total_steps=config.learner.steps),
+        schedule=Schedule.from_config(config.schedule, total_steps=config.learner.num_steps),
         paired=isinstance(config.schedule, PairedSchedule),
         batch_size=config.learner.batch_size,
         capacity=config.replay.capacity,

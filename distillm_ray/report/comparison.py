@@ -117,10 +117,7 @@ def differences(runs: dict[str, Run]) -> list[str]:
 
 
 def _table(runs: dict[str, Run]) -> Table:
-    table = Table(
-        caption="tokens generated include the evaluation before training and the probes",
-        caption_justify="left",
-    )
+    table = Table()
     for name in ("run", "method", "status"):
         table.add_column(name, no_wrap=True)
     columns = (

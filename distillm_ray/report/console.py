@@ -243,7 +243,7 @@ class ConsoleView:
     Call `start` at each phase, `update` with each record and `tick` about once a second.
 
     Args:
-        total_steps: optimizer steps of the whole run.
+        total_steps: optimizer steps of the whole run; 0 until `expect` says them.
         stream: where to print: the live view on a terminal, plain lines elsewhere.
         interactive: True or False decides between the two regardless of the stream.
         line_interval_s: shortest time between two plain step lines; the last step is always shown.
@@ -276,6 +276,10 @@ class ConsoleView:
                 refresh_per_second=4,
             )
             self._live.start()
+
+    def expect(self, total_steps: int) -> None:
+        """Set the steps of the whole run, where they were not known at the start."""
+        self.view = dataclasses.replace(self.view, total_steps=total_steps)
 
     def start(self, phase: str) -> None:
         """Enter a phase, such as "starting generators" or "training"."""

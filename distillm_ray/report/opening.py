@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 def opening_lines(config: Config, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Lines for the screen; `tokenizer` is the student's."""
     lines = [*splits.describe(), *config.remarks]
+    if config.learner.epochs is not None:
+        lines.append(
+            f"{config.learner.num_steps} steps: learner.epochs = {config.learner.epochs:g} times"
+            f" {len(splits.train.prompts):,} rows in batches of {config.learner.batch_size}, at"
+            " most learner.steps"
+        )
     if config.teacher is not None:
         teacher = load_tokenizer(
             config.teacher.model, trust_remote_code=config.teacher.trust_remote_code

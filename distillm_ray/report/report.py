@@ -111,6 +111,10 @@ def _seconds(summary: Summary) -> Table:
     for name in ("seconds spent", "", "work"):
         table.add_column(name, justify="right" if name == "" else "left")
     generated = f"{work.generated_tokens:,} tokens in {work.generated_sequences:,} responses"
+    if work.probe_sequences:
+        generated += (
+            f"\nand {work.probe_tokens:,} in {work.probe_sequences:,} responses to held-out prompts"
+        )
     scored = "no teacher targets"
     if totals.has_targets:
         scored = (

@@ -19,6 +19,9 @@ from distillm_ray.types import Bucket
 BUCKET_ELEMENTS = 20_000_000
 """Largest number of elements in a bucket. A larger tensor gets a bucket of its own."""
 
+EXPORT_ELEMENTS = 1_000_000_000
+"""The same for the files of an exported model."""
+
 _ADAPTED = ".base_layer"  # peft inserts it into the names of adapted weights
 
 

@@ -19,6 +19,7 @@ from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM
 
 from distillm_ray.batching import pack, plan_step, plan_validation
+from distillm_ray.checkpoint_export import write_model
 from distillm_ray.config import (
     CrossEntropy,
     LearnerConfig,
@@ -28,6 +29,7 @@ from distillm_ray.config import (
     SkewReverseKL,
     StudentConfig,
 )
+from distillm_ray.learner.checkpoint import LEARNER_FOLDER, Checkpoint, CheckpointMeta
 from distillm_ray.learner.learner import Learner
 from distillm_ray.learner.optimizer import learning_rate_at
 from distillm_ray.loss.divergences import skew_kl
@@ -197,12 +199,12 @@ def run_stage(directory: Path, stage: int, out: Path) -> None:
         bad[0] = dataclasses.replace(bad[0], term_weights_N=(np.inf * skew_kl_N, cross_entropy_N))
     facts["bad"] = dataclasses.asdict(learner.train_step(bad, STEPS))
     after_bad = gathered(learner)
-    learner.save(out / "checkpoint")
+    learner.save(out / "checkpoint" / LEARNER_FOLDER)
     facts["next"] = train(learner, STEPS, STEPS + 1)
     continued = gathered(learner)
     learner.export(out / "model", [3, 4])
     restored = build(directory, learner_config(2 if stage == 1 else stage))
-    restored.load(out / "checkpoint")
+    restored.load(out / "checkpoint" / LEARNER_FOLDER)
     train(restored, STEPS, STEPS + 1)
     resumed = gathered(restored)
     if learner.rank == 0:
@@ -234,6 +236,7 @@ def run_lora(directory: Path, out: Path) -> None:
     before = gathered(learner)
     steps = train(learner, 0, STEPS)
     log_probs_N = learner.token_logprobs(batches(0, 0, 1)[0])
+    learner.save(out / "checkpoint" / LEARNER_FOLDER)
     learner.export(out / "model", [3, 4])
     if learner.rank == 0:
         torch.save((before, steps, log_probs_N), out / "weights.pt")
@@ -532,3 +535,45 @@ def test_a_resumed_curriculum_goes_on_with_its_partial_sums(runs: Path, num_rank
         assert record["loss"] == other["loss"]
         assert record["alpha_by_term"] == other["alpha_by_term"]
     assert anchors_of(runs, num_ranks, "resumed") == anchors_of(runs, num_ranks, "end")
+
+
+# ---- models from checkpoints ---------------------------------------------------------------------
+
+
+def exported_from(run: Path, student: StudentConfig, out: Path) -> dict[str, torch.Tensor]:
+    meta = CheckpointMeta(step=STEPS, phi=0.0, validation=None)
+    write_model(student, Checkpoint(path=run / "checkpoint", meta=meta), out, [3, 4])
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_model_from_a_checkpoint_has_the_weights_of_its_step(
+    runs: Path, tmp_path: Path, num_ranks: int, stage: int
+) -> None:
+    run = runs / f"{num_ranks}-{stage}"
+    _, saved, continued, _ = torch.load(run / "weights.pt")
+    student = StudentConfig(model=runs / "student", dtype="float32")
+    found = exported_from(run, student, tmp_path / "model")
+    assert {name: torch.equal(found[name], saved[name]) for name in found} == dict.fromkeys(
+        found, True
+    )
+    assert any(not torch.equal(found[name], continued[name]) for name in found)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_adapters_of_a_checkpoint_are_merged_as_the_learner_merges_them(
+    runs: Path, tmp_path: Path, num_ranks: int
+) -> None:
+    run = runs / f"{num_ranks}-lora"
+    student = StudentConfig(
+        model=runs / "student",
+        dtype="float32",
+        lora=LoraConfig(rank=2, alpha=4.0),
+        gradient_checkpointing=True,
+    )
+    found = exported_from(run, student, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    for name, value in model.named_parameters():
+        assert torch.equal(found[name], value), name
