@@ -16,7 +16,7 @@ import os
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeGuard, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -149,6 +149,8 @@ class LossTerm(Section):
 
     on: Text = "all"
     weight: Annotated[Number, Field(gt=0.0)] = 1.0
+    # The weight moves here in equal steps over the first half of the run; unset: it stays.
+    final_weight: Annotated[Number, Field(gt=0.0)] | None = None
     # Largest weight q / b of a token that the student sampled from b; unset: 1 for every token.
     max_importance: Annotated[Number, Field(gt=0.0)] | None = None
 
@@ -162,7 +164,7 @@ class LossTerm(Section):
     @property
     def formula(self) -> Self:
         """The term with its parameters only: what decides on the weights has its defaults."""
-        weighting = {"on", "weight", "max_importance"}
+        weighting = {"on", "weight", "final_weight", "max_importance"}
         return type(self).model_validate(self.model_dump(exclude=weighting))
 
 
@@ -194,18 +196,38 @@ class JensenShannon(LossTerm):
         return self
 
 
-class SkewKL(LossTerm):
+class Skewed(LossTerm):
+    """A divergence of one side from a mixture of both, in which that side has the share alpha.
+
+    With the curriculum each sequence has an alpha of its own, at most this one: the closer teacher
+    and student are on the sequence, the smaller it is (loss/curriculum.py).
+    """
+
+    alpha: Open01 = 0.1
+    curriculum: bool = False
+    min_alpha: Open01 = 0.01  # of the curriculum
+    anchor_steps: Positive = 10  # the curriculum compares later gaps with the mean gap of these
+
+    @model_validator(mode="after")
+    def _alphas_are_in_order(self) -> Self:
+        if self.curriculum and self.min_alpha > self.alpha:
+            raise ValueError(
+                f"min_alpha must be at most alpha, got {self.min_alpha:g} > {self.alpha:g}: the"
+                " curriculum lowers alpha to min_alpha; lower min_alpha or raise alpha"
+            )
+        return self
+
+
+class SkewKL(Skewed):
     """KL(p || alpha p + (1 - alpha) q)."""
 
     type: Literal["skew_kl"] = "skew_kl"
-    alpha: Open01 = 0.1
 
 
-class SkewReverseKL(LossTerm):
+class SkewReverseKL(Skewed):
     """KL(q || (1 - alpha) p + alpha q)."""
 
     type: Literal["skew_reverse_kl"] = "skew_reverse_kl"
-    alpha: Open01 = 0.1
 
 
 class TotalVariation(LossTerm):
@@ -263,6 +285,11 @@ Divergence: TypeAlias = (
 Term: TypeAlias = Annotated[Divergence | CrossEntropy | PolicyGradient, Field(discriminator="type")]
 
 
+def has_curriculum(term: Term) -> TypeGuard[SkewKL | SkewReverseKL]:
+    """Whether each sequence has an alpha of its own in this term."""
+    return isinstance(term, SkewKL | SkewReverseKL) and term.curriculum
+
+
 class LossConfig(Section):
     """The terms of the loss, and how tokens are weighted in the global batch."""
 
@@ -285,6 +312,11 @@ class LossConfig(Section):
     def has_policy_gradient(self) -> bool:
         """Whether any term rewards sampled tokens."""
         return any(isinstance(term, PolicyGradient) for term in self.terms)
+
+    @property
+    def curricula(self) -> tuple[int, ...]:
+        """The indices of the terms whose alpha each sequence has for itself."""
+        return tuple(index for index, term in enumerate(self.terms) if has_curriculum(term))
 
     @model_validator(mode="after")
     def _terms_differ(self) -> LossConfig:
@@ -1019,6 +1051,13 @@ class Config(Section):
             raise ValueError(
                 "targets.type must be hidden or logits with type: policy_gradient, got top_k: the"
                 " teacher's probability of a sampled token outside of the k ids is not known"
+            )
+        if self.targets.type == "top_k" and self.loss.curricula:
+            index = self.loss.curricula[0]
+            raise ValueError(
+                f"targets.type must be hidden or logits with loss.terms.{index}.curriculum=true,"
+                " got top_k: the teacher's probability of a token outside of the k ids is not"
+                f" known; set loss.terms.{index}.curriculum=false"
             )
         if self.targets.type == "top_k" and self.loss.needs_teacher and self.loss.temperature != 1:
             raise ValueError(

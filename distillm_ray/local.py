@@ -47,7 +47,6 @@ from distillm_ray.learner.held_out_loss import cross_entropy_sum, own_text_sum
 from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at
 from distillm_ray.learner.self_check import describe_self_check, largest_self_divergence
 from distillm_ray.learner.step_statistics import StepStatistics
-from distillm_ray.learner.stopping import ENDED_EARLY, Standing, why_stop
 from distillm_ray.learner.student_model import build_student, run_row, training_request
 from distillm_ray.learner.teacher_head import teacher_head
 from distillm_ray.log.commit import package_commit
@@ -62,6 +61,9 @@ from distillm_ray.log.records import (
     StepRecord,
     ValidationRecord,
 )
+from distillm_ray.log.stopping import ENDED_EARLY, Standing, why_stop
+from distillm_ray.loss.curriculum import first_anchors, next_anchors
+from distillm_ray.loss.terms import loss_at
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory
@@ -289,6 +291,7 @@ def distil(
 
     # ---- The loop -------------------------------------------------------------------------------
 
+    anchors = first_anchors(config.loss.terms)  # of curricula; distributed: in the checkpoint
     skipped_in_a_row = 0
     completed = 0
     for step in range(config.learner.num_steps):
@@ -324,7 +327,8 @@ def distil(
         # term of the loss, and the sequences are packed into rows. Distributed: the same, for all
         # ranks at once.
         draw = buffer.draw(step)
-        plan = plan_step(draw, num_ranks=1, max_micro_batch_tokens=max_tokens, loss=config.loss)
+        loss = loss_at(config.loss, step, num_steps=config.learner.num_steps)
+        plan = plan_step(draw, num_ranks=1, max_micro_batch_tokens=max_tokens, loss=loss)
         (micro_batches,) = plan.ranks
 
         # Score what the store does not hold. The teacher never changes, so a replayed response, a
@@ -349,16 +353,15 @@ def distil(
             largest = largest_self_divergence(student, first, config.loss, frozen_head, device)
             record(EventRecord(name="self-check", detail=describe_self_check(largest)))
         student.train()
-        statistics = StepStatistics(
-            config.loss.terms, device, compare_engine=not config.mixes_teacher
-        )
+        statistics = StepStatistics(loss.terms, device, compare_engine=not config.mixes_teacher)
         for micro_batch in micro_batches:
             batch = pack(micro_batch, targets)
-            request = training_request(batch, config.loss, frozen_head, device)
+            request = training_request(batch, loss, frozen_head, device, anchors=anchors)
             result = run_row(student, batch, request, device)
             result.loss.backward()
             statistics.add(batch, result)
         totals = statistics.reduce(step + 1, wait_seconds=scored - started)
+        anchors = next_anchors(anchors, loss.terms, statistics.gaps)
         norm = float(nn.utils.clip_grad_norm_(parameters, config.learner.max_gradient_norm))
         skipped = not (math.isfinite(totals.loss) and math.isfinite(norm))
         if not skipped:

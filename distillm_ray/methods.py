@@ -70,14 +70,27 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "loss": {"terms": [{"on": "all", "type": "skew_kl", "alpha": 0.1}]},
     },
     # Pairs of the teacher's and the student's response, with a divergence for each side: Ko et al.,
-    # ICML 2025. Without the curriculum on alpha and weights.
+    # ICML 2025. The curriculum lowers alpha where the two are close, and moves weight from the
+    # teacher's side to the student's over the first half of the run.
     "distillm2": {
         "data": {"responses": "teacher"},
         "schedule": {"type": "paired"},
         "loss": {
             "terms": [
-                {"on": "teacher", "type": "skew_kl", "alpha": 0.1},
-                {"on": "student", "type": "skew_reverse_kl", "alpha": 0.1},
+                {
+                    "on": "teacher",
+                    "type": "skew_kl",
+                    "alpha": 0.1,
+                    "curriculum": True,
+                    "final_weight": 0.5,
+                },
+                {
+                    "on": "student",
+                    "type": "skew_reverse_kl",
+                    "alpha": 0.1,
+                    "curriculum": True,
+                    "final_weight": 1.5,
+                },
             ]
         },
     },

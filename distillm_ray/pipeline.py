@@ -55,9 +55,9 @@ from distillm_ray.evaluation.run_evaluator import RunEvaluator
 from distillm_ray.files import write_atomically
 from distillm_ray.learner import worker
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
-from distillm_ray.learner.stopping import has_ended
 from distillm_ray.log.commit import package_commit
 from distillm_ray.log.records import DoneRecord
+from distillm_ray.log.stopping import has_ended
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory, missing_evaluations
 from distillm_ray.report.console import ConsoleView

@@ -15,9 +15,9 @@ from distillm_ray.evaluation.results import STUDENT_AFTER, TEACHER, read_evaluat
 from distillm_ray.files import check_writable
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.learner.resume import check_resume
-from distillm_ray.learner.stopping import has_ended
 from distillm_ray.log.metrics import FILE_NAME, read_records
 from distillm_ray.log.records import DoneRecord
+from distillm_ray.log.stopping import has_ended
 from distillm_ray.models.completeness import check_complete
 from distillm_ray.models.directory import (
     ModelFacts,

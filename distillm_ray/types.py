@@ -386,6 +386,7 @@ class TrainStep:
     loss: float  # weighted sum over the global batch
     loss_by_shelf: dict[str, float] = field(default_factory=dict)  # token means, finite tokens
     loss_by_term: dict[str, float] = field(default_factory=dict)  # before each term's weight
+    alpha_by_term: dict[str, float] = field(default_factory=dict)  # sequence means of curricula
     learning_rate: float = 0.0
     gradient_norm: float = 0.0
     tokens: int = 0  # packed tokens of the global batch

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "distillm_ray"
 # Rooms of one layer do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "methods", "strict_yaml", "types"),
-    ("config", "files", "directory_lock", "dynamic_batching", "packing"),
+    ("config", "files", "directory_lock", "dynamic_batching", "packing", "text_metrics"),
     ("config_errors", "log", "run_directory"),
     ("config_files",),
     ("models", "weights"),
@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("report",),
     ("preflight", "watch"),
-    ("check", "jobs", "local", "new_student", "pipeline"),
+    ("check", "checkpoint_export", "jobs", "local", "new_student", "pipeline"),
     ("doctor",),
     ("cli",),
 )

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import doctest
 import importlib
+from pathlib import Path
 
 import pytest
 
-MODULES = (
-    "distillm_ray.batching",
-    "distillm_ray.data.rows",
-    "distillm_ray.loss.fused",
-    "distillm_ray.loss.terms",
-    "distillm_ray.packing",
-    "distillm_ray.replay.buffer",
-    "distillm_ray.replay.draw",
-    "distillm_ray.replay.schedule",
-    "distillm_ray.rollout.lockstep",
-    "distillm_ray.rollout.responses",
+import distillm_ray
+
+PACKAGE = Path(distillm_ray.__file__).parent
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
 )
 
 

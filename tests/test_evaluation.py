@@ -13,15 +13,8 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from distillm_ray.evaluation.responses_file import write_responses
 from distillm_ray.evaluation.results import Score
-from distillm_ray.evaluation.scores import (
-    bleu,
-    exact_match,
-    mean_and_deviation,
-    number_match,
-    over_prompts,
-    rouge,
-    score_responses,
-)
+from distillm_ray.evaluation.scores import mean_and_deviation, over_prompts, score_responses
+from distillm_ray.text_metrics import bleu, exact_match, number_match, rouge
 from distillm_ray.types import FinishReason, Rollout
 from tests import make
 

@@ -27,6 +27,7 @@ from distillm_ray.config import (
     SkewKL,
     SkewReverseKL,
     TotalVariation,
+    has_curriculum,
 )
 from distillm_ray.loss import token_losses
 from distillm_ray.loss.divergences import skew_kl
@@ -524,7 +525,12 @@ def test_the_heads_gradient_is_accumulated_in_float32() -> None:
 
 @pytest.mark.parametrize(
     ("divergence", "kind"),
-    [(SkewKL(), "hidden"), (JensenShannon(), "hidden"), (ReverseKL(), "top_k")],
+    [
+        (SkewKL(), "hidden"),
+        (SkewReverseKL(curriculum=True), "hidden"),
+        (JensenShannon(), "hidden"),
+        (ReverseKL(), "top_k"),
+    ],
     ids=lambda value: value if isinstance(value, str) else value.type,
 )
 def test_the_elementwise_part_is_one_graph_for_the_compiler(
@@ -550,6 +556,7 @@ def test_the_elementwise_part_is_one_graph_for_the_compiler(
         teacher=values,
         teacher_ids_RK=ids,
         weights=(c.weights_N.float(),),
+        alphas=(0.01 + 0.1 * c.weights_N.float() if has_curriculum(divergence) else None,),
         labels_R=c.labels_N,
         cross_entropy_weights_R=c.weights_N.float(),
     )

@@ -39,7 +39,14 @@ EXPECTED: dict[str, tuple[Any, ...]] = {  # schedule, terms, strictly on-policy
     "opd": (NO_DATA, [ReverseKL(on="student")], False),
     "minillm": (NO_DATA, [ReverseKL(on="student", max_importance=1.2), LONG_PART], False),
     "distillm": (AdaptiveSchedule(), [SkewKL(alpha=0.1)], False),
-    "distillm2": (PairedSchedule(), [SkewKL(on="teacher"), SkewReverseKL(on="student")], False),
+    "distillm2": (
+        PairedSchedule(),
+        [
+            SkewKL(on="teacher", curriculum=True, final_weight=0.5),
+            SkewReverseKL(on="student", curriculum=True, final_weight=1.5),
+        ],
+        False,
+    ),
 }
 
 

@@ -63,6 +63,7 @@ def step_record(step: int, *, loss: float = 1.0, tokens: int = 10) -> StepRecord
         seconds=2.0,
         wait_seconds=0.5,
         loss_by_term={"skew_kl(alpha=0.1) on all": loss / 2},
+        alpha_by_term={"skew_kl(alpha=0.1) on all": 0.0625},
         mix=Mix(fresh=1, replay=2, dataset=3),
         work=Counters(generated_tokens=7, scored_sequences=2, scored_tokens=5),
     )
@@ -293,6 +294,8 @@ def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
     events = tensorboard_events(tmp_path)
     assert scalars_in(events, "train/loss") == [(1, 1.5), (3, 0.5)]
     assert scalars_in(events, "train/loss_term/skew_kl_alpha_0.1_on_all") == [(1, 0.75), (3, 0.25)]
+    alphas = scalars_in(events, "train/alpha_term/skew_kl_alpha_0.1_on_all")
+    assert alphas == [(1, 0.0625), (2, 0.0625), (3, 0.0625)]
     assert scalars_in(events, "validation/loss") == [(3, 2.5)]
     assert scalars_in(events, "mix/replay") == [(1, 2.0), (2, 2.0), (3, 2.0)]
     assert scalars_in(events, "work/generated_tokens") == [(1, 7.0), (2, 7.0), (3, 7.0)]

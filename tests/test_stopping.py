@@ -10,7 +10,6 @@ from distillm_ray.config import Config, StopConfig
 from distillm_ray.config_files import dump_config
 from distillm_ray.errors import ConfigError
 from distillm_ray.learner.checkpoint import CheckpointMeta
-from distillm_ray.learner.stopping import ENDED_EARLY, Standing, has_ended, why_stop
 from distillm_ray.log.metrics import MetricsLog
 from distillm_ray.log.records import (
     Counters,
@@ -21,6 +20,7 @@ from distillm_ray.log.records import (
     StepRecord,
     ValidationRecord,
 )
+from distillm_ray.log.stopping import ENDED_EARLY, Standing, has_ended, why_stop
 from distillm_ray.preflight import is_complete, settled
 from distillm_ray.types import Validation
 from tests import make

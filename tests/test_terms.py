@@ -524,6 +524,7 @@ def test_the_fused_walk_of_two_terms_is_bit_for_bit_the_one_of_a_divergence_and_
             teacher=teacher_CV,
             teacher_ids_RK=None,
             weights=(divergence_N[part],),
+            alphas=(None,),
             labels_R=labels_N[part],
             cross_entropy_weights_R=entropy_N[part],
         )

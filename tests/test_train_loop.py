@@ -20,9 +20,9 @@ from distillm_ray.errors import ClusterError, ModelError, RunDirectoryError, Use
 from distillm_ray.learner import train_loop
 from distillm_ray.learner.checkpoint import CheckpointDirectory
 from distillm_ray.learner.prefetch import Prefetcher, PreparedStep
-from distillm_ray.learner.stopping import ENDED_EARLY, Standing
 from distillm_ray.learner.train_loop import TrainLoop
 from distillm_ray.log.records import EventRecord, ProbeRecord, Record, Sample
+from distillm_ray.log.stopping import ENDED_EARLY, Standing
 from distillm_ray.types import (
     TRAINING,
     Bucket,

@@ -22,6 +22,7 @@ from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.config import Config
 from distillm_ray.errors import RunDirectoryError
 from distillm_ray.log.records import EventRecord
+from distillm_ray.loss.terms import loss_at
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.build import build_buffer
 from distillm_ray.types import (
@@ -195,7 +196,7 @@ class BufferActor:
                 self._buffer.draw(step),
                 num_ranks=self._config.learner.workers,
                 max_micro_batch_tokens=self._config.learner.max_micro_batch_tokens,
-                loss=self._config.loss,
+                loss=loss_at(self._config.loss, step, num_steps=self._config.learner.num_steps),
             )
         return self._plans[step]
 

@@ -7,10 +7,10 @@ from ray.actor import ActorProxy
 
 from distillm_ray.cluster.actors import ask, beside_driver
 from distillm_ray.config import Config
-from distillm_ray.learner.stopping import Standing, read_standing
 from distillm_ray.log.health import HealthWatch
 from distillm_ray.log.metrics import MetricsLog
 from distillm_ray.log.records import Record, StepRecord
+from distillm_ray.log.stopping import Standing, read_standing
 
 _WHAT = "the log"
 

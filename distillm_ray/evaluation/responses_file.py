@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from distillm_ray.evaluation.scores import exact_match, rouge
 from distillm_ray.files import write_atomically
+from distillm_ray.text_metrics import exact_match, rouge
 from distillm_ray.types import Prompt, Rollout
 
 RESPONSES_FOLDER = "responses"

@@ -1,7 +1,7 @@
 """Checkpoints on disk. Incomplete ones are ignored.
 
     checkpoints/step-00000100/
-      learner/     DeepSpeed's files and each rank's random state
+      learner/     DeepSpeed's files, each rank's random state, and the anchors of curricula
       buffer.bin   the replay buffer as of draw 100
       meta.json    CheckpointMeta
 

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from distillm_ray.batching import pack, plan_validation
-from distillm_ray.config import SAMPLED, CrossEntropy, Dtype, LossConfig, ReverseKL, Term
+from distillm_ray.config import (
+    SAMPLED,
+    CrossEntropy,
+    Dtype,
+    LossConfig,
+    ReverseKL,
+    Term,
+    has_curriculum,
+)
 from distillm_ray.learner.step_statistics import counted_tokens
 from distillm_ray.learner.student_model import (
     PackedStudent,
@@ -114,5 +122,8 @@ def own_text_term(loss: LossConfig) -> Term:
     on_student = [term.formula for term in loss.terms if term.on in ("all", "student")]
     divergences = [term for term in on_student if not isinstance(term, SAMPLED)]
     if divergences:
-        return divergences[0]
+        first = divergences[0]
+        # A loss whose definition moves with the student could not be compared between steps.
+        fixed = {"curriculum": False} if has_curriculum(first) else {}
+        return first.model_copy(update=fixed)
     return ReverseKL() if loss.needs_teacher else CrossEntropy(on="student")

@@ -15,6 +15,8 @@ Axes: L packed tokens, N loss positions.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -48,6 +50,8 @@ from distillm_ray.learner.student_model import (
     run_row,
     training_request,
 )
+from distillm_ray.loss.curriculum import Anchor, first_anchors, next_anchors
+from distillm_ray.loss.terms import loss_at
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.row_path import RowPath
@@ -58,6 +62,7 @@ from distillm_ray.weights.gather import EXPORT_ELEMENTS, gather
 Value = TypeVar("Value")
 
 _ENGINE_TAG = "engine"
+_ANCHORS_FILE = "anchors.json"  # of the curricula, where there are any
 
 
 class Learner:
@@ -90,6 +95,7 @@ class Learner:
         """
         self._config = config
         self._loss = loss
+        self._anchors = first_anchors(loss.terms)
         self._student = student
         self._compare_engine = compare_engine
         self._teacher_head = None if teacher_head is None else teacher_head.to(device)
@@ -152,11 +158,12 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.train()
-        statistics = StepStatistics(
-            self._loss.terms, self.device, compare_engine=self._compare_engine
-        )
+        loss = loss_at(self._loss, step, num_steps=self._config.num_steps)
+        statistics = StepStatistics(loss.terms, self.device, compare_engine=self._compare_engine)
         for batch in batches:
-            request = training_request(batch, self._loss, self._teacher_head, self.device)
+            request = training_request(
+                batch, loss, self._teacher_head, self.device, anchors=self._anchors
+            )
             result = run_row(self._engine, batch, request, self.device)
             # A non-finite loss can have a finite gradient. Times NaN the gradient is NaN as well,
             # and the all-reduce shows it to every rank, so that all of them skip the step.
@@ -167,8 +174,10 @@ class Learner:
         if self.device.type == "cpu":
             return_freed_memory()
         norm = self._global_gradient_norm()
+        totals = statistics.reduce(step + 1, wait_seconds=wait_seconds)
+        self._anchors = next_anchors(self._anchors, loss.terms, statistics.gaps)
         return replace(
-            statistics.reduce(step + 1, wait_seconds=wait_seconds),
+            totals,
             learning_rate=learning_rate,
             gradient_norm=norm,
             seconds=time.monotonic() - started + wait_seconds,
@@ -216,9 +225,15 @@ class Learner:
         return gather(self._model, dtype, keep=self.rank == 0)
 
     def save(self, directory: Path) -> None:
-        """Write model, optimizer and random state. `directory` is the same on all ranks."""
+        """Write model, optimizer, random state and the curricula's anchors.
+
+        `directory` is the same on all ranks.
+        """
         self._engine.save_checkpoint(str(directory), tag=_ENGINE_TAG, save_latest=False)
         torch.save(random_state(self.device), directory / f"random-{self.rank:05d}.pt")
+        if self.rank == 0 and self._loss.curricula:
+            anchors = [dataclasses.asdict(anchor) for anchor in self._anchors]
+            (directory / _ANCHORS_FILE).write_text(json.dumps(anchors))
 
     def load(self, directory: Path) -> None:
         """The inverse of `save`, under the same ZeRO stage (1 and 2 load each other's files)."""
@@ -227,6 +242,9 @@ class Learner:
         random_path = directory / f"random-{self.rank:05d}.pt"
         if random_path.exists():  # ranks that the saved run did not have keep their new streams
             set_random_state(torch.load(random_path, weights_only=False), self.device)
+        if self._loss.curricula:
+            anchors = json.loads((directory / _ANCHORS_FILE).read_text())
+            self._anchors = tuple(Anchor(**anchor) for anchor in anchors)
 
     def export(self, directory: Path, end_token_ids: Sequence[int]) -> None:
         """Write a Hugging Face directory that transformers and vLLM load as is, LoRA merged.

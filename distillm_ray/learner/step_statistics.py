@@ -13,14 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distillm_ray.config import Term
+from distillm_ray.config import Term, has_curriculum
+from distillm_ray.loss.curriculum import GapSum
 from distillm_ray.loss.head_loss import HeadLoss
 from distillm_ray.loss.terms import term_names
 from distillm_ray.loss.token_health import TokenHealth
 from distillm_ray.types import BoolArray, LearnerBatch, Shelf, TrainStep
 
 _SHELVES = tuple(Shelf)
-# Indices into the vector of sums. The sums of the terms follow at the end.
+# Indices into the vector of sums. The sums of the terms follow at the end, and after them three
+# for each term with a curriculum: of gaps, of alphas, and the number of sequences.
 _LOSS, _INFINITE, _GAP, _GAP_TOKENS = range(4)
 _HEALTH = 4  # the fields of TokenHealth
 _SHELF_LOSS = _HEALTH + len(TokenHealth._fields)
@@ -42,7 +44,11 @@ class StepStatistics:
         """`compare_engine`: the engine's log-probabilities should be the student's."""
         self._terms = terms
         self._compare_engine = compare_engine
-        self._sums = torch.zeros(_TERM_LOSS + len(terms), dtype=torch.float64, device=device)
+        self._curricula = [index for index, term in enumerate(terms) if has_curriculum(term)]
+        self._gaps = _TERM_LOSS + len(terms)
+        size = self._gaps + 3 * len(self._curricula)
+        self._sums = torch.zeros(size, dtype=torch.float64, device=device)
+        self._gap_sums: tuple[GapSum, ...] | None = None
         self._positions = 0
         self._tokens = 0
         self._loss_tokens = 0
@@ -56,7 +62,10 @@ class StepStatistics:
         self._loss_tokens += int(counts_N.sum())
         sums[_LOSS] += result.loss.detach().double()
         sums[_INFINITE] += result.num_infinite
-        sums[_TERM_LOSS:] += result.losses_M.double()
+        sums[_TERM_LOSS : self._gaps] += result.losses_M.double()
+        for place, term in enumerate(self._curricula):
+            start = self._gaps + 3 * place
+            sums[start : start + 3] += self._gaps_in(batch, result, term)
         shelf_S = np.array([_SHELVES.index(shelf) for shelf in batch.shelves])
         shelf_N = torch.from_numpy(shelf_S[batch.sequence_index_N]).to(sums.device)
         losses_N = self._token_losses(batch, result)
@@ -80,6 +89,29 @@ class StepStatistics:
             gaps_N = (result.log_probs_N - torch.from_numpy(behaviour_N).to(sums.device)).abs()
             sums[_GAP] += gaps_N.masked_fill(~gaps_N.isfinite(), 0.0).double().sum()
             sums[_GAP_TOKENS] += gaps_N.isfinite().sum()
+
+    def _gaps_in(self, batch: LearnerBatch, result: HeadLoss, term: int) -> Tensor:
+        """`[3]`: gaps, alphas and number of the sequences that a term with a curriculum covers."""
+        alphas = result.alphas[term]
+        if alphas is None:  # a row without targets, of which the term covers no token
+            return self._sums.new_zeros(3)
+        # Each sequence once, at its first loss position.
+        first_N = np.diff(batch.sequence_index_N, prepend=-1) != 0
+        wanted_N = first_N & counted_tokens(batch) & (batch.term_weights_N[term] != 0)
+        known_N = torch.from_numpy(wanted_N).to(self._sums.device) & alphas.gaps_N.isfinite()
+        return torch.stack(
+            [
+                alphas.gaps_N.where(known_N, 0.0).double().sum(),
+                alphas.alphas_N.where(known_N, 0.0).double().sum(),
+                known_N.double().sum(),
+            ]
+        )
+
+    @property
+    def gaps(self) -> tuple[GapSum, ...]:
+        """Of each term, over all ranks; zeros without a curriculum. Known after `reduce`."""
+        assert self._gap_sums is not None, "reduce comes first"
+        return self._gap_sums
 
     def _token_losses(self, batch: LearnerBatch, result: HeadLoss) -> Tensor:
         """`[N]`, each token's sum over the terms that cover it of the term's weight x value."""
@@ -110,6 +142,12 @@ class StepStatistics:
             everything[: by_rank.numel()].view_as(by_rank).tolist()
         )
         flat = everything[by_rank.numel() :].tolist()
+        gap_sums = [GapSum()] * len(self._terms)
+        for place, term in enumerate(self._curricula):
+            gaps, alphas, number = flat[self._gaps + 3 * place :][:3]
+            gap_sums[term] = GapSum(gaps=gaps, alphas=alphas, num_sequences=int(number))
+        self._gap_sums = tuple(gap_sums)
+        names = term_names(self._terms)
         num_sampled, *health = flat[_HEALTH:_SHELF_LOSS]
         entropy, teacher_entropy, overlap, probability = (
             value / num_sampled if num_sampled else math.nan for value in health
@@ -125,8 +163,13 @@ class StepStatistics:
             loss_by_term={
                 name: total / term.weight
                 for name, term, total in zip(
-                    term_names(self._terms), self._terms, flat[_TERM_LOSS:], strict=True
+                    names, self._terms, flat[_TERM_LOSS : self._gaps], strict=True
                 )
+            },
+            alpha_by_term={
+                name: sums.alphas / sums.num_sequences
+                for name, sums in zip(names, gap_sums, strict=True)
+                if sums.num_sequences > 0
             },
             infinite_tokens=int(flat[_INFINITE]),
             logprob_gap=flat[_GAP] / flat[_GAP_TOKENS] if flat[_GAP_TOKENS] > 0 else math.nan,

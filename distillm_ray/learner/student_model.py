@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from distillm_ray.config import CrossEntropy, LoraConfig, LossConfig, StudentConfig
 from distillm_ray.errors import ConfigError, ModelError
+from distillm_ray.loss.curriculum import Anchors, anchor_gaps, first_anchors
 from distillm_ray.loss.distillation_head import DistillationHead, install_distillation_head
 from distillm_ray.loss.head_loss import HeadLoss, LossRequest, WeightedTerm
 from distillm_ray.loss.teacher_tensors import teacher_tensors
@@ -77,12 +78,18 @@ def run_row(
 
 
 def training_request(
-    batch: LearnerBatch, loss: LossConfig, teacher_head: FrozenHead | None, device: torch.device
+    batch: LearnerBatch,
+    loss: LossConfig,
+    teacher_head: FrozenHead | None,
+    device: torch.device,
+    *,
+    anchors: Anchors | None = None,
 ) -> LossRequest:
     """All terms of the loss, with the weights that the batch brings.
 
     In a row without targets no token has a weight in a term that compares with the teacher.
-    Cross-entropy, which needs none, takes the term's place there and adds 0.
+    Cross-entropy, which needs none, takes the term's place there and adds 0. `anchors` are those of
+    the loss's curricula; None: no step was taken yet.
     """
     terms, teacher = loss.terms, None
     if loss.needs_teacher and batch.targets is not None:
@@ -94,13 +101,16 @@ def training_request(
             if not isinstance(term, CrossEntropy)
         ), f"no teacher targets for {batch.rollout_ids}"
         terms = tuple(term if isinstance(term, CrossEntropy) else CrossEntropy() for term in terms)
+    gaps = anchor_gaps(anchors or first_anchors(loss.terms), loss.terms)
     is_student_S = np.array([shelf in (Shelf.FRESH, Shelf.REPLAY) for shelf in batch.shelves])
     counted_S = is_student_S & ~np.array(batch.is_filler)
     positions_S = sampled_positions(counted_S[batch.sequence_index_N])
     return LossRequest(
         terms=tuple(
-            WeightedTerm(term=term, weights_N=_to_device(weights_N, torch.float32, device))
-            for term, weights_N in zip(terms, batch.term_weights_N, strict=True)
+            WeightedTerm(
+                term=term, weights_N=_to_device(weights_N, torch.float32, device), anchor=gap
+            )
+            for term, weights_N, gap in zip(terms, batch.term_weights_N, gaps, strict=True)
         ),
         teacher=teacher,
         labels_N=_to_device(batch.labels_N, torch.int64, device),

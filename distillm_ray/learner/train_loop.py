@@ -40,7 +40,6 @@ from distillm_ray.batching import pack, plan_validation
 from distillm_ray.cluster.learner import Links
 from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError, UserError
-from distillm_ray.evaluation.scores import rouge
 from distillm_ray.learner.checkpoint import (
     LEARNER_FOLDER,
     Checkpoint,
@@ -49,7 +48,6 @@ from distillm_ray.learner.checkpoint import (
 )
 from distillm_ray.learner.prefetch import Prefetcher, PreparedStep
 from distillm_ray.learner.self_check import describe_self_check
-from distillm_ray.learner.stopping import ENDED_EARLY, why_stop
 from distillm_ray.log.records import (
     CheckpointRecord,
     EventRecord,
@@ -59,7 +57,9 @@ from distillm_ray.log.records import (
     Sample,
     ValidationRecord,
 )
+from distillm_ray.log.stopping import ENDED_EARLY, why_stop
 from distillm_ray.run_directory import BEST_MODEL_FOLDER, MODEL_FOLDER
+from distillm_ray.text_metrics import rouge
 from distillm_ray.types import (
     TRAINING,
     LearnerBatch,

@@ -30,6 +30,10 @@ def scalars(record: Record, totals: Totals) -> Iterator[tuple[str, float]]:
                     f"train/loss_term/{_tag(term)}": loss
                     for term, loss in record.loss_by_term.items()
                 },
+                **{
+                    f"train/alpha_term/{_tag(term)}": alpha
+                    for term, alpha in record.alpha_by_term.items()
+                },
                 "train/learning_rate": record.learning_rate,
                 "train/gradient_norm": record.gradient_norm,
                 "train/tokens": record.tokens,

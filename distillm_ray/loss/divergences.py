@@ -68,7 +68,7 @@ def _jensen_shannon(
 
 
 def _skew_kl(
-    log_p_TV: Tensor, log_q_TV: Tensor, q_TV: Tensor, *, alpha: float
+    log_p_TV: Tensor, log_q_TV: Tensor, q_TV: Tensor, *, alpha: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     ratio_TV = _bounded_exp(log_q_TV - log_p_TV)
     m_over_p_TV = ratio_TV.mul_(1 - alpha).add_(alpha)
@@ -77,7 +77,7 @@ def _skew_kl(
 
 
 def _skew_reverse_kl(
-    log_p_TV: Tensor, log_q_TV: Tensor, q_TV: Tensor, *, alpha: float
+    log_p_TV: Tensor, log_q_TV: Tensor, q_TV: Tensor, *, alpha: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     ratio_TV = _bounded_exp(log_p_TV - log_q_TV)
     m_over_q_TV = ratio_TV.mul_(1 - alpha).add_(alpha)
@@ -190,8 +190,12 @@ def adaptive_kl(student_logits_TV: Tensor, teacher_logits_TV: Tensor, mu: float 
     return _differentiable(definition, student_logits_TV, teacher_logits_TV)
 
 
-def define(divergence: config.Divergence) -> Definition:
-    """The definition of a config's divergence, with its parameters bound."""
+def define(divergence: config.Divergence, alphas_T: Tensor | None = None) -> Definition:
+    """The definition of a config's divergence, with its parameters bound.
+
+    `alphas_T` replaces the alpha of a skewed divergence by one for each token.
+    """
+    alphas_T1 = None if alphas_T is None else alphas_T.unsqueeze(-1)
     match divergence:
         case config.ForwardKL():
             return _forward_kl
@@ -200,9 +204,9 @@ def define(divergence: config.Divergence) -> Definition:
         case config.JensenShannon(beta=beta):
             return partial(_jensen_shannon, beta=beta)
         case config.SkewKL(alpha=alpha):
-            return partial(_skew_kl, alpha=alpha)
+            return partial(_skew_kl, alpha=alpha if alphas_T1 is None else alphas_T1)
         case config.SkewReverseKL(alpha=alpha):
-            return partial(_skew_reverse_kl, alpha=alpha)
+            return partial(_skew_reverse_kl, alpha=alpha if alphas_T1 is None else alphas_T1)
         case config.TotalVariation():
             return _total_variation
         case config.AdaptiveKL(mu=mu):

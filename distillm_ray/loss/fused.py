@@ -258,6 +258,11 @@ class _Walk:
                 for one in request.terms
                 if not isinstance(one.term, SAMPLED)
             ),
+            alphas=tuple(
+                None if one.alphas is None else one.alphas.alphas_N[start:stop]
+                for one in request.terms
+                if not isinstance(one.term, SAMPLED)
+            ),
             labels_R=None if labels_N is None else labels_N[start:stop],
             cross_entropy_weights_R=None if weights_N is None else weights_N[start:stop],
         )

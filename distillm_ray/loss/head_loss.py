@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distillm_ray import config
+from distillm_ray.loss.curriculum import SequenceAlphas, sequence_alphas
 from distillm_ray.loss.divergences import (
     FLOOR,
     define,
@@ -59,7 +60,9 @@ class WeightedTerm:
 
     term: config.Term
     weights_N: Tensor
+    anchor: float | None = None  # of a curriculum, once it is known
     policy: PolicyTokens | None = None  # of a policy gradient, once the samples are known
+    alphas: SequenceAlphas | None = None  # of a curriculum, once the samples are known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,10 +75,10 @@ class LossRequest:
 
     terms: tuple[WeightedTerm, ...] = ()
     teacher: TeacherTensors | None = None  # needed by divergences
-    labels_N: Tensor | None = None  # int64; needed by cross-entropy and policy gradients
+    labels_N: Tensor | None = None  # int64; needed by cross-entropy and `needs_samples`
     temperature: float = 1.0  # of both sides of the divergences; sampled tokens are always at 1
     behaviour_N: Tensor | None = None  # log-probability that a label was sampled with; NaN: unknown
-    sequence_N: Tensor | None = None  # int64; needed by policy gradients
+    sequence_N: Tensor | None = None  # int64; needed by policy gradients and curricula
     health_S: Tensor | None = None  # int64, positions at which to compare both sides for the log
     is_self_check: bool = False  # the student is its own teacher: every divergence must be 0
 
@@ -100,14 +103,21 @@ class LossRequest:
 
     @property
     def needs_samples(self) -> bool:
-        """Whether a term depends on how probable the student's samples are today."""
+        """Whether a term depends on how probable the labels of whole sequences are today."""
+        return self._compares_samples or any(
+            one.term.max_importance is not None for one in self.terms
+        )
+
+    @property
+    def _compares_samples(self) -> bool:
+        """Whether a term depends on how probable the labels are for the teacher."""
         return any(
-            isinstance(one.term, config.PolicyGradient) or one.term.max_importance is not None
+            isinstance(one.term, config.PolicyGradient) or config.has_curriculum(one.term)
             for one in self.terms
         )
 
     def with_samples(self, log_q_N: Tensor, *, vocabulary_size: int, chunk: int) -> LossRequest:
-        """The request with the policy gradients' tokens, and importance in the weights.
+        """The request with policy gradients' tokens, curricula's alphas, and importance in weights.
 
         Args:
             log_q_N: the student's log-probabilities of the labels.
@@ -116,8 +126,8 @@ class LossRequest:
         log_q_N = log_q_N.detach()
         assert self.labels_N is not None
         log_p_N = torch.zeros_like(log_q_N)
-        if any(isinstance(one.term, config.PolicyGradient) for one in self.terms):
-            assert self.teacher is not None, "a policy gradient needs a teacher"
+        if self._compares_samples:
+            assert self.teacher is not None, "sampled tokens are compared with a teacher's"
             log_p_N = teacher_log_probs(
                 self.teacher, self.labels_N, vocabulary_size=vocabulary_size, chunk=chunk
             ).to(log_q_N.dtype)
@@ -139,7 +149,16 @@ def _sampled(one: WeightedTerm, tokens: SampledTokens) -> WeightedTerm:
     if isinstance(one.term, config.PolicyGradient):
         advantages_N = advantages(one.term, tokens)
         policy = PolicyTokens(*surrogate(one.term, tokens.log_ratio_N, advantages_N))
-    return replace(one, weights_N=weights_N, policy=policy)
+    alphas = None
+    if config.has_curriculum(one.term):
+        alphas = sequence_alphas(
+            one.term,
+            one.anchor,
+            log_p_N=tokens.log_p_N,
+            log_q_N=tokens.log_q_N,
+            sequence_N=tokens.sequence_N,
+        )
+    return replace(one, weights_N=weights_N, policy=policy, alphas=alphas)
 
 
 class HeadLoss(NamedTuple):
@@ -155,6 +174,7 @@ class HeadLoss(NamedTuple):
     values: tuple[Tensor, ...]  # [N] for each term, unweighted; of cross-entropy -log q(label)
     log_probs_N: Tensor | None  # of the labels, temperature 1
     num_infinite: Tensor  # scalar int64: infinite divergences and log-probabilities
+    alphas: tuple[SequenceAlphas | None, ...] = ()  # for each term, None without a curriculum
     health: TokenHealth | None = None  # where the request names positions
 
 
@@ -177,7 +197,11 @@ def plain_loss(
         request = request.with_samples(
             log_q_N, vocabulary_size=vocabulary_size, chunk=max(1, len(hidden_ND))
         )
-    divergences = [_plain_divergence(one, logits_NV, request) for one in request.divergences]
+    divergences = [
+        _plain_divergence(one.term, one.alphas, logits_NV, request)
+        for one in request.terms
+        if not isinstance(one.term, config.SAMPLED)
+    ]
     log_probs_N = None
     if request.labels_N is not None:
         log_q_NV = log_probabilities(logits_NV)
@@ -226,6 +250,7 @@ def assemble(
         values=tuple(values_N.detach() for values_N in values),
         log_probs_N=None if log_probs_N is None else log_probs_N.detach(),
         num_infinite=num_infinite,
+        alphas=tuple(one.alphas for one in request.terms),
     )
 
 
@@ -235,7 +260,10 @@ def _labels(request: LossRequest) -> Tensor:
 
 
 def _plain_divergence(
-    divergence: config.Divergence, logits_NV: Tensor, request: LossRequest
+    divergence: config.Divergence,
+    alphas: SequenceAlphas | None,
+    logits_NV: Tensor,
+    request: LossRequest,
 ) -> Tensor:
     log_q = log_probabilities(logits_NV / request.temperature)
     vocabulary_size = logits_NV.shape[-1]
@@ -250,4 +278,5 @@ def _plain_divergence(
             log_q, _ = student_buckets(log_q, ids_NK)
         case None:
             raise AssertionError("a divergence needs a teacher")
-    return divergence_of_log_probabilities(define(divergence), log_p.to(log_q.dtype), log_q)
+    definition = define(divergence, None if alphas is None else alphas.alphas_N)
+    return divergence_of_log_probabilities(definition, log_p.to(log_q.dtype), log_q)

@@ -13,10 +13,17 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from distillm_ray.config import SAMPLED, LossConfig, Term
+from distillm_ray.config import SAMPLED, LossConfig, Skewed, Term
 from distillm_ray.types import Float32Array, Rollout, Source
 
 Normalize: TypeAlias = Literal["source", "tokens", "sequence"]
+
+RAMP_SHARE = 0.5
+"""Share of the run over which weights move to their `final_weight`: DistiLLM-2's first half."""
+
+# Fields that do not tell terms apart in a name.
+_WEIGHTING = {"on", "type", "weight", "final_weight"}
+_CURRICULUM = {"curriculum", "min_alpha", "anchor_steps"}
 
 
 def term_names(terms: Sequence[Term]) -> tuple[str, ...]:
@@ -29,11 +36,44 @@ def term_names(terms: Sequence[Term]) -> tuple[str, ...]:
     names = []
     for term, name in zip(terms, short, strict=True):
         if short.count(name) > 1:
-            parameters = term.model_dump(exclude={"on", "weight", "type"}, exclude_none=True)
+            unused = isinstance(term, Skewed) and not term.curriculum
+            hidden = _WEIGHTING | _CURRICULUM if unused else _WEIGHTING
+            parameters = term.model_dump(exclude=hidden, exclude_none=True)
             values = ", ".join(f"{key}={value}" for key, value in parameters.items())
             name = f"{term.type}({values}) on {term.on}"
         names.append(name)
     return tuple(names)
+
+
+def loss_at(loss: LossConfig, step: int, *, num_steps: int) -> LossConfig:
+    """The loss of one step of a run of `num_steps`: each term with the weight it has there.
+
+    A weight moves linearly from `weight` to `final_weight` over the first half of the run and stays
+    there. `step` is 0-based.
+
+    Example:
+        >>> loss = LossConfig.model_validate(
+        ...     {"terms": [{"type": "skew_kl", "final_weight": 0.5}, {"type": "cross_entropy"}]}
+        ... )
+        >>> for step in (0, 25, 50, 99):
+        ...     print(*(term.weight for term in loss_at(loss, step, num_steps=100).terms))
+        1.0 1.0
+        0.75 1.0
+        0.5 1.0
+        0.5 1.0
+    """
+    if all(term.final_weight is None for term in loss.terms):
+        return loss
+    share = min(1.0, step / (RAMP_SHARE * num_steps))
+    terms = tuple(
+        term
+        if term.final_weight is None
+        else term.model_copy(
+            update={"weight": (1.0 - share) * term.weight + share * term.final_weight}
+        )
+        for term in loss.terms
+    )
+    return loss.model_copy(update={"terms": terms})
 
 
 def term_weights(

@@ -52,6 +52,7 @@ class Rows(NamedTuple):
     teacher: Tensor | None  # products [R, V], logits [R, V], or top-k log-probabilities [R, K]
     teacher_ids_RK: Tensor | None  # top-k only
     weights: tuple[Tensor, ...]  # [R] for each divergence
+    alphas: tuple[Tensor | None, ...]  # [R] for each divergence with a curriculum
     labels_R: Tensor | None
     cross_entropy_weights_R: Tensor | None  # summed over the cross-entropy terms
 
@@ -181,8 +182,10 @@ def _divergences(
     q = log_q.exp()
     values: list[Tensor] = []
     slope = slope_sum_R1 = None
-    for divergence, weights_R in zip(recipe.divergences, rows.weights, strict=True):
-        values_R, term = define(divergence)(log_p, log_q, q)
+    for divergence, weights_R, alphas_R in zip(
+        recipe.divergences, rows.weights, rows.alphas, strict=True
+    ):
+        values_R, term = define(divergence, alphas_R)(log_p, log_q, q)
         values.append(values_R)
         if recipe.with_gradient:
             weights_R1 = weights_R.masked_fill(values_R.isposinf(), 0.0).to(term.dtype)[:, None]

@@ -45,6 +45,7 @@ def rows(
     dtype: torch.dtype = torch.float32,
     cross_entropy: bool = False,
     top_k: bool = False,
+    curriculum: bool = False,
 ) -> token_losses.Rows:
     """Random products of the spread that language models have."""
     generator = torch.Generator().manual_seed(0)
@@ -59,6 +60,7 @@ def rows(
         teacher=top.values if top_k else normal(R, V).to(dtype),
         teacher_ids_RK=top.indices if top_k else None,
         weights=weights[:num_terms],
+        alphas=(0.1 * weights[-1] if curriculum else None,) * num_terms,
         labels_R=torch.randint(V, (R,), generator=generator) if cross_entropy else None,
         cross_entropy_weights_R=weights[-1] if cross_entropy else None,
     )
@@ -125,13 +127,25 @@ def test_any_number_of_rows_runs_on_the_same_kernel() -> None:
     ("wanted", "options"),
     [
         (recipe(SkewKL(), SkewReverseKL()), {"num_terms": 2}),
+        (
+            recipe(SkewKL(curriculum=True), SkewReverseKL(curriculum=True)),
+            {"num_terms": 2, "curriculum": True},
+        ),
         (recipe(SkewKL()), {"cross_entropy": True}),
         (recipe(), {"num_terms": 0, "cross_entropy": True}),
         (recipe(SkewKL(), rule=LogitRule(soft_cap=20.0)), {"cross_entropy": True}),
         (recipe(SkewKL(), rule=LogitRule(scale=0.5)), {}),
         (recipe(SkewKL(), temperature=2.0), {"cross_entropy": True}),
     ],
-    ids=["two terms", "and cross-entropy", "cross-entropy", "soft cap", "scale", "temperature"],
+    ids=[
+        "two terms",
+        "curriculum",
+        "and cross-entropy",
+        "cross-entropy",
+        "soft cap",
+        "scale",
+        "temperature",
+    ],
 )
 def test_no_temporary_is_as_large_as_the_logits(
     wanted: token_losses.Recipe, options: dict[str, Any]
@@ -150,7 +164,10 @@ def test_ids_that_are_impossible_for_both_stay_finite() -> None:
     assert given.teacher is not None
     given.products_RV[:, 7:90] = -torch.inf
     given.teacher[:, 7:90] = -torch.inf
-    check(recipe(SkewKL(), SkewReverseKL()), given._replace(weights=given.weights * 2))
+    check(
+        recipe(SkewKL(), SkewReverseKL()),
+        given._replace(weights=given.weights * 2, alphas=(None, None)),
+    )
     assert given.products_RV.isfinite().all()
 
 

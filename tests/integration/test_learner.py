@@ -26,12 +26,14 @@ from distillm_ray.config import (
     LoraConfig,
     LossConfig,
     SkewKL,
+    SkewReverseKL,
     StudentConfig,
 )
 from distillm_ray.learner.checkpoint import LEARNER_FOLDER, Checkpoint, CheckpointMeta
 from distillm_ray.learner.learner import Learner
 from distillm_ray.learner.optimizer import learning_rate_at
 from distillm_ray.loss.divergences import skew_kl
+from distillm_ray.loss.terms import loss_at
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.types import (
     HiddenTargets,
@@ -50,6 +52,12 @@ STAGES = (0, 1, 2, 3)
 LENGTHS = ((3, 2), (5, 9), (2, 4), (4, 1), (6, 7), (2, 12))  # prompt, response
 STEPS = 3
 LOSS = LossConfig(terms=(SkewKL(alpha=0.1, weight=0.8), CrossEntropy(weight=0.3)))
+CURRICULUM = LossConfig(
+    terms=(
+        SkewKL(on="dataset", curriculum=True, anchor_steps=2, final_weight=0.5),
+        SkewReverseKL(on="student", curriculum=True, anchor_steps=2, final_weight=1.5),
+    )
+)
 
 
 def learner_config(stage: int, **changes: Any) -> LearnerConfig:
@@ -95,15 +103,16 @@ def teacher_head() -> FrozenHead:
     return FrozenHead(weight_VD=torch.randn(VOCABULARY, TEACHER_WIDTH, generator=generator))
 
 
-def plans(step: int, num_ranks: int):
+def plans(step: int, num_ranks: int, loss: LossConfig = LOSS):
     draw = make.draw(rollouts(step), step=step)
-    plan = plan_step(draw, num_ranks=num_ranks, max_micro_batch_tokens=16, loss=LOSS)
+    loss = loss_at(loss, step, num_steps=10)
+    plan = plan_step(draw, num_ranks=num_ranks, max_micro_batch_tokens=16, loss=loss)
     return plan.ranks
 
 
-def batches(step: int, rank: int, num_ranks: int) -> list[LearnerBatch]:
+def batches(step: int, rank: int, num_ranks: int, loss: LossConfig = LOSS) -> list[LearnerBatch]:
     targets = {rollout.rollout_id: hidden_targets(rollout) for rollout in rollouts(step)}
-    return [pack(micro_batch, targets) for micro_batch in plans(step, num_ranks)[rank]]
+    return [pack(micro_batch, targets) for micro_batch in plans(step, num_ranks, loss)[rank]]
 
 
 def validation_batches(rank: int, num_ranks: int) -> list[LearnerBatch]:
@@ -126,11 +135,16 @@ def tiny_student(directory: Path) -> None:
 # ---- what the processes do ---------------------------------------------------------------------
 
 
-def build(directory: Path, config: LearnerConfig, student: StudentConfig | None = None) -> Learner:
+def build(
+    directory: Path,
+    config: LearnerConfig,
+    student: StudentConfig | None = None,
+    loss: LossConfig = LOSS,
+) -> Learner:
     return Learner(
         config,
         student or StudentConfig(model=directory / "student", dtype="float32"),
-        LOSS,
+        loss,
         teacher_head=teacher_head(),
         vocabulary_size=VOCABULARY,
         device=torch.device("cpu"),
@@ -146,11 +160,13 @@ def gathered(learner: Learner, dtype: torch.dtype = torch.float32) -> dict[str, 
     return found
 
 
-def train(learner: Learner, first: int, last: int) -> list[dict[str, Any]]:
+def train(learner: Learner, first: int, last: int, loss: LossConfig = LOSS) -> list[dict[str, Any]]:
     return [
         dataclasses.asdict(
             learner.train_step(
-                batches(step, learner.rank, learner.num_ranks), step, wait_seconds=learner.rank
+                batches(step, learner.rank, learner.num_ranks, loss),
+                step,
+                wait_seconds=learner.rank,
             )
         )
         for step in range(first, last)
@@ -166,6 +182,7 @@ def run_rank(rank: int, num_ranks: int, directory: Path) -> None:
         run_stage(directory, stage, directory / f"{num_ranks}-{stage}")
     run_bfloat16(directory, directory / f"{num_ranks}-bfloat16")
     run_lora(directory, directory / f"{num_ranks}-lora")
+    run_curriculum(directory, directory / f"{num_ranks}-curriculum")
     dist.destroy_process_group()
 
 
@@ -223,6 +240,21 @@ def run_lora(directory: Path, out: Path) -> None:
     learner.export(out / "model", [3, 4])
     if learner.rank == 0:
         torch.save((before, steps, log_probs_N), out / "weights.pt")
+
+
+def run_curriculum(directory: Path, out: Path) -> None:
+    """Four steps; and the last three of them resumed from within the anchor's window."""
+    learner = build(directory, learner_config(3), loss=CURRICULUM)
+    steps = train(learner, 0, 1, CURRICULUM)
+    learner.save(out / "within")
+    steps += train(learner, 1, 4, CURRICULUM)
+    learner.save(out / "end")
+    restored = build(directory, learner_config(3), loss=CURRICULUM)
+    restored.load(out / "within")
+    resumed = train(restored, 1, 4, CURRICULUM)
+    restored.save(out / "resumed")
+    if learner.rank == 0:
+        (out / "facts.json").write_text(json.dumps({"steps": steps, "resumed": resumed}))
 
 
 # ---- the reference: no packing, no ranks, no DeepSpeed ------------------------------------------
@@ -298,7 +330,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield directory
 
 
-def facts_of(runs: Path, num_ranks: int, stage: int) -> dict[str, Any]:
+def facts_of(runs: Path, num_ranks: int, stage: int | str) -> dict[str, Any]:
     return json.loads((runs / f"{num_ranks}-{stage}" / "facts.json").read_text())
 
 
@@ -466,6 +498,43 @@ def test_one_and_two_ranks_agree_on_the_lora_student(runs: Path) -> None:
     one, two = (weights_of(runs, num_ranks, "lora")[1] for num_ranks in (1, 2))
     losses = [[record["loss"] for record in steps] for steps in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def anchors_of(runs: Path, num_ranks: int, checkpoint: str) -> list[list[float]]:
+    """Sum, sequences and steps of each term."""
+    path = runs / f"{num_ranks}-curriculum" / checkpoint / "anchors.json"
+    return [list(anchor.values()) for anchor in json.loads(path.read_text())]
+
+
+def test_a_curriculum_has_the_same_anchors_alphas_and_losses_on_any_number_of_ranks(
+    runs: Path,
+) -> None:
+    one, two = (facts_of(runs, num_ranks, "curriculum")["steps"] for num_ranks in (1, 2))
+    for step, (record, other) in enumerate(zip(one, two, strict=True)):
+        assert record["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert record["loss_by_term"] == pytest.approx(other["loss_by_term"], rel=1e-5)
+        assert record["alpha_by_term"] == pytest.approx(other["alpha_by_term"], rel=1e-3)
+        alphas = list(record["alpha_by_term"].values())
+        if step < 2:
+            assert alphas == pytest.approx([0.1, 0.1])
+        # A step's loss has the weights that hold in it: half of the run is five steps.
+        weights = (1 - 0.1 * step, 1 + 0.1 * step)
+        terms = zip(weights, record["loss_by_term"].values(), strict=True)
+        assert record["loss"] == pytest.approx(sum(weight * term for weight, term in terms))
+    assert min(one[3]["alpha_by_term"].values()) < 0.099
+    for anchor, other in zip(anchors_of(runs, 1, "end"), anchors_of(runs, 2, "end"), strict=True):
+        assert anchor == pytest.approx(other, rel=1e-4)
+        assert anchor[1:] == [6, 2]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_resumed_curriculum_goes_on_with_its_partial_sums(runs: Path, num_ranks: int) -> None:
+    facts = facts_of(runs, num_ranks, "curriculum")
+    assert [anchor[1:] for anchor in anchors_of(runs, num_ranks, "within")] == [[3, 1], [3, 1]]
+    for record, other in zip(facts["steps"][1:], facts["resumed"], strict=True):
+        assert record["loss"] == other["loss"]
+        assert record["alpha_by_term"] == other["alpha_by_term"]
+    assert anchors_of(runs, num_ranks, "resumed") == anchors_of(runs, num_ranks, "end")
 
 
 # ---- models from checkpoints ---------------------------------------------------------------------

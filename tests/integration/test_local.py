@@ -166,6 +166,7 @@ def test_every_step_has_the_same_losses(pair: Pair) -> None:
     for one, other in zip(local, cluster, strict=True):
         assert one.loss == pytest.approx(other.loss, abs=ROUNDING)
         assert one.loss_by_term == pytest.approx(other.loss_by_term, abs=ROUNDING)
+        assert one.alpha_by_term == pytest.approx(other.alpha_by_term, abs=100 * ROUNDING)
         assert one.loss_by_shelf == pytest.approx(other.loss_by_shelf, abs=ROUNDING)
         assert one.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-4)
         assert one.learning_rate == other.learning_rate
