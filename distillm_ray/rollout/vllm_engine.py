@@ -86,6 +86,9 @@ class VllmGenerator(Generator):
             gpu_memory_utilization=engine_config.gpu_memory_utilization,
             kv_cache_memory_bytes=engine_config.cpu_kv_cache_gib * 2**30 if on_cpu else None,
             enforce_eager=engine_config.enforce_eager or on_cpu,
+            # A part of a prompt samples a token that vLLM takes back by rewinding the request's
+            # random generator, which a CPU's cannot: the engine would die.
+            enable_chunked_prefill=False if on_cpu else None,
             seed=self.job.seed % 2**31,
             load_format="safetensors",
             trust_remote_code=self.job.trust_remote_code,

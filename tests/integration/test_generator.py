@@ -392,3 +392,28 @@ def test_weights_that_lack_a_tensor_are_refused_by_the_transformers_engine(tmp_p
     with pytest.raises(ValueError, match=r"the weights lack .* would keep their old values"):
         run(made.update_weights(replace(whole, buckets=(first,)), keep_in_flight=True))
     run(made.stop())
+
+
+def test_more_prompt_tokens_than_one_pass_takes_do_not_end_the_engine(tmp_path: Path) -> None:
+    """vLLM's pass takes 2,048 tokens. It used to split the prompt at the border."""
+    model = tiny_llama(0)
+    model.save_pretrained(tmp_path)
+    numbers = np.random.default_rng(3)
+    many = [
+        make.prompt(f"p{index}", token_ids=numbers.integers(10, VOCABULARY_SIZE, 150))
+        for index in range(32)
+    ]
+    engine = VllmGenerator(
+        RolloutConfig(
+            engine=VllmEngine(max_num_seqs=32), dtype="float32", num_threads=1, timeout_s=100
+        ),
+        job(tmp_path, max_prompt_tokens=160, max_response_tokens=96),
+    )
+    run(engine.start())
+    try:
+        sampling = SamplingConfig(max_tokens=4, stop_token_ids=())
+        responses = run(respond(engine, many, sampling))
+    finally:
+        run(engine.stop())
+    assert [one.prompt_id for one in responses] == [one.prompt_id for one in many]
+    assert all(1 <= len(one.response_ids) <= 4 for one in responses)
