@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -135,7 +136,8 @@ def read_weights(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     whole = checkpoint.learner_path / _WHOLE
     if whole.is_file():
         # The file is this program's own, and holds more than tensors.
-        return torch.load(whole, map_location="cpu", mmap=True, weights_only=False)["module"]
+        with _readable(checkpoint):
+            return torch.load(whole, map_location="cpu", mmap=True, weights_only=False)["module"]
     if not any(checkpoint.learner_path.glob(_OPTIMIZER)):
         raise RunDirectoryError(f"{checkpoint.path} has no weights: its files were removed")
     # Imported here: DeepSpeed takes seconds.
@@ -143,10 +145,23 @@ def read_weights(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
         get_fp32_state_dict_from_zero_checkpoint,
     )
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with _readable(checkpoint), quiet, contextlib.redirect_stderr(io.StringIO()):
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.learner_path), "engine")
     assert weights is not None
     return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what readers raise for a file that was cut off or changed into a user's error."""
+    try:
+        yield
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise RunDirectoryError(
+            f"{checkpoint.path} cannot be read, its files are damaged: {error}; export another"
+            " checkpoint"
+        ) from error
 
 
 def _listed(steps: dict[int, Checkpoint]) -> str:

@@ -363,7 +363,7 @@ def _load(path: Path, overrides: list[str] | None) -> Config:
 def _view(config: Config) -> Iterator[ConsoleView]:
     from distillm_ray.report.console import ConsoleView
 
-    view = ConsoleView(config.learner.steps or 0)  # of epochs: known when the data is read
+    view = ConsoleView(config.learner.known_steps or 0)  # of epochs: known when the data is read
     try:
         yield view
     finally:

@@ -15,6 +15,7 @@ import math
 import os
 import re
 from datetime import datetime
+from fractions import Fraction as FractionOf
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeGuard, TypeVar
 
@@ -210,9 +211,9 @@ class Skewed(LossTerm):
 
     @model_validator(mode="after")
     def _alphas_are_in_order(self) -> Self:
-        if self.curriculum and self.min_alpha > self.alpha:
+        if self.curriculum and self.min_alpha >= self.alpha:
             raise ValueError(
-                f"min_alpha must be at most alpha, got {self.min_alpha:g} > {self.alpha:g}: the"
+                f"min_alpha must be below alpha, got {self.min_alpha:g} >= {self.alpha:g}: the"
                 " curriculum lowers alpha to min_alpha; lower min_alpha or raise alpha"
             )
         return self
@@ -703,6 +704,7 @@ class LearnerConfig(ProcessConfig):
     zero_stage: MayChange[Annotated[Integer, Field(ge=0, le=3)]] = 1  # between 1 and 2 only
     steps: MayChange[Positive | None] = None  # optimizer steps; with epochs: at most
     epochs: MayChange[Above0 | None] = None  # passes over data.train, if every slot were of it
+    epoch_rows: MayChange[Positive | None] = None  # filled in when the data is read
     batch_size: Positive  # sequences of the global batch
     max_micro_batch_tokens: MayChange[Positive] = 8192  # of one packed row
     learning_rate: MayChange[Above0] = 1e-5
@@ -719,10 +721,23 @@ class LearnerConfig(ProcessConfig):
     max_restarts: MayChange[NonNegative] = 3  # of the group, from the last checkpoint
 
     @property
+    def known_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None before the rows of an epoch are known."""
+        if self.epochs is None:
+            return self.steps
+        if self.epoch_rows is None:
+            return None
+        # As written: 1.1 is a little more than 11/10 in binary, which would add a step.
+        epochs = FractionOf(str(self.epochs))
+        steps = math.ceil(epochs * self.epoch_rows / self.batch_size)
+        return min(steps, self.steps or steps)
+
+    @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run. `Config.with_rows` has made them of epochs."""
-        assert self.steps is not None, "the steps of an epoch are not known before the data"
-        return self.steps
+        """`known_steps` once the data is read (`Config.with_rows`)."""
+        steps = self.known_steps
+        assert steps is not None, "the steps of an epoch are not known before the data"
+        return steps
 
 
 # ---- the rest ----------------------------------------------------------------------------------
@@ -896,7 +911,42 @@ class Config(Section):
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a user should know of settings that are allowed and unusual."""
-        return (*self._remarks_on_sampling(), *self._remarks_on_mixture())
+        return (
+            *self._remarks_on_sampling(),
+            *self._remarks_on_mixture(),
+            *self._remarks_on_idle_keys(),
+        )
+
+    def _remarks_on_idle_keys(self) -> tuple[str, ...]:
+        """Keys that are set and have no effect in this run."""
+        silent, alone = not self.wants_rollouts, not self.loss.needs_teacher
+        steps = self.learner.known_steps
+        idle = [
+            (silent and self.rollout.teacher_mix > 0, "rollout.teacher_mix", "phi is always 0"),
+            (
+                silent and self.stop.max_generated_tokens is not None,
+                "stop.max_generated_tokens",
+                "phi is always 0, so nothing is generated to train on",
+            ),
+            (
+                alone and self.stop.max_teacher_tokens is not None,
+                "stop.max_teacher_tokens",
+                "no term compares with a teacher",
+            ),
+            *(
+                (
+                    has_curriculum(term) and steps is not None and term.anchor_steps >= steps,
+                    f"loss.terms.{index}.curriculum",
+                    f"the run ends before its anchor is known ({term.anchor_steps} steps)"
+                    if has_curriculum(term)
+                    else "",
+                )
+                for index, term in enumerate(self.loss.terms)
+            ),
+        ]
+        return tuple(
+            f"warning: {key} has no effect: {reason}" for is_idle, key, reason in idle if is_idle
+        )
 
     def _remarks_on_sampling(self) -> tuple[str, ...]:
         sampling = self.rollout.sampling
@@ -952,25 +1002,25 @@ class Config(Section):
         )
 
     def with_rows(self, num_rows: int) -> Config:
-        """The config with `learner.steps` for a training set of `num_rows` prompts.
-
-        Steps beside epochs are an upper limit, so that a saved config reads back as it was.
+        """The config for `num_rows` training prompts, which make epochs a number of steps.
 
         Raises:
-            ConfigError: the warm-up is as long as the run.
+            ConfigError: the warm-up is as long as the run, or the run too long to be counted.
         """
-        learner = self.learner
-        if learner.epochs is None:
+        if self.learner.epochs is None:
             return self
-        steps = math.ceil(learner.epochs * num_rows / learner.batch_size)
-        steps = min(steps, learner.steps or steps)
+        learner = self.learner.model_copy(update={"epoch_rows": num_rows})
+        steps = learner.num_steps
+        epochs = f"learner.epochs = {learner.epochs:g}"
+        if steps > LARGEST_INTEGER:
+            raise ConfigError(f"{epochs} are more than {LARGEST_INTEGER:,} steps; lower it")
         if learner.warmup_steps >= steps:
             raise ConfigError(
-                f"learner.warmup_steps must be below the steps of learner.epochs ="
-                f" {learner.epochs:g}, got {learner.warmup_steps} >= {steps} ({num_rows:,} rows in"
-                f" batches of {learner.batch_size}): the learning rate would never reach its peak"
+                f"learner.warmup_steps must be below the steps of {epochs}, got"
+                f" {learner.warmup_steps} >= {steps} ({num_rows:,} rows in batches of"
+                f" {learner.batch_size}): the learning rate would never reach its peak"
             )
-        return self.model_copy(update={"learner": learner.model_copy(update={"steps": steps})})
+        return self.model_copy(update={"learner": learner})
 
     @model_validator(mode="wrap")
     @classmethod

@@ -351,7 +351,8 @@ def distil(
             batches = [pack(one, targets) for one in micro_batches]
             first = next((one for one in batches if one.targets is not None), batches[0])
             largest = largest_self_divergence(student, first, config.loss, frozen_head, device)
-            record(EventRecord(name="self-check", detail=describe_self_check(largest)))
+            detail = describe_self_check(largest)
+            record(EventRecord(step=0, name="self-check", detail=detail))
         student.train()
         statistics = StepStatistics(loss.terms, device, compare_engine=not config.mixes_teacher)
         for micro_batch in micro_batches:
@@ -525,6 +526,7 @@ def check(config: Config) -> None:
             "evaluate model/ afterwards with `distillm-ray evaluate`",
         ),
         ("validation.metric", config.validation.metric, "loss", "no response is scored"),
+        ("checkpoint.at_best", config.checkpoint.at_best, False, "there are no checkpoints"),
     ]
     if config.wants_rollouts:
         rollout = config.rollout

@@ -160,6 +160,7 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
         if has_ended(config, completed):
             watch.group = None  # it has ended as it should
             if evaluation is not None:
+                evaluation = evaluation.of_step(completed)
                 trained = Trained(responder, completed, (*run.generators, *run.scorers))
                 _evaluate(config, run.preflight, watch, evaluator, evaluation, trained)
             status = "complete"
@@ -217,6 +218,7 @@ def evaluate_missing(config: Config, preflight: Preflight, view: ConsoleView) ->
             config = config.with_rows(len(splits.train.prompts))
             keep_or_compare(config.run.directory, splits, resumed=True)
             evaluator = RunEvaluator(config, splits, tokenizer, device, watch.interrupt)
+            evaluation = evaluation.of_step(_checkpointed(config))
             _evaluate(config, preflight, watch, evaluator, evaluation, None)
         except Stopped:
             view.note("stopped before the evaluation was done; the same command does it")
@@ -263,7 +265,8 @@ def _evaluate(
         if trained is not None:
             release(trained.actors)
         if not done:
-            attempt("exported student", evaluator.exported)
+            steps = _checkpointed(config)
+            attempt("exported student", lambda known: evaluator.exported(known, version=steps))
     teacher = preflight.teacher
     if teacher is not None and config.evaluates_teacher and TEACHER not in evaluation.models:
         attempt("teacher", lambda known: evaluator.teacher(known, teacher))

@@ -17,7 +17,7 @@ from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.learner.resume import check_resume
 from distillm_ray.log.metrics import FILE_NAME, read_records
 from distillm_ray.log.records import DoneRecord
-from distillm_ray.log.stopping import has_ended
+from distillm_ray.log.stopping import has_ended, spent_without_a_checkpoint
 from distillm_ray.models.completeness import check_complete
 from distillm_ray.models.directory import (
     ModelFacts,
@@ -61,8 +61,8 @@ def settled(config: Config, now: datetime) -> Config:
     """The config with what the run in `run.directory` has fixed at its start.
 
     `data.time`: the user's, else the run's, else now. Chat templates may write the date, and a run
-    that is resumed on another day renders as it began. `learner.steps`: the run's, where it has the
-    same epochs.
+    that is resumed on another day renders as it began. `learner.epoch_rows`: the run's, whose data
+    cannot change.
 
     Raises:
         ConfigError: the run's own config cannot be read.
@@ -73,8 +73,8 @@ def settled(config: Config, now: datetime) -> Config:
     if data.time is None:
         time = saved.data.time if saved is not None else None
         data = data.model_copy(update={"time": time or now.replace(microsecond=0)})
-    if learner.steps is None and saved is not None and saved.learner.epochs == learner.epochs:
-        learner = learner.model_copy(update={"steps": saved.learner.steps})
+    if saved is not None and saved.learner.epoch_rows is not None:
+        learner = learner.model_copy(update={"epoch_rows": saved.learner.epoch_rows})
     return config.model_copy(update={"data": data, "learner": learner})
 
 
@@ -165,12 +165,17 @@ def check_run_directory(config: Config) -> Checkpoint | None:
     check_resume(load_config(saved), config)
     folder = directory / CHECKPOINT_FOLDER
     latest = CheckpointDirectory(folder, keep=config.checkpoint.keep).latest()
-    steps = config.learner.steps
+    steps = config.learner.known_steps
     if latest is not None and steps is not None and latest.meta.step > steps:
         raise RunDirectoryError(
             f"learner.steps must be at least the steps that the run has done, got"
             f" {steps} < {latest.meta.step}: {latest.path} is beyond the new end;"
             " raise learner.steps, or set run.directory to a new directory to start another run"
+        )
+    if latest is None and (rule := spent_without_a_checkpoint(config)):
+        raise RunDirectoryError(
+            f"{rule}, by attempts that left no checkpoint to go on from: the run would end before"
+            f" its first step; raise the budget, or set run.directory to a new directory"
         )
     return latest
 
@@ -180,9 +185,13 @@ def is_complete(config: Config) -> bool:
     path = config.run.directory / FILE_NAME
     if not path.is_file():
         return False
+    folder = config.run.directory / CHECKPOINT_FOLDER
+    latest = CheckpointDirectory(folder, keep=config.checkpoint.keep).latest()
     return any(
         isinstance(record, DoneRecord)
         and record.status == "complete"
+        # A run that went on after an early end has a later checkpoint.
+        and (latest is None or latest.meta.step == record.step)
         and has_ended(config, record.step)
         for record in read_records(path)
     )

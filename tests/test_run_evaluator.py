@@ -107,6 +107,10 @@ def test_the_trained_student_has_the_losses_of_the_log_and_the_last_weights(
     assert after is not None
     assert after.models["student before"].validation_loss == 4.0
     assert after.models["student after"].validation_loss == 1.5
+    assert after.trained_steps == STEPS
+    # A run that went on has another student, and its earlier score is not that one's.
+    assert after.of_step(STEPS) is after
+    assert "student after" not in after.of_step(STEPS + 1).models
     assert [(s.before, s.after) for s in after.samples] == [("0", str(STEPS))] * len(PROMPTS)
 
 
@@ -130,7 +134,7 @@ def test_the_exported_student_is_scored_instead_of_the_generators_weights(
         return SimpleNamespace(vocabulary_size=9)
 
     monkeypatch.setattr(run_evaluator, "check_model_directory", check)
-    after = evaluator.exported(before(evaluator))
+    after = evaluator.exported(before(evaluator), version=STEPS)
     assert checked == [tmp_path / "model"]
     assert after.models["student after"].validation_loss == 1.5
     [student] = served

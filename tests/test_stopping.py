@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from distillm_ray.config import Config, StopConfig
-from distillm_ray.config_files import dump_config
-from distillm_ray.errors import ConfigError
-from distillm_ray.learner.checkpoint import CheckpointMeta
+from distillm_ray.config_files import dump_config, load_config
+from distillm_ray.errors import ConfigError, RunDirectoryError
+from distillm_ray.learner.checkpoint import CheckpointDirectory, CheckpointMeta
 from distillm_ray.log.metrics import MetricsLog
 from distillm_ray.log.records import (
     Counters,
@@ -21,7 +21,7 @@ from distillm_ray.log.records import (
     ValidationRecord,
 )
 from distillm_ray.log.stopping import ENDED_EARLY, Standing, has_ended, why_stop
-from distillm_ray.preflight import is_complete, settled
+from distillm_ray.preflight import check_run_directory, is_complete, settled
 from distillm_ray.types import Validation
 from tests import make
 from tests.test_fingerprint import START
@@ -63,7 +63,12 @@ def test_an_improvement_below_the_smallest_that_counts_does_not_count() -> None:
     # 2.95 and 2.91 are within 0.1 of 3.0; 2.85 is not.
     assert (standing.best, standing.best_step, standing.stale) == (2.85, 30, 0)
     slow = Standing.of(validations(3.0, 2.95, 2.91), min_improvement=0.1)
-    assert why_stop(StopConfig(patience=2), slow).startswith("stop.patience: 2 validations")
+    # The best one is the best, however little it improved.
+    assert (slow.best, slow.best_step, slow.stale) == (2.91, 20, 2)
+    stop = StopConfig(patience=2, min_improvement=0.1)
+    assert why_stop(stop, slow) == (
+        "stop.patience: 2 validations without an improvement on 3.0000 by more than 0.1"
+    )
 
 
 def test_rouge_improves_upwards() -> None:
@@ -75,7 +80,7 @@ def test_rouge_improves_upwards() -> None:
 @pytest.mark.parametrize(
     ("rule", "reason"),
     [
-        ({"max_seconds": 5.0}, "stop.max_seconds: 6 of 5 are spent"),
+        ({"max_seconds": 5.0}, "stop.max_seconds: 6.0 of 5.0 are spent"),
         ({"max_generated_tokens": 1400}, "stop.max_generated_tokens: 1,400 of 1,400 are spent"),
         ({"max_teacher_tokens": 2000}, "stop.max_teacher_tokens: 2,500 of 2,000 are spent"),
         ({"max_seconds": 6.5, "max_generated_tokens": 1401, "max_teacher_tokens": 2501}, ""),
@@ -123,6 +128,7 @@ def test_a_run_has_ended_once_the_learners_said_so_and_until_its_budget_is_raise
         ({"epochs": 1}, 100, 10),
         ({"epochs": 2.5}, 100, 25),
         ({"epochs": 1}, 101, 11),  # the last step begins the next epoch
+        ({"epochs": 1.1}, 100, 11),  # 1.1 * 100 is above 110 in binary
         ({"epochs": 3, "steps": 7}, 100, 7),
         ({"epochs": 3, "steps": 70}, 100, 30),
         ({"steps": 7}, 100, 7),
@@ -133,6 +139,7 @@ def test_epochs_become_steps_when_the_data_is_read(
 ) -> None:
     config = make.config(learner={"batch_size": 10, **learner, "steps": learner.get("steps")})
     assert config.with_rows(rows).learner.num_steps == steps
+    assert config.with_rows(rows).learner.steps == learner.get("steps")
 
 
 def test_a_config_without_steps_and_epochs_is_refused() -> None:
@@ -146,15 +153,55 @@ def test_a_warm_up_as_long_as_the_epochs_is_refused() -> None:
         config.with_rows(100)
 
 
-def test_a_run_of_epochs_is_resumed_with_the_steps_it_began_with(tmp_path: Path) -> None:
-    learner = {"batch_size": 10, "steps": None, "epochs": 2}
-    config = make.config(run={"directory": tmp_path}, learner=learner)
-    begun = settled(config, START).with_rows(100)
-    assert settled(config, START).learner.steps is None
+def test_more_epochs_than_can_be_counted_are_refused() -> None:
+    config = make.config(learner={"batch_size": 10, "steps": None, "epochs": 1e308})
+    with pytest.raises(ConfigError, match=r"learner\.epochs = 1e\+308 are more than"):
+        config.with_rows(100)
+
+
+def test_a_run_of_epochs_knows_its_steps_from_its_saved_config(tmp_path: Path) -> None:
+    learner: dict[str, Any] = {"batch_size": 10, "steps": 5, "epochs": 2}
+
+    def resumed(**changes: Any) -> int | None:
+        config = make.config(run={"directory": tmp_path}, learner=learner | changes)
+        return settled(config, START).learner.known_steps
+
+    assert resumed() is None
+    begun = make.config(run={"directory": tmp_path}, learner=learner).with_rows(100)
     (tmp_path / "config.yaml").write_text(dump_config(begun))
-    assert settled(config, START).learner.steps == 20
-    longer = make.config(run={"directory": tmp_path}, learner={**learner, "epochs": 3})
-    assert settled(longer, START).learner.steps is None
+    assert resumed() == 5
+    assert resumed(steps=None) == 20
+    assert resumed(steps=None, epochs=3) == 30
+    assert load_config(tmp_path / "config.yaml", ["learner.steps=null"]).learner.num_steps == 20
+
+
+def test_a_budget_that_was_spent_without_a_checkpoint_is_refused(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    config = run_config(tmp_path, max_generated_tokens=50)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    log = MetricsLog(tmp_path, tensorboard=False)
+    request.addfinalizer(log.close)
+    log.add(step(1, generated=60))
+    with pytest.raises(RunDirectoryError, match=r"60 of 50 are spent, by attempts that left no"):
+        check_run_directory(config)
+    check_run_directory(run_config(tmp_path, max_generated_tokens=61))
+
+
+def test_an_early_end_that_the_run_went_beyond_is_not_its_end(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    config = run_config(tmp_path, max_generated_tokens=100)
+    log = MetricsLog(tmp_path, tensorboard=False)
+    request.addfinalizer(log.close)
+    log.add(step(1, generated=100))
+    log.add(EventRecord(step=1, name=ENDED_EARLY))
+    log.add(DoneRecord(step=1, status="complete", seconds=1.0))
+    assert is_complete(config)
+    checkpoints = CheckpointDirectory(tmp_path / "checkpoints", keep=2)
+    checkpoints.prepare(3)
+    checkpoints.commit(CheckpointMeta(step=3, phi=0.0, validation=None), b"")
+    assert not is_complete(config)
 
 
 # ---- the best checkpoint -------------------------------------------------------------------------
@@ -168,3 +215,43 @@ def test_a_checkpoint_is_judged_by_a_validation_of_its_own_step_only() -> None:
     scored = CheckpointMeta(step=3, phi=0.0, validation=None, rouge_l=40.0)
     assert (scored.value("loss"), scored.value("rouge_l")) == (None, -40.0)
     assert CheckpointMeta.from_json(scored.to_json()) == scored
+
+
+def test_a_checkpoint_with_a_damaged_description_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = CheckpointDirectory(tmp_path, keep=5)
+    for number in (1, 2):
+        checkpoints.prepare(number)
+        checkpoints.commit(CheckpointMeta(step=number, phi=0.0, validation=None), b"")
+    (tmp_path / "step-00000002" / "meta.json").write_text("{")
+    latest = checkpoints.latest()
+    assert latest is not None and latest.meta.step == 1
+    assert "step-00000002 is damaged and left out" in caplog.text
+
+
+# ---- keys without effect -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tree", "key"),
+    [
+        ({"schedule": {"type": "fixed"}, "stop": {"max_generated_tokens": 9}}, "stop.max_gen"),
+        (
+            {
+                "schedule": {"type": "fixed"},
+                "loss": {"terms": [{"type": "cross_entropy"}]},
+                "stop": {"max_teacher_tokens": 9},
+            },
+            "stop.max_teacher_tokens",
+        ),
+        (
+            {"loss": {"terms": [{"type": "skew_kl", "curriculum": True}]}},  # ten steps, as the run
+            "loss.terms.0.curriculum",
+        ),
+    ],
+)
+def test_a_key_without_effect_is_told(tree: dict[str, Any], key: str) -> None:
+    (remark,) = make.config(**tree).remarks
+    assert remark.startswith(f"warning: {key}") and " has no effect: " in remark
+    assert make.config().remarks == ()

@@ -550,9 +550,7 @@ def test_a_run_without_improvement_ends_with_a_checkpoint_and_both_models(tmp_pa
     assert run(roles, learner, config) == 9
     (event,) = events(roles, ENDED_EARLY)
     assert event.step == 9
-    assert event.detail == (
-        "stop.patience: 2 validations without an improvement on step 3 (2.0000)"
-    )
+    assert event.detail == ("stop.patience: 2 validations without an improvement on 2.0000")
     # Step 3 has a checkpoint because it was the best, and it was kept beside the newest two.
     assert learner.exported == {"model": 9, "model-best": 3}
     assert roles.published[-1].version == 9  # for the evaluation

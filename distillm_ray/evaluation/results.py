@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -69,6 +69,14 @@ class Evaluation:
     samples: tuple[ComparedSample, ...] = ()
     num_prompts: int = 0
     seeds: tuple[int, ...] = ()
+    trained_steps: int | None = None  # of the student after training
+
+    def of_step(self, step: int) -> Evaluation:
+        """Without the student after training, if that was the student of another step."""
+        if STUDENT_AFTER not in self.models or self.trained_steps == step:
+            return self
+        others = {name: scores for name, scores in self.models.items() if name != STUDENT_AFTER}
+        return replace(self, models=others)
 
     def write(self, directory: Path) -> None:
         """Write `evaluation.json` into a directory."""

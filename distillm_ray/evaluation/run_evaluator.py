@@ -95,20 +95,24 @@ class RunEvaluator:
         scores, responses = score_responses(responder, self.prompts, self._config)
         if any(response.version != version for by_seed in responses for response in by_seed):
             return None
-        return self._completed(evaluation, scores, responses)
+        return self._completed(evaluation, scores, responses, version)
 
-    def exported(self, evaluation: Evaluation) -> Evaluation:
-        """The trained student, from `model/`, in the pool of `evaluation.student`."""
+    def exported(self, evaluation: Evaluation, *, version: int) -> Evaluation:
+        """The student of step `version`, from `model/`, in the pool of `evaluation.student`."""
         facts = check_model_directory(
             self._config.run.directory / MODEL_FOLDER,
             "student",
             trust_remote_code=self._config.student.trust_remote_code,
         )
         scores, responses = self._score(served_student(self._config, facts, self._device))
-        return self._completed(evaluation, scores, responses)
+        return self._completed(evaluation, scores, responses, version)
 
     def _completed(
-        self, evaluation: Evaluation, scores: ModelScores, responses: Sequence[Sequence[Rollout]]
+        self,
+        evaluation: Evaluation,
+        scores: ModelScores,
+        responses: Sequence[Sequence[Rollout]],
+        version: int,
     ) -> Evaluation:
         """With the student after training; the learners computed both losses of the student."""
         self._keep(STUDENT_AFTER, responses)
@@ -126,6 +130,7 @@ class RunEvaluator:
         return dataclasses.replace(
             evaluation,
             models={**evaluation.models, STUDENT_BEFORE: before, STUDENT_AFTER: after},
+            trained_steps=version,
             samples=tuple(
                 dataclasses.replace(sample, after=response.text)
                 for sample, response in zip(evaluation.samples, responses[0], strict=False)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import re
 import shutil
@@ -32,6 +33,8 @@ BUFFER_FILE = "buffer.bin"
 META_FILE = "meta.json"
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
+_LOG = logging.getLogger(__name__)
+
 _PARTIAL_SUFFIX = ".partial"
 
 
@@ -104,7 +107,11 @@ class CheckpointDirectory:
         found = []
         for path in sorted(self._path.iterdir(), key=lambda path: (len(path.name), path.name)):
             if _COMPLETE.fullmatch(path.name) and (path / META_FILE).is_file():
-                meta = CheckpointMeta.from_json((path / META_FILE).read_text())
+                try:
+                    meta = CheckpointMeta.from_json((path / META_FILE).read_text())
+                except (ValueError, KeyError, TypeError):
+                    _LOG.warning("%s is damaged and left out: %s cannot be read", path, META_FILE)
+                    continue
                 found.append(Checkpoint(path=path, meta=meta))
         return found
 

@@ -54,4 +54,6 @@ def describe_self_check(largest: float) -> str:
             f" of the first batch, more than {TOLERANCE:g}: its minimum would not be the teacher;"
             " try loss.implementation=plain and student.dtype=float32, and report the model"
         )
-    return f"teacher = student costs at most {largest:.1e} nats at every token of the first batch"
+    return (
+        f"the student against itself costs at most {largest:.1e} nats at a token of the first batch"
+    )

@@ -164,7 +164,7 @@ class TrainLoop:
         if saved < completed:
             self._save(completed)
         if completed == total_steps or rule:
-            self._finish(completed, rule)
+            self._finish(completed, rule if completed < total_steps else "")
         return completed
 
     # ---- the end ---------------------------------------------------------------------------------

@@ -30,13 +30,13 @@ ENDED_EARLY = "ended early"
 class Standing:
     """What the rules look at."""
 
-    seconds: float = 0.0  # of training, in all attempts
+    seconds: float = 0.0  # of steps, in all attempts; validations and checkpoints aside
     generated_tokens: int = 0
     teacher_tokens: int = 0  # positions that the teacher computed
     best: float = math.nan  # of the metric; NaN before the first validation
     best_step: int = 0
-    step: int = 0  # of the newest value
-    stale: int = 0  # validations since one improved on all before it
+    to_beat: float = math.nan  # the last value that improved by more than `min_improvement`
+    stale: int = 0  # validations since then
 
     @classmethod
     def of(
@@ -72,9 +72,9 @@ class Standing:
             case StepRecord():
                 return self._paying(record)
             case ValidationRecord(step=step, loss=loss) if metric == "loss":
-                return self._judging(step, loss, better=loss < self.best - min_improvement)
+                return self._judging(step, loss, sign=-1.0, min_improvement=min_improvement)
             case ProbeRecord(step=step, rouge_l=score) if metric == "rouge_l":
-                return self._judging(step, score, better=score > self.best + min_improvement)
+                return self._judging(step, score, sign=1.0, min_improvement=min_improvement)
             case _:
                 return self
 
@@ -86,19 +86,26 @@ class Standing:
             teacher_tokens=self.teacher_tokens + record.work.scored_tokens,
         )
 
-    def _judging(self, step: int, value: float, *, better: bool) -> Standing:
-        """A value that is NaN improves nothing."""
-        if better or (math.isnan(self.best) and not math.isnan(value)):
-            return replace(self, best=value, best_step=step, step=step, stale=0)
-        return replace(self, step=step, stale=self.stale + 1)
+    def _judging(self, step: int, value: float, *, sign: float, min_improvement: float) -> Standing:
+        """`sign` is 1 where more is better, else -1. NaN improves nothing."""
+        standing = replace(self, stale=self.stale + 1)
+        if math.isnan(value):
+            return standing
+        if math.isnan(self.best) or sign * (value - self.best) > 0:
+            standing = replace(standing, best=value, best_step=step)
+        if math.isnan(self.to_beat) or sign * (value - self.to_beat) > min_improvement:
+            standing = replace(standing, to_beat=value, stale=0)
+        return standing
 
 
 def why_stop(stop: StopConfig, standing: Standing) -> str:
     """The rule that ends the run, with its numbers; empty while it goes on."""
     if stop.patience is not None and standing.stale >= stop.patience:
+        plural = "s" if standing.stale > 1 else ""
+        least = f" by more than {stop.min_improvement:g}" if stop.min_improvement else ""
         return (
-            f"stop.patience: {standing.stale} validations without an improvement on step"
-            f" {standing.best_step} ({standing.best:.4f})"
+            f"stop.patience: {standing.stale} validation{plural} without an improvement on"
+            f" {standing.to_beat:.4f}{least}"
         )
     for key, spent, limit in (
         ("max_seconds", standing.seconds, stop.max_seconds),
@@ -106,7 +113,8 @@ def why_stop(stop: StopConfig, standing: Standing) -> str:
         ("max_teacher_tokens", standing.teacher_tokens, stop.max_teacher_tokens),
     ):
         if limit is not None and spent >= limit:
-            return f"stop.{key}: {spent:,.0f} of {limit:,.0f} are spent"
+            digits = ".1f" if key == "max_seconds" else ".0f"
+            return f"stop.{key}: {spent:,{digits}} of {limit:,{digits}} are spent"
     return ""
 
 
@@ -121,12 +129,19 @@ def read_standing(config: Config) -> Standing:
     )
 
 
+def spent_without_a_checkpoint(config: Config) -> str:
+    """The budget that attempts without a checkpoint have spent already; empty if there is none."""
+    path = config.run.directory / FILE_NAME
+    lost = [*read_records(path), *read_records(path, superseded=True)]
+    return why_stop(config.stop, Standing.of((), lost)) if config.stop.is_set else ""
+
+
 def has_ended(config: Config, step: int) -> bool:
     """Whether the run in `run.directory` has nothing left to do after its checkpoint of `step`.
 
     An early end counts once the learners have logged it, after they wrote the model.
     """
-    if step == config.learner.steps:
+    if step == config.learner.known_steps:
         return True
     if not config.stop.is_set or not why_stop(config.stop, read_standing(config)):
         return False

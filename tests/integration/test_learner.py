@@ -7,6 +7,7 @@ tests read what they wrote.
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from distillm_ray.config import (
     SkewReverseKL,
     StudentConfig,
 )
+from distillm_ray.errors import RunDirectoryError
 from distillm_ray.learner.checkpoint import LEARNER_FOLDER, Checkpoint, CheckpointMeta
 from distillm_ray.learner.learner import Learner
 from distillm_ray.learner.optimizer import learning_rate_at
@@ -577,3 +579,13 @@ def test_adapters_of_a_checkpoint_are_merged_as_the_learner_merges_them(
     model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     for name, value in model.named_parameters():
         assert torch.equal(found[name], value), name
+
+
+def test_a_damaged_checkpoint_is_named(runs: Path, tmp_path: Path) -> None:
+    whole = runs / "1-1" / "checkpoint"
+    shutil.copytree(whole, tmp_path / "checkpoint")
+    file = next((tmp_path / "checkpoint").rglob("mp_rank_00_model_states.pt"))
+    file.write_bytes(file.read_bytes()[:100])
+    student = StudentConfig(model=runs / "student", dtype="float32")
+    with pytest.raises(RunDirectoryError, match="its files are damaged"):
+        exported_from(tmp_path, student, tmp_path / "model")
