@@ -207,6 +207,9 @@ class World:
             events += ["finish", "lose"]
         next_step = len(self.draws)
         ahead = next_step <= self.completed + self.prefetch
+        if next_step < self.run.total_steps:
+            ready = self.buffer.ready(next_step)
+            assert ready == self.buffer.next_is_ready == (not self.buffer.waiting_for(next_step))
         if next_step < self.run.total_steps and ahead and self.buffer.ready(next_step):
             events += ["draw"]
         due = self.completed // self.run.validation_interval * self.run.validation_interval

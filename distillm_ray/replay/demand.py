@@ -26,6 +26,7 @@ class Ordinals:
         self._open: dict[int, Demand] = {}  # queued or in flight
         self._queued: dict[int, None] = {}  # used as an ordered set
         self._finished: dict[int, Rollout] = {}
+        self._first_missing = 0  # all ordinals in [first, first_missing) are finished
         self.duplicates = 0
 
     @property
@@ -85,6 +86,7 @@ class Ordinals:
         )
         self._queued.pop(rollout.ordinal, None)
         self._finished[rollout.ordinal] = rollout
+        self._skip_finished()
 
     def lose(self, ordinal: int) -> None:
         """Queue an ordinal again whose generation failed. Ignored unless it is in flight."""
@@ -94,8 +96,12 @@ class Ordinals:
         self._open[ordinal] = replace(demand, attempt=demand.attempt + 1)
         self._queued[ordinal] = None
 
+    def complete(self, count: int) -> bool:
+        """Whether the next `count` ordinals are finished, without looking at each."""
+        return self._first_missing >= self._first + count
+
     def missing(self, count: int) -> list[int]:
-        """Those of the next `count` ordinals that are not finished."""
+        """Those of the next `count` ordinals that are not finished, for a message."""
         ordinals = range(self._first, self._first + count)
         return [ordinal for ordinal in ordinals if ordinal not in self._finished]
 
@@ -134,7 +140,7 @@ class Ordinals:
         Raises:
             ValueError: an ordinal's prompt is not the saved one.
         """
-        self._first = first
+        self._first = self._first_missing = first
         self._end = end
         self._open.clear()
         self._queued.clear()
@@ -143,6 +149,7 @@ class Ordinals:
             for rollout in finished
             if rollout.ordinal is not None and rollout.ordinal < end
         }
+        self._skip_finished()
         for ordinal, prompt_id, min_version, attempt in outstanding:
             if ordinal >= end:
                 continue
@@ -157,3 +164,8 @@ class Ordinals:
                 ordinal=ordinal, prompt=prompt, min_version=min_version, attempt=attempt
             )
             self._queued[ordinal] = None
+
+    def _skip_finished(self) -> None:
+        """Move past what is finished; over a run this looks at every ordinal once."""
+        while self._first_missing in self._finished:
+            self._first_missing += 1
