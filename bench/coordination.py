@@ -74,7 +74,7 @@ def response(demand: Demand, prompt_ids: np.ndarray) -> Rollout:
     """A response of its own arrays, as one that crossed a process border."""
     return Rollout(
         rollout_id=f"student-{demand.ordinal}",
-        prompt_id=prompt_id(demand),
+        prompt_id=demand.prompt_id,
         prompt_ids=prompt_ids,
         response_ids=np.arange(RESPONSE_TOKENS - demand.ordinal % 200, dtype=np.int32),
         loss_mask=np.ones(RESPONSE_TOKENS - demand.ordinal % 200, dtype=np.bool_),
@@ -83,11 +83,6 @@ def response(demand: Demand, prompt_ids: np.ndarray) -> Rollout:
         finish_reason=FinishReason.STOP,
         ordinal=demand.ordinal,
     )
-
-
-def prompt_id(demand: Demand) -> str:
-    """The id of the prompt of a demand."""
-    return demand.prompt.prompt_id
 
 
 # ---- the pool ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ What happens when the actor dies is in tests/integration/test_buffer_actor.py.
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -75,7 +76,7 @@ def draws(actor: BufferActor, step: int) -> list[asyncio.Task[RankPlan | None]]:
 async def add(actor: BufferActor, work: Work, ordinals: range) -> None:
     """Add the rollouts of these ordinals, and let everyone who was woken run."""
     for demand in work.demand[ordinals.start : ordinals.stop]:
-        name, prompt_id = f"student-{demand.ordinal}", demand.prompt.prompt_id
+        name, prompt_id = f"student-{demand.ordinal}", demand.prompt_id
         await actor.add(1, make.rollout(name, prompt_id=prompt_id, ordinal=demand.ordinal))
         for _ in range(4):
             await asyncio.sleep(0)
@@ -121,3 +122,30 @@ async def test_a_lost_ordinal_wakes_the_orchestrator_and_no_rank(counts: Counter
     assert counts["ready"] == 0
     for call in waiting:
         call.cancel()
+
+
+async def test_the_facts_of_a_step_are_collected_once_and_sent_to_the_rank_that_reports_it(
+    counts: Counter[str],
+) -> None:
+    actor, work = await started()
+    await add(actor, work, range(NUM_SLOTS))
+    first, *others = await asyncio.wait_for(asyncio.gather(*draws(actor, 0)), 10)
+    assert counts["draw_facts"] == 1
+    assert first is not None
+    assert first.facts is not None
+    assert len(first.facts.rollout_ids["fresh"]) == NUM_SLOTS
+    for share in others:
+        assert share is not None
+        assert (share.phi, share.facts) == (1.0, None)
+        assert len(pickle.dumps(share)) < len(pickle.dumps(first))
+
+
+async def test_a_demand_has_the_size_of_its_token_ids(counts: Counter[str]) -> None:
+    """Texts and references of a prompt are not sent to generators, which read neither."""
+
+    async def size_of(text: str) -> int:
+        actor = BufferActor(make.config(schedule={"type": "fixed", "phi": 1.0}))
+        await actor.restore(1, None, [make.prompt(text=text, references=[text])], [], [])
+        return len(pickle.dumps(await actor.work()))
+
+    assert await size_of("why " * 1000) == await size_of("")

@@ -53,8 +53,8 @@ def rollout_of(demand: Demand, version: int | None = None) -> Rollout:
     num_tokens = 1 + ordinal % 3
     return make.rollout(
         f"student-{ordinal}",
-        prompt_id=demand.prompt.prompt_id,
-        prompt=demand.prompt.token_ids,
+        prompt_id=demand.prompt_id,
+        prompt=demand.prompt_ids,
         response=np.arange(ordinal, ordinal + num_tokens),
         version=demand.min_version if version is None else version,
         finish=FinishReason.LENGTH if ordinal % 2 else FinishReason.STOP,
@@ -807,7 +807,7 @@ def test_requests_in_flight_at_a_checkpoint_are_demanded_again() -> None:
     assert [(demand.ordinal, demand.attempt) for demand in again] == [
         (0, 0), (1, 1), (2, 0), (4, 0), (5, 0), (6, 0), (7, 0),
     ]  # fmt: skip
-    assert [d.prompt.prompt_id for d in again[:3]] == [d.prompt.prompt_id for d in demands[:3]]
+    assert [d.prompt_id for d in again[:3]] == [d.prompt_id for d in demands[:3]]
 
 
 def test_the_state_of_a_step_outside_of_the_window_is_refused() -> None:

@@ -166,7 +166,11 @@ class BufferActor:
             except TimeoutError:
                 return None
             plan = self._plan(step)
-        return RankPlan(facts=draw_facts(plan), micro_batches=plan.ranks[rank])
+        return RankPlan(
+            phi=plan.phi,
+            facts=draw_facts(plan) if rank == 0 else None,
+            micro_batches=plan.ranks[rank],
+        )
 
     @ray.method
     async def waiting_for(self, step: int) -> str:
