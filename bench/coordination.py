@@ -26,7 +26,7 @@ from unittest import mock
 
 import numpy as np
 import ray
-from _common import write
+from _common import commit, write
 from rich.console import Console
 from rich.table import Table
 
@@ -258,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--waiting", default="1000,8000,100000")
     arguments = parser.parse_args()
+    commit()  # the one that is imported, whatever changes while this runs
     numbers = {
         f"one call with {waiting:,} prompts waiting, µs": asyncio.run(pool_microseconds(waiting))
         for waiting in map(int, arguments.waiting.split(","))
