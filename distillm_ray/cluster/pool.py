@@ -2,14 +2,16 @@
 
 A call goes to the member with the fewest calls in flight. Where all are full, calls wait in the
 order of their arrival, and each call that ends hands its place to the first of them: one wake-up,
-however many wait. A member whose call raises, hangs past
-its limit or dies is killed. Ray restarts its process, on another node if need be, and the pool
-prepares it again. Ray itself never repeats a call: a repeated generation would sample other tokens
-under the old metadata. The caller gets `ActorLost` and decides.
+however many wait.
+
+A member whose call raises, hangs past its limit or dies is killed. Ray restarts its process, on
+another node if need be, and the pool prepares it again. Ray itself never repeats a call: a repeated
+generation would sample other tokens under the old metadata. The caller gets `ActorLost` and
+decides.
 
     wait                        ends when                           limit
     ------------------------    --------------------------------    ---------------------------
-    for a free member           a call ends or a member is ready    none: its callers are bounded
+    for a free place            a call ends or a member is ready    none: its callers are bounded
     for a call                  the member replies                  `call_timeout_s`
     for a member to start       it is up, started and prepared      `startup_timeout_s`
 
