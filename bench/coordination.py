@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import process_time as clock
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 from unittest import mock
 
 import numpy as np
@@ -51,6 +51,7 @@ from distillm_ray.types import (
 SLOTS, RANKS, HELD = 1024, 64, 100_000
 PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 20_000, 200, 250
 MEMBERS, MAX_IN_FLIGHT = 8, 64
+Actor: TypeAlias = Any  # a `BufferActor`, whose annotations are those of a handle
 LINES = 200  # of the log that is read
 SETTLE = 4  # turns of the event loop in which those that were woken look and wait again
 
@@ -167,7 +168,7 @@ async def timed(action: Callable[[], Awaitable[object]]) -> float:
 class Steps:
     """Takes steps of a buffer's actor as orchestrator and learners do."""
 
-    def __init__(self, actor: BufferActor) -> None:
+    def __init__(self, actor: Actor) -> None:
         self.actor = actor
         self.step = 0
         self.queue: list[Demand] = []
@@ -202,7 +203,7 @@ async def buffer_numbers() -> dict[str, float]:
     """Adds and draws with an empty shelf, and with a full one."""
     context = SimpleNamespace(was_current_actor_reconstructed=False)
     with mock.patch.object(ray, "get_runtime_context", lambda: context):
-        actor = BufferActor(config())
+        actor: Actor = BufferActor(config())
     data = prompts()
     await actor.restore(1, None, data, [], [])
     await actor.report(Validation(step=0, loss=1.0, tokens=1))
@@ -256,7 +257,7 @@ def log_numbers(line: str) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--waiting", default="1000,8000,100000")
     arguments = parser.parse_args()
     commit()  # the one that is imported, whatever changes while this runs

@@ -9,7 +9,7 @@ import asyncio
 import pickle
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import ray
@@ -47,9 +47,12 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-async def started() -> tuple[BufferActor, Work]:
+Actor: TypeAlias = Any  # a `BufferActor`, whose annotations are those of a handle
+
+
+async def started() -> tuple[Actor, Work]:
     """An actor whose slots are all fresh, and its first work."""
-    actor = BufferActor(
+    actor: Actor = BufferActor(
         make.config(
             learner={
                 "steps": 4,
@@ -66,14 +69,14 @@ async def started() -> tuple[BufferActor, Work]:
     return actor, await actor.work()
 
 
-def draws(actor: BufferActor, step: int) -> list[asyncio.Task[RankPlan | None]]:
+def draws(actor: Actor, step: int) -> list[asyncio.Task[RankPlan | None]]:
     """Every rank asks for its share of a step."""
     return [
         asyncio.create_task(actor.draw(step, rank, timeout_s=60.0)) for rank in range(NUM_RANKS)
     ]
 
 
-async def add(actor: BufferActor, work: Work, ordinals: range) -> None:
+async def add(actor: Actor, work: Work, ordinals: range) -> None:
     """Add the rollouts of these ordinals, and let everyone who was woken run."""
     for demand in work.demand[ordinals.start : ordinals.stop]:
         name, prompt_id = f"student-{demand.ordinal}", demand.prompt_id
@@ -144,7 +147,7 @@ async def test_a_demand_has_the_size_of_its_token_ids(counts: Counter[str]) -> N
     """Texts and references of a prompt are not sent to generators, which read neither."""
 
     async def size_of(text: str) -> int:
-        actor = BufferActor(make.config(schedule={"type": "fixed", "phi": 1.0}))
+        actor: Actor = BufferActor(make.config(schedule={"type": "fixed", "phi": 1.0}))
         await actor.restore(1, None, [make.prompt(text=text, references=[text])], [], [])
         return len(pickle.dumps(await actor.work()))
 
