@@ -170,10 +170,14 @@ class ScoreReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Demand:
-    """A fresh student rollout that a coming step will train on."""
+    """A fresh student rollout that a coming step will train on.
+
+    It has of its `Prompt` what a generator needs; texts and references stay with the data.
+    """
 
     ordinal: int
-    prompt: Prompt
+    prompt_id: str
+    prompt_ids: Int32Array  # [P]
     min_version: int  # the generation must start with these weights or newer ones
     attempt: int = 0  # how often the ordinal was lost before
 
@@ -316,9 +320,10 @@ class DrawFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RankPlan:
-    """One rank's share of a step, with the facts of the whole step."""
+    """One rank's share of a step."""
 
-    facts: DrawFacts
+    phi: float  # of the draw
+    facts: DrawFacts | None  # of the whole step, for the log; rank 0's only, which reports the step
     micro_batches: tuple[MicroBatchPlan, ...]
 
 

@@ -100,9 +100,11 @@ def demand(
     attempt: int = 0,
 ) -> Demand:
     """Demand for the prompt `of`, or for one whose id is `p` followed by the ordinal."""
+    of = prompt(f"p{ordinal}") if of is None else of
     return Demand(
         ordinal=ordinal,
-        prompt=prompt(f"p{ordinal}") if of is None else of,
+        prompt_id=of.prompt_id,
+        prompt_ids=of.token_ids,
         min_version=min_version,
         attempt=attempt,
     )

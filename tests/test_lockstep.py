@@ -23,7 +23,7 @@ from distillm_ray.loss.policy_gradient import SampledTokens, importance_weights
 from distillm_ray.rollout.generator import GeneratorJob, MixedTeacher
 from distillm_ray.rollout.lockstep import mixture
 from distillm_ray.rollout.transformers_engine import TransformersGenerator
-from distillm_ray.types import Demand, Rollout, Source
+from distillm_ray.types import Demand, Prompt, Rollout, Source
 from distillm_ray.weights.gather import gather
 from tests import make
 from tests.architectures import ARCHITECTURES
@@ -94,12 +94,16 @@ def generator(
     return TransformersGenerator(RolloutConfig(engine=engine, dtype="float32"), job)
 
 
-def demands() -> list[Demand]:
+def prompts() -> list[Prompt]:
     numbers = np.random.default_rng(0)
     return [
-        make.demand(index, of=make.prompt(f"p{index}", token_ids=numbers.integers(3, V, length)))
+        make.prompt(f"p{index}", token_ids=numbers.integers(3, V, length))
         for index, length in enumerate(LENGTHS)
     ]
+
+
+def demands() -> list[Demand]:
+    return [make.demand(index, of=prompt) for index, prompt in enumerate(prompts())]
 
 
 async def fulfil(made: TransformersGenerator, asked: Sequence[Demand]) -> list[Rollout]:
@@ -171,7 +175,7 @@ async def test_first_tokens_follow_the_mixture_and_neither_model(models: Models)
     count = 3000
     made = generator(models.student, models.teacher, share=0.5, max_tokens=1, max_batch_size=500)
     await made.start()
-    prompt = demands()[0].prompt
+    prompt = prompts()[0]
     rollouts = await fulfil(made, [make.demand(index, of=prompt) for index in range(count)])
     await made.stop()
     counts_V = np.bincount([int(one.response_ids[0]) for one in rollouts], minlength=V)
@@ -202,7 +206,7 @@ async def test_responses_outside_of_the_demand_are_the_students_own(models: Mode
 
     async def probes(made: TransformersGenerator) -> list[Rollout]:
         return await asyncio.gather(
-            *(made.complete(demand.prompt, sampling, seed=3) for demand in asked)
+            *(made.complete(prompt, sampling, seed=3) for prompt in prompts())
         )
 
     await mixed.start()

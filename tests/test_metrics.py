@@ -13,12 +13,12 @@ from tensorboardX.proto import event_pb2
 
 from distillm_ray.batching import draw_facts
 from distillm_ray.errors import RunDirectoryError
+from distillm_ray.log import metrics
 from distillm_ray.log.metrics import (
     FILE_NAME,
     MetricsLog,
-    count_superseded_steps,
+    read_log,
     read_records,
-    wall_seconds,
 )
 from distillm_ray.log.records import (
     BufferSizes,
@@ -32,6 +32,7 @@ from distillm_ray.log.records import (
 )
 from distillm_ray.log.tensorboard import scalars
 from distillm_ray.log.totals import Totals
+from distillm_ray.report.summary import read_run
 from distillm_ray.types import (
     MicroBatchPlan,
     Mix,
@@ -206,7 +207,7 @@ def test_steps_after_the_checkpoint_are_superseded_and_kept(tmp_path: Path) -> N
     log.add(step_record(4, loss=2.0))
     log.close()
     assert steps_in(tmp_path) == [1, 2, 3, 4]
-    assert count_superseded_steps(tmp_path / FILE_NAME) == 2
+    assert read_log(tmp_path / FILE_NAME).superseded_steps == 2
     kinds = [record.kind for record in read_records(tmp_path / FILE_NAME)]
     assert kinds == ["start", "step", "step", "step", "event", "start", "step"]
 
@@ -257,6 +258,26 @@ def test_reopening_a_log_without_superseded_steps_does_not_change_its_lines(tmp_
     assert (tmp_path / FILE_NAME).read_bytes().startswith(before)
 
 
+def test_a_run_is_read_in_one_pass_over_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log(tmp_path)
+    for step in range(1, 6):
+        log.add(step_record(step))
+    log.close()
+    parsed = []
+
+    def loads(line: bytes) -> Any:
+        parsed.append(line)
+        return json_loads(line)
+
+    json_loads = json.loads
+    monkeypatch.setattr(metrics.json, "loads", loads)
+    run = read_run(tmp_path)
+    assert parsed == (tmp_path / FILE_NAME).read_bytes().splitlines(keepends=True)
+    assert len(run.records) == len(parsed) == 6
+
+
 def test_a_live_view_gets_every_record_once(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     seen, position = log.since(0)
@@ -281,7 +302,7 @@ def test_wall_clock_counts_lost_steps_but_not_the_pause_before_a_resume(tmp_path
     clock.now += 3.0
     log.add(step_record(2))
     log.close()
-    assert wall_seconds(tmp_path / FILE_NAME) == 23.0
+    assert read_log(tmp_path / FILE_NAME).wall_seconds == 23.0
 
 
 def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:

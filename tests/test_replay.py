@@ -53,8 +53,8 @@ def rollout_of(demand: Demand, version: int | None = None) -> Rollout:
     num_tokens = 1 + ordinal % 3
     return make.rollout(
         f"student-{ordinal}",
-        prompt_id=demand.prompt.prompt_id,
-        prompt=demand.prompt.token_ids,
+        prompt_id=demand.prompt_id,
+        prompt=demand.prompt_ids,
         response=np.arange(ordinal, ordinal + num_tokens),
         version=demand.min_version if version is None else version,
         finish=FinishReason.LENGTH if ordinal % 2 else FinishReason.STOP,
@@ -207,6 +207,9 @@ class World:
             events += ["finish", "lose"]
         next_step = len(self.draws)
         ahead = next_step <= self.completed + self.prefetch
+        if next_step < self.run.total_steps:
+            ready = self.buffer.ready(next_step)
+            assert ready == self.buffer.next_is_ready == (not self.buffer.waiting_for(next_step))
         if next_step < self.run.total_steps and ahead and self.buffer.ready(next_step):
             events += ["draw"]
         due = self.completed // self.run.validation_interval * self.run.validation_interval
@@ -500,7 +503,7 @@ def test_a_lost_ordinal_is_generated_again_for_the_same_prompt() -> None:
     buffer.lose(2)
     (again,) = buffer.take_demand()
     assert (again.ordinal, again.attempt, again.min_version) == (2, 1, 0)
-    assert again.prompt is first[2].prompt
+    assert again.prompt_id == first[2].prompt_id
 
 
 def test_a_second_rollout_and_a_loss_after_the_first_change_nothing() -> None:
@@ -804,7 +807,7 @@ def test_requests_in_flight_at_a_checkpoint_are_demanded_again() -> None:
     assert [(demand.ordinal, demand.attempt) for demand in again] == [
         (0, 0), (1, 1), (2, 0), (4, 0), (5, 0), (6, 0), (7, 0),
     ]  # fmt: skip
-    assert [d.prompt.prompt_id for d in again[:3]] == [d.prompt.prompt_id for d in demands[:3]]
+    assert [d.prompt_id for d in again[:3]] == [d.prompt_id for d in demands[:3]]
 
 
 def test_the_state_of_a_step_outside_of_the_window_is_refused() -> None:

@@ -62,6 +62,7 @@ def _quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 def plan_of(step: int) -> RankPlan:
     rollout = make.rollout(f"student-{step}", response=[step + 3], ordinal=step)
     return RankPlan(
+        phi=0.1 * step,
         facts=DrawFacts(phi=0.1 * step, psi=0.0, mix=Mix(fresh=1), fresh_ages=(0,)),
         micro_batches=(MicroBatchPlan(sequences=(make.planned(rollout),)),),
     )

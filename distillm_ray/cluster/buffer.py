@@ -39,7 +39,9 @@ _WHAT = "the replay buffer"
 
 
 class BufferActor:
-    """A `ReplayBuffer` behind one condition: every change wakes all that wait for it.
+    """A `ReplayBuffer` behind a lock: a change wakes those whose wait it may end.
+
+    A finished rollout wakes the ranks only where it completes the next step.
 
     It is empty until the learners have loaded their state and restore it to the same step. It is
     empty again when its process has died. Ray then repeats the interrupted calls: the restarted
@@ -51,7 +53,9 @@ class BufferActor:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._changed = asyncio.Condition()
+        self._lock = asyncio.Lock()
+        self._work_changed = asyncio.Condition(self._lock)  # demand or a sequence to score
+        self._draw_changed = asyncio.Condition(self._lock)  # a step may be ready
         self._restored: ReplayBuffer | None = None
         self._replaces_a_dead_one = bool(ray.get_runtime_context().was_current_actor_reconstructed)
         self._incarnation = 0  # of the newest restore; no restore has number 0
@@ -75,9 +79,10 @@ class BufferActor:
 
         Sequences that no term compares with the teacher are not scored.
         """
-        async with self._changed:
-            self._open = True
-            self._changed.notify_all()
+        async with self._lock:
+            if not self._open:
+                self._open = True
+                self._draw_changed.notify_all()
             while True:
                 if self._restored is not None:
                     demand = tuple(self._buffer.take_demand())
@@ -86,23 +91,25 @@ class BufferActor:
                     dataset = tuple(one for one in upcoming if compares(one.source))
                     if demand or dataset:
                         return Work(incarnation=self._incarnation, demand=demand, dataset=dataset)
-                await self._changed.wait()
+                await self._work_changed.wait()
 
     @ray.method
     async def add(self, incarnation: int, rollout: Rollout) -> None:
         """Add a finished ordinal. Ignored if it belongs to an earlier incarnation."""
-        async with self._changed:
+        async with self._lock:
             if incarnation == self._incarnation:
+                was_ready = self._buffer.next_is_ready
                 self._buffer.add(rollout)
-                self._changed.notify_all()
+                if not was_ready and self._buffer.next_is_ready:
+                    self._draw_changed.notify_all()
 
     @ray.method
     async def lose(self, incarnation: int, ordinal: int) -> None:
         """Give an ordinal out again. Ignored if it belongs to an earlier incarnation."""
-        async with self._changed:
+        async with self._lock:
             if incarnation == self._incarnation:
                 self._buffer.lose(ordinal)
-                self._changed.notify_all()
+                self._work_changed.notify_all()
 
     @ray.method
     async def counters(self, incarnation: int) -> BufferCounters:
@@ -132,7 +139,7 @@ class BufferActor:
         Raises:
             RunDirectoryError: the state is of other data or of another version's format.
         """
-        async with self._changed:
+        async with self._lock:
             self._restored = build_buffer(self._config, prompts, demonstrations, corpus)
             if state is not None:
                 try:
@@ -142,7 +149,7 @@ class BufferActor:
             self._plans.clear()
             died = self._replaces_a_dead_one and self._incarnation == 0
             self._incarnation = incarnation
-            self._changed.notify_all()
+            self._notify_all()
             return died
 
     # ---- called by the learners; all raise BufferLost until this process is restored -------------
@@ -150,14 +157,20 @@ class BufferActor:
     @ray.method
     async def draw(self, step: int, rank: int, timeout_s: float) -> RankPlan | None:
         """This rank's share of a step; None if it is not ready after `timeout_s`."""
-        async with self._changed:
+        async with self._lock:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._changed.wait_for(lambda: self._buffer.ready(step) and self._open)
+                    await self._draw_changed.wait_for(
+                        lambda: self._buffer.ready(step) and self._open
+                    )
             except TimeoutError:
                 return None
             plan = self._plan(step)
-        return RankPlan(facts=draw_facts(plan), micro_batches=plan.ranks[rank])
+        return RankPlan(
+            phi=plan.phi,
+            facts=draw_facts(plan) if rank == 0 else None,
+            micro_batches=plan.ranks[rank],
+        )
 
     @ray.method
     async def waiting_for(self, step: int) -> str:
@@ -167,17 +180,17 @@ class BufferActor:
     @ray.method
     async def advance(self, completed: int) -> None:
         """So many optimizer steps are completed."""
-        async with self._changed:
+        async with self._lock:
             self._buffer.advance(completed)
             self._plans = {step: plan for step, plan in self._plans.items() if step >= completed}
-            self._changed.notify_all()
+            self._notify_all()
 
     @ray.method
     async def report(self, validation: Validation) -> float:
         """Adapt the schedule; returns phi from here on."""
-        async with self._changed:
+        async with self._lock:
             schedule = self._buffer.report(validation)
-            self._changed.notify_all()
+            self._notify_all()
             return schedule.phi
 
     @ray.method
@@ -190,6 +203,10 @@ class BufferActor:
         """The buffer as of draw `completed`, for a checkpoint."""
         return self._buffer.state(completed)
 
+    def _notify_all(self) -> None:
+        self._work_changed.notify_all()
+        self._draw_changed.notify_all()
+
     def _plan(self, step: int) -> StepPlan:
         if step not in self._plans:
             self._plans[step] = plan_step(
@@ -198,6 +215,7 @@ class BufferActor:
                 max_micro_batch_tokens=self._config.learner.max_micro_batch_tokens,
                 loss=loss_at(self._config.loss, step, num_steps=self._config.learner.num_steps),
             )
+            self._draw_changed.notify_all()  # the step after it may be ready as well
         return self._plans[step]
 
 

@@ -1,13 +1,17 @@
 """A pool of actors, and what happens when one of them fails.
 
-A call goes to the member with the fewest calls in flight. A member whose call raises, hangs past
-its limit or dies is killed. Ray restarts its process, on another node if need be, and the pool
-prepares it again. Ray itself never repeats a call: a repeated generation would sample other tokens
-under the old metadata. The caller gets `ActorLost` and decides.
+A call goes to the member with the fewest calls in flight. Where all are full, calls wait in the
+order of their arrival, and each call that ends hands its place to the first of them: one wake-up,
+however many wait.
+
+A member whose call raises, hangs past its limit or dies is killed. Ray restarts its process, on
+another node if need be, and the pool prepares it again. Ray itself never repeats a call: a repeated
+generation would sample other tokens under the old metadata. The caller gets `ActorLost` and
+decides.
 
     wait                        ends when                           limit
     ------------------------    --------------------------------    ---------------------------
-    for a free member           a call ends or a member is ready    none: its callers are bounded
+    for a free place            a call ends or a member is ready    none: its callers are bounded
     for a call                  the member replies                  `call_timeout_s`
     for a member to start       it is up, started and prepared      `startup_timeout_s`
 
@@ -19,9 +23,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import ray
 from ray.actor import ActorProxy
@@ -77,6 +82,10 @@ class Member(Generic[A]):
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+Place: TypeAlias = tuple[Member[A], int]
+"""A member on which a call may run, and the member's life when the call was admitted."""
+
+
 class ActorPool(Generic[A]):
     """Spreads calls over actors and replaces those that fail."""
 
@@ -98,7 +107,7 @@ class ActorPool(Generic[A]):
         self._call_timeout_s = call_timeout_s
         self._startup_timeout_s = startup_timeout_s
         self._log = log
-        self._freed = asyncio.Condition()
+        self._waiting: deque[asyncio.Future[Place[A]]] = deque()  # calls, the first to come first
         self._recoveries: set[asyncio.Task[None]] = set()
         self._fatal: UserError | None = None
 
@@ -124,15 +133,14 @@ class ActorPool(Generic[A]):
             ClusterError: it failed too often.
             UserError: the call itself was wrong, whichever member runs it.
         """
-        member = await self._acquire()
-        life = member.life
+        member, life = await self._acquire()
         try:
             result = await asyncio.wait_for(invoke(member.handle), self._call_timeout_s)
         except (RayError, TimeoutError) as error:
             await self._replace(member, life, error)
             raise ActorLost(f"{member.name}: {one_line(error)}") from error
         finally:
-            await self._release(member)
+            self._release(member)
         member.failures = 0
         return result
 
@@ -191,32 +199,64 @@ class ActorPool(Generic[A]):
                 f" {self._startup_timeout_s:g} s: {latest}"
             ) from error
         member.ready.set()
-        async with self._freed:
-            self._freed.notify_all()
+        self._hand_out()
 
     async def _prepare(self, member: Member[A]) -> None:
         """Bring a started member to the state of the others. Overridden by pools that have one."""
 
-    async def _acquire(self) -> Member[A]:
-        async with self._freed:
-            while True:
-                if self._fatal is not None:
-                    raise self._fatal
-                able = [
-                    member
-                    for member in self._members
-                    if member.ready.is_set() and member.in_flight < self._max_in_flight
-                ]
-                if able:
-                    member = min(able, key=lambda item: item.in_flight)
-                    member.in_flight += 1
-                    return member
-                await self._freed.wait()
+    async def _acquire(self) -> Place[A]:
+        """Take a place, or wait in line for one.
 
-    async def _release(self, member: Member[A]) -> None:
-        async with self._freed:
+        A call that is cancelled when it has just got its place passes it on. If the member was
+        killed meanwhile, the call is the first in line again.
+        """
+        enqueue = self._waiting.append
+        while True:
+            if self._fatal is not None:
+                raise self._fatal
+            place = self._take()
+            if place is not None:
+                return place
+            turn: asyncio.Future[Place[A]] = asyncio.get_running_loop().create_future()
+            enqueue(turn)
+            try:
+                member, life = await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled() and turn.exception() is None:
+                    self._release(turn.result()[0])
+                raise
+            if member.life == life:
+                return member, life
             member.in_flight -= 1
-            self._freed.notify_all()
+            enqueue = self._waiting.appendleft
+
+    def _take(self) -> Place[A] | None:
+        """A place on the least busy member; None while none is free."""
+        able = [
+            member
+            for member in self._members
+            if member.ready.is_set() and member.in_flight < self._max_in_flight
+        ]
+        if not able:
+            return None
+        member = min(able, key=lambda item: item.in_flight)
+        member.in_flight += 1
+        return member, member.life
+
+    def _release(self, member: Member[A]) -> None:
+        member.in_flight -= 1
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give every free place to the first that waits, so that no call waits beside one."""
+        while self._waiting:
+            if self._waiting[0].done():  # cancelled
+                self._waiting.popleft()
+                continue
+            place = self._take()
+            if place is None:
+                return
+            self._waiting.popleft().set_result(place)
 
     async def _replace(self, member: Member[A], life: int, error: BaseException) -> None:
         """Kill a member that failed in this life, and bring it back in the background."""
@@ -233,7 +273,7 @@ class ActorPool(Generic[A]):
                 f"{member.name} failed {member.failures} times in a row, the last time with:"
                 f" {one_line(error)}; see the log of its node for the details"
             )
-            await self._give_up(fatal)
+            self._give_up(fatal)
             raise fatal from error
         task = asyncio.create_task(self._recover(member))
         self._recoveries.add(task)
@@ -249,12 +289,14 @@ class ActorPool(Generic[A]):
         try:
             await self._start(member)
         except UserError as error:
-            await self._give_up(error)
+            self._give_up(error)
             return
         await self._log.add(EventRecord(name=f"{member.name} is back"))
 
-    async def _give_up(self, fatal: UserError) -> None:
+    def _give_up(self, fatal: UserError) -> None:
         """Make every later call raise `fatal`, and those that wait for a member too."""
         self._fatal = fatal
-        async with self._freed:
-            self._freed.notify_all()
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_exception(fatal)

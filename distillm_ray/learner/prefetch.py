@@ -26,7 +26,8 @@ _DRAW_TIMEOUT_S = 2.0  # how long a stopped prefetcher may still wait for a draw
 class PreparedStep:
     """What one rank trains on in one step, ready to run."""
 
-    facts: DrawFacts
+    phi: float  # of the draw
+    facts: DrawFacts | None  # of the whole step; rank 0's only
     batches: tuple[LearnerBatch, ...]
     wait_seconds: float = 0.0  # how long the training loop waited for it
 
@@ -92,7 +93,7 @@ class Prefetcher:
             plan = self._buffer.draw(step, self._rank, _DRAW_TIMEOUT_S)
         targets = None if self._targets is None else self._targets.fetch(_rollouts(plan))
         batches = tuple(pack(micro_batch, targets) for micro_batch in plan.micro_batches)
-        return PreparedStep(facts=plan.facts, batches=batches)
+        return PreparedStep(phi=plan.phi, facts=plan.facts, batches=batches)
 
 
 def _rollouts(plan: RankPlan) -> Sequence[Rollout]:

@@ -275,9 +275,10 @@ class TrainLoop:
 
     def _after_step(self, prepared: PreparedStep, train: TrainStep) -> None:
         completed = train.step
-        self._phi = prepared.facts.phi
+        self._phi = prepared.phi
         self._publish_if_due(completed)
         if self._speaks:
+            assert prepared.facts is not None, "only the rank that speaks gets the facts"
             self._links.buffer.advance(completed)
             self._links.orchestrator.report_step(train, prepared.facts)
         self._watch_gap(completed, train.logprob_gap)

@@ -13,6 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from distillm_ray.log.records import (
     EventRecord,
     Record,
     StartRecord,
+    StepRecord,
     from_json,
     to_json,
 )
@@ -131,61 +133,67 @@ class MetricsLog:
             )
 
 
-def read_records(path: Path, *, superseded: bool = False) -> list[Record]:
-    """The records of a log in file order; none for a missing file.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogFile:
+    """The content of a log, in file order."""
 
-    Those that describe the run as it is, or with `superseded` the others: lost to a restart.
+    records: tuple[Record, ...]  # describe the run as it is
+    superseded: tuple[Record, ...]  # lost to a restart
+    wall_seconds: float  # of all attempts: lost steps included, pauses between attempts not
+
+    @property
+    def superseded_steps(self) -> int:
+        """Steps that were computed and lost to a restart."""
+        return sum(isinstance(record, StepRecord) for record in self.superseded)
+
+
+def read_log(path: Path) -> LogFile:
+    """Read a log, in one pass; a missing file has no records.
 
     An incomplete last line (after a crash, or while a run writes it) is ignored.
 
     Raises:
         RunDirectoryError: another line is not a record.
     """
-    return [
-        from_json(value)
-        for value in _objects(path)
-        if bool(value.get("superseded", False)) == superseded
-    ]
-
-
-def count_superseded_steps(path: Path) -> int:
-    """Steps that were computed and lost to a restart."""
-    return sum(
-        value.get("superseded", False) and value["kind"] == "step" for value in _objects(path)
-    )
-
-
-def wall_seconds(path: Path) -> float:
-    """Wall-clock of all attempts of the run: lost steps included, pauses between attempts not."""
-    total, previous = 0.0, math.nan
+    records: list[Record] = []
+    superseded: list[Record] = []
+    seconds, previous = 0.0, math.nan
     for value in _objects(path):
-        if value["kind"] == "start":
-            total = total if value["resumed"] else 0.0
+        record = from_json(value)
+        (superseded if value.get("superseded", False) else records).append(record)
+        if isinstance(record, StartRecord):
+            seconds = seconds if record.resumed else 0.0
         else:
-            total += value["time"] - previous
-        previous = value["time"]
-    return total
+            seconds += record.time - previous
+        previous = record.time
+    return LogFile(records=tuple(records), superseded=tuple(superseded), wall_seconds=seconds)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records that describe the run as it is; see `read_log`."""
+    return [from_json(value) for value in _objects(path) if not value.get("superseded", False)]
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines one by one: a log may be larger than memory should hold twice."""
     if not path.is_file():
         return
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines):  # after the last line break: empty, or an incomplete line
-            return
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            if number == len(lines) - 1:  # only its line break reached the disk before a crash
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
                 return
-            raise RunDirectoryError(
-                f"{path}, line {number}: not a JSON object: the log was edited or damaged;"
-                " move it away to start a new one"
-            ) from error
-        if not isinstance(value, dict) or "kind" not in value:
-            raise RunDirectoryError(f"{path}, line {number}: expected an object with a `kind`")
-        yield value
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                if b"\n" not in file.read():  # only its line break reached the disk before a crash
+                    return
+                raise RunDirectoryError(
+                    f"{path}, line {number}: not a JSON object: the log was edited or damaged;"
+                    " move it away to start a new one"
+                ) from error
+            if not isinstance(value, dict) or "kind" not in value:
+                raise RunDirectoryError(f"{path}, line {number}: expected an object with a `kind`")
+            yield value
 
 
 def _supersede(path: Path, resume_step: int) -> None:

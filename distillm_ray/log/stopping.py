@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from distillm_ray.config import Config, StopConfig, ValidationMetric
-from distillm_ray.log.metrics import FILE_NAME, read_records
+from distillm_ray.log.metrics import FILE_NAME, read_log, read_records
 from distillm_ray.log.records import (
     EventRecord,
     ProbeRecord,
@@ -120,10 +119,10 @@ def why_stop(stop: StopConfig, standing: Standing) -> str:
 
 def read_standing(config: Config) -> Standing:
     """Of the run in `run.directory`."""
-    path: Path = config.run.directory / FILE_NAME
+    log = read_log(config.run.directory / FILE_NAME)
     return Standing.of(
-        read_records(path),
-        read_records(path, superseded=True),
+        log.records,
+        log.superseded,
         metric=config.validation.metric,
         min_improvement=config.stop.min_improvement,
     )

@@ -215,8 +215,19 @@ class ReplayBuffer:
     # ---- called by the learners -----------------------------------------------------------------
 
     def ready(self, step: int) -> bool:
-        """Whether `draw(step)` can be called now."""
-        return not self.waiting_for(step)
+        """Whether `draw(step)` can be called now. Cheap: the same work for any batch size.
+
+        Raises:
+            ValueError: the step is completed, or the run does not have it.
+        """
+        if step in self._made:
+            return True
+        return not self._closed(step) and self._ordinals.complete(self._fresh_counts[step])
+
+    @property
+    def next_is_ready(self) -> bool:
+        """Whether the step after the newest draw can be drawn; False after the last step."""
+        return self._next_step < self._total_steps and self.ready(self._next_step)
 
     def waiting_for(self, step: int) -> str:
         """The reason why `draw(step)` cannot be called yet, for a log; empty if it can.
@@ -226,6 +237,21 @@ class ReplayBuffer:
         """
         if step in self._made:
             return ""
+        closed = self._closed(step)
+        if closed:
+            return closed
+        missing = self._ordinals.missing(self._fresh_counts[step])
+        if missing:
+            named = ", ".join(str(ordinal) for ordinal in missing[:8])
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            return (
+                f"step {step} waits for {len(missing)} of its {self._fresh_counts[step]} fresh"
+                f" rollouts: ordinals {named}{more}"
+            )
+        return ""
+
+    def _closed(self, step: int) -> str:
+        """The reason why `draw(step)` must wait, whatever is finished; empty if there is none."""
         if not self._next_step <= step < self._total_steps:
             raise ValueError(
                 f"a step to draw must lie in [{self._completed}, {self._total_steps}), got {step}:"
@@ -241,14 +267,6 @@ class ReplayBuffer:
         validation = step // self._validation_interval * self._validation_interval
         if self._last_validation < validation:
             return f"step {step} waits for the validation after {validation} completed steps"
-        missing = self._ordinals.missing(self._fresh_counts[step])
-        if missing:
-            named = ", ".join(str(ordinal) for ordinal in missing[:8])
-            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-            return (
-                f"step {step} waits for {len(missing)} of its {self._fresh_counts[step]} fresh"
-                f" rollouts: ordinals {named}{more}"
-            )
         return ""
 
     def draw(self, step: int) -> Draw:
@@ -258,8 +276,8 @@ class ReplayBuffer:
             ValueError: the step is not ready.
         """
         if step not in self._made:
-            reason = self.waiting_for(step)
-            if reason:
+            if not self.ready(step):
+                reason = self.waiting_for(step)
                 raise ValueError(f"draw({step}) must wait until it is ready: {reason}")
             self._made[step] = self._make(step)
             self._next_step = step + 1

@@ -26,6 +26,7 @@ class Ordinals:
         self._open: dict[int, Demand] = {}  # queued or in flight
         self._queued: dict[int, None] = {}  # used as an ordered set
         self._finished: dict[int, Rollout] = {}
+        self._first_missing = 0  # all ordinals in [first, first_missing) are finished
         self.duplicates = 0
 
     @property
@@ -56,9 +57,7 @@ class Ordinals:
         for index, ordinal in zip(
             self._order.indices(self._end, end), range(self._end, end), strict=True
         ):
-            self._open[ordinal] = Demand(
-                ordinal=ordinal, prompt=self._prompts[index], min_version=min_version
-            )
+            self._open[ordinal] = _demand(self._prompts[index], ordinal, min_version)
             self._queued[ordinal] = None
         self._end = max(self._end, end)
 
@@ -79,12 +78,12 @@ class Ordinals:
         if demand is None:
             self.duplicates += 1
             return
-        assert rollout.prompt_id == demand.prompt.prompt_id, (
-            f"ordinal {rollout.ordinal} is for prompt {demand.prompt.prompt_id},"
-            f" got {rollout.prompt_id}"
+        assert rollout.prompt_id == demand.prompt_id, (
+            f"ordinal {rollout.ordinal} is for prompt {demand.prompt_id}, got {rollout.prompt_id}"
         )
         self._queued.pop(rollout.ordinal, None)
         self._finished[rollout.ordinal] = rollout
+        self._skip_finished()
 
     def lose(self, ordinal: int) -> None:
         """Queue an ordinal again whose generation failed. Ignored unless it is in flight."""
@@ -94,8 +93,12 @@ class Ordinals:
         self._open[ordinal] = replace(demand, attempt=demand.attempt + 1)
         self._queued[ordinal] = None
 
+    def complete(self, count: int) -> bool:
+        """Whether the next `count` ordinals are finished, without looking at each."""
+        return self._first_missing >= self._first + count
+
     def missing(self, count: int) -> list[int]:
-        """Those of the next `count` ordinals that are not finished."""
+        """Those of the next `count` ordinals that are not finished, for a message."""
         ordinals = range(self._first, self._first + count)
         return [ordinal for ordinal in ordinals if ordinal not in self._finished]
 
@@ -110,7 +113,7 @@ class Ordinals:
     def outstanding(self) -> tuple[tuple[int, str, int, int], ...]:
         """(ordinal, prompt id, min_version, attempt) of what is queued or in flight."""
         return tuple(
-            (ordinal, demand.prompt.prompt_id, demand.min_version, demand.attempt)
+            (ordinal, demand.prompt_id, demand.min_version, demand.attempt)
             for ordinal, demand in sorted(self._open.items())
         )
 
@@ -134,7 +137,7 @@ class Ordinals:
         Raises:
             ValueError: an ordinal's prompt is not the saved one.
         """
-        self._first = first
+        self._first = self._first_missing = first
         self._end = end
         self._open.clear()
         self._queued.clear()
@@ -143,6 +146,7 @@ class Ordinals:
             for rollout in finished
             if rollout.ordinal is not None and rollout.ordinal < end
         }
+        self._skip_finished()
         for ordinal, prompt_id, min_version, attempt in outstanding:
             if ordinal >= end:
                 continue
@@ -153,7 +157,20 @@ class Ordinals:
                     f" ordinal {ordinal} instead of {prompt_id!r}: the resumed run would train on"
                     " different prompts; restore the data files, or start a new run"
                 )
-            self._open[ordinal] = Demand(
-                ordinal=ordinal, prompt=prompt, min_version=min_version, attempt=attempt
-            )
+            self._open[ordinal] = _demand(prompt, ordinal, min_version, attempt)
             self._queued[ordinal] = None
+
+    def _skip_finished(self) -> None:
+        """Move past what is finished; over a run this looks at every ordinal once."""
+        while self._first_missing in self._finished:
+            self._first_missing += 1
+
+
+def _demand(prompt: Prompt, ordinal: int, min_version: int, attempt: int = 0) -> Demand:
+    return Demand(
+        ordinal=ordinal,
+        prompt_id=prompt.prompt_id,
+        prompt_ids=prompt.token_ids,
+        min_version=min_version,
+        attempt=attempt,
+    )

@@ -10,12 +10,7 @@ from pydantic import TypeAdapter
 
 from distillm_ray.errors import RunDirectoryError
 from distillm_ray.evaluation.results import Evaluation, read_evaluation
-from distillm_ray.log.metrics import (
-    FILE_NAME,
-    count_superseded_steps,
-    read_records,
-    wall_seconds,
-)
+from distillm_ray.log.metrics import FILE_NAME, read_log
 from distillm_ray.log.records import (
     DoneRecord,
     Record,
@@ -87,12 +82,13 @@ def read_run(directory: Path) -> Run:
         raise RunDirectoryError(
             f"{directory} holds no {FILE_NAME}: not a run directory, or nothing was logged yet"
         )
+    log = read_log(path)
     return Run(
         directory=directory,
-        records=tuple(read_records(path)),
+        records=log.records,
         evaluation=read_evaluation(directory),
-        superseded_steps=count_superseded_steps(path),
-        wall_seconds=wall_seconds(path),
+        superseded_steps=log.superseded_steps,
+        wall_seconds=log.wall_seconds,
     )
 
 

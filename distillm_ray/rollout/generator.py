@@ -209,7 +209,8 @@ class Generator(ABC):
             TimeoutError: names which of the two did not come.
         """
         return await self._run(
-            demand.prompt,
+            prompt_id=demand.prompt_id,
+            prompt_ids=demand.prompt_ids,
             rollout_id=f"student-{demand.ordinal}",
             sampling=self.job.sampling,
             teacher_mix=0.0 if self.job.teacher is None else self.job.teacher.share,
@@ -237,7 +238,8 @@ class Generator(ABC):
             ValueError: prompt and `sampling.max_tokens` exceed `max_model_len`.
         """
         return await self._run(
-            prompt,
+            prompt_id=prompt.prompt_id,
+            prompt_ids=prompt.token_ids,
             rollout_id=f"{source}-{prompt.prompt_id}-{seed}",
             sampling=sampling,
             teacher_mix=0.0,
@@ -270,8 +272,9 @@ class Generator(ABC):
 
     async def _run(
         self,
-        prompt: Prompt,
         *,
+        prompt_id: str,
+        prompt_ids: Int32Array,
         rollout_id: str,
         sampling: SamplingConfig,
         teacher_mix: float,
@@ -280,11 +283,11 @@ class Generator(ABC):
         min_version: int,
         ordinal: int | None,
     ) -> Rollout:
-        max_tokens = self._max_tokens(prompt, sampling)
+        max_tokens = self._max_tokens(prompt_id, len(prompt_ids), sampling)
         async with self._gate.request(rollout_id, min_version) as version:
             request = Request(
                 request_id=rollout_id,
-                prompt_ids=prompt.token_ids,
+                prompt_ids=prompt_ids,
                 sampling=sampling,
                 teacher_mix=teacher_mix,
                 max_tokens=max_tokens,
@@ -304,8 +307,8 @@ class Generator(ABC):
                 ) from error
         return Rollout(
             rollout_id=rollout_id,
-            prompt_id=prompt.prompt_id,
-            prompt_ids=prompt.token_ids,
+            prompt_id=prompt_id,
+            prompt_ids=prompt_ids,
             response_ids=response.token_ids,
             loss_mask=np.ones(len(response.token_ids), dtype=np.bool_),
             source=source,
@@ -315,17 +318,17 @@ class Generator(ABC):
             ordinal=ordinal,
         )
 
-    def _max_tokens(self, prompt: Prompt, sampling: SamplingConfig) -> int:
+    def _max_tokens(self, prompt_id: str, num_prompt_tokens: int, sampling: SamplingConfig) -> int:
         """The length limit of the response.
 
         Raises ValueError if prompt and response might exceed the engine's context.
         """
         max_tokens = sampling.max_tokens or self.job.max_response_tokens
-        if len(prompt.token_ids) + max_tokens > self.max_model_len:
+        if num_prompt_tokens + max_tokens > self.max_model_len:
             raise ValueError(
-                f"prompt {prompt.prompt_id}: its tokens and sampling.max_tokens must fit into"
+                f"prompt {prompt_id}: its tokens and sampling.max_tokens must fit into"
                 " data.max_prompt_tokens + the longest response, got"
-                f" {len(prompt.token_ids)} + {max_tokens} > {self.max_model_len}"
+                f" {num_prompt_tokens} + {max_tokens} > {self.max_model_len}"
             )
         return max_tokens
 

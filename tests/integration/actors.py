@@ -54,7 +54,7 @@ def remote_stores(count: int, max_bytes: int = 20_000_000) -> list[Actor]:
 def remote_log(directory: Path) -> Actor:
     """The log of a new run."""
     settings = {"resume_step": None, "commit": "", "command": ""}
-    return remote(LogActor, directory, settings=settings)
+    return remote(LogActor, make.config(run={"directory": directory}), settings=settings)
 
 
 def kill_all() -> None:

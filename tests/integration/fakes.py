@@ -26,8 +26,8 @@ HIDDEN_SIZE = 50_000  # 200 kB a token: more than Ray sends inline with a reply
 
 
 def demand(text: str = "") -> Demand:
-    """A demand whose prompt tells a fake actor what to do."""
-    return make.demand(of=make.prompt(text=text))
+    """A demand whose prompt's id tells a fake actor what to do."""
+    return make.demand(of=make.prompt(text))
 
 
 def rollout(name: str, num_tokens: int = 1, *, text: str = "", version: int = 0) -> Rollout:
@@ -69,7 +69,7 @@ class FakeGenerator(Trouble):
         await self.obey(self.at_start)
 
     async def generate(self, demand: Demand) -> Rollout:
-        await self.obey(demand.prompt.text)
+        await self.obey(demand.prompt_id)
         await asyncio.sleep(0.01)
         return rollout("student-0", text=str(os.getpid()), version=self.version)
 

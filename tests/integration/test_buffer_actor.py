@@ -107,6 +107,7 @@ def test_a_buffer_that_died_raises_in_learners_until_it_is_restored(
 def draw(links: Links, step: int) -> DrawFacts:
     plan = links.buffer.draw(step, 0, 60.0)
     assert plan is not None, links.buffer.waiting_for(step)
+    assert plan.facts is not None
     return plan.facts
 
 
@@ -121,7 +122,7 @@ def test_a_restored_buffer_ignores_work_of_an_earlier_incarnation(tmp_path: Path
     assert not restore(1)
     before = get(buffer.work.remote())
     kill_and_await_restart(buffer)
-    prompt_id = before.demand[0].prompt.prompt_id
+    prompt_id = before.demand[0].prompt_id
     response = make.rollout("student-0", ordinal=0, prompt_id=prompt_id)
     get([buffer.add.remote(1, response), buffer.lose.remote(1, 1)])
     work = buffer.work.remote()

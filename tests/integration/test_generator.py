@@ -260,11 +260,12 @@ def test_requests_in_flight_during_an_update_all_finish(generator: Generator) ->
     old_version = update(generator, tiny_llama(1))
     model = tiny_llama(2)
     version = next(VERSIONS)
-    demands = [make.demand(index, of=prompt) for index, prompt in enumerate(prompts(12))]
+    asked = prompts(12)
+    demands = [make.demand(index, of=prompt) for index, prompt in enumerate(asked)]
 
     async def work() -> tuple[list[Rollout], Rollout]:
         running = [asyncio.create_task(generator.generate(demand)) for demand in demands]
-        late = make.demand(99, of=demands[0].prompt, min_version=version)
+        late = make.demand(99, of=asked[0], min_version=version)
         waiting = asyncio.create_task(generator.generate(late))
         await asyncio.sleep(0.02)
         await generator.update_weights(to_weights(model, version), keep_in_flight=True)
