@@ -130,9 +130,10 @@ def read_standing(config: Config) -> Standing:
 
 def spent_without_a_checkpoint(config: Config) -> str:
     """The budget that attempts without a checkpoint have spent already; empty if there is none."""
-    path = config.run.directory / FILE_NAME
-    lost = [*read_records(path), *read_records(path, superseded=True)]
-    return why_stop(config.stop, Standing.of((), lost)) if config.stop.is_set else ""
+    if not config.stop.is_set:
+        return ""
+    log = read_log(config.run.directory / FILE_NAME)
+    return why_stop(config.stop, Standing.of((), (*log.records, *log.superseded)))
 
 
 def has_ended(config: Config, step: int) -> bool:
