@@ -37,7 +37,7 @@ from distillm_ray.cluster.learner import LearnerGroup, LearnerJob, Wires
 from distillm_ray.cluster.log import LogClient, start_log
 from distillm_ray.cluster.orchestrator import TrainingPeers, start_orchestrator
 from distillm_ray.cluster.rollout import start_generators
-from distillm_ray.cluster.targets import start_scorers, start_stores
+from distillm_ray.cluster.targets import flush_stores, start_scorers, start_stores
 from distillm_ray.config import Config
 from distillm_ray.config_files import dump_config
 from distillm_ray.data import ray_data
@@ -57,7 +57,7 @@ from distillm_ray.learner import worker
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.learner.stopping import has_ended
 from distillm_ray.log.commit import package_commit
-from distillm_ray.log.records import DoneRecord
+from distillm_ray.log.records import DoneRecord, EventRecord
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory, missing_evaluations
 from distillm_ray.report.console import ConsoleView
@@ -65,6 +65,7 @@ from distillm_ray.report.opening import opening_lines
 from distillm_ray.report.rows import write_first_rows
 from distillm_ray.rollout.generator import student_job
 from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
+from distillm_ray.teacher.target_library import library_settings
 from distillm_ray.types import TRAINING, Device
 from distillm_ray.watch import Stopped, Watch
 
@@ -156,6 +157,7 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
                 evaluation.write(directory)
         with watch.phase(TRAINING):
             watch.follow(group, run.orchestrator, run.log)
+        run.keep_targets(watch.view)
         completed = _checkpointed(config)
         if has_ended(config, completed):
             watch.group = None  # it has ended as it should
@@ -339,7 +341,7 @@ class Run:
                 vocabulary_size=preflight.vocabulary_size,
                 device=device,
             )
-            self._stores = start_stores(config.targets)
+            self._stores = start_stores(config.targets, library_settings(config, self._identity))
         peers = TrainingPeers(
             buffer=self._buffer,
             prompts=ray.put(splits.train.prompts),
@@ -351,6 +353,14 @@ class Run:
             identity=self._identity,
         )
         self.orchestrator = start_orchestrator(config, config.rollout, self.generators, peers)
+
+    def keep_targets(self, view: ConsoleView) -> None:
+        """Have the target library write what it has collected, and show what went wrong."""
+        log = LogClient(self.log)
+        for warning in flush_stores(self._stores):
+            record = EventRecord(name="target library", detail=warning)
+            log.add(record)
+            view.update(record)
 
     def start_learners(self) -> LearnerGroup:
         """They load, validate and wait for the first draw, which waits for the orchestrator."""

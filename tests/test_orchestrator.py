@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from distillm_ray.cluster.orchestrator_loop import BusyClock, Orchestrator
+from distillm_ray.cluster.busy_clock import BusyClock
+from distillm_ray.cluster.orchestrator_loop import Orchestrator
 from distillm_ray.cluster.pool import ActorLost
 from distillm_ray.config import FilterConfig, SamplingConfig
 from distillm_ray.log.records import EventRecord, Record
@@ -124,6 +125,7 @@ class FakeTargets:
     def __init__(self, events: list[str]) -> None:
         self.events = events
         self.stored: set[str] = set()
+        self.scoring = BusyClock()
 
     async def ensure(self, rollout: Rollout) -> int:
         if rollout.rollout_id in self.stored:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from distillm_ray.teacher.target_library import NO_LIBRARY, LibraryCounters
+
 Value = TypeVar("Value")
 
 
@@ -20,6 +22,8 @@ class StoreCounters:
 
     nbytes: int
     evictions: int  # values removed to make room for newer ones
+    library: LibraryCounters = NO_LIBRARY  # of the library behind it, if it has one
+    warnings: tuple[str, ...] = ()  # of the library, since the counters were read last
 
 
 class TargetStore(Generic[Value]):
