@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -223,6 +224,22 @@ def test_two_writers_share_a_directory_and_duplicates_are_harmless(
         assert all(found(library, key) is not None for key in ("same", "first", "second"))
 
 
+def test_writers_that_begin_at_the_same_moment_do_not_disturb_each_other(
+    open_library: Open, tmp_path: Path
+) -> None:
+    """Each of them finds no about.json and writes it."""
+    for _ in range(10):
+        writers = [open_library() for _ in range(4)]
+        for number, writer in enumerate(writers):
+            writer.put(f"{number}", hidden(number), report(hidden(number)))
+            writer._write_collected()  # in a thread of its own
+        for writer in writers:
+            writer.close()
+            assert writer.take_warnings() == ()
+        assert len(shards(tmp_path)) == len(writers)
+        shutil.rmtree(tmp_path / "library")
+
+
 def test_shards_of_others_are_looked_for_after_a_while_only(
     open_library: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +283,9 @@ def no_dictionary(path: Path) -> None:
 def scalar(path: Path) -> None:
     costs = {"a": {"tokens": 1, "seconds": 0.0, "checksums": {"values": 0}}}
     metadata = {"targets": json.dumps(costs)}
-    path.write_bytes(safetensors.numpy.save({"a/values": np.float32(1)[...]}, metadata=metadata))
+    path.write_bytes(
+        safetensors.numpy.save({"a/values": np.ones((), np.float32)}, metadata=metadata)
+    )
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ class Roles:
         return {one.rollout_id: HiddenTargets(values_TD=values) for one in rollouts}
 
     def start_flush(self) -> None:
-        self.calls.append(("flush targets", self.validated))
+        """There is no library."""
 
     # ---- the orchestrator
 

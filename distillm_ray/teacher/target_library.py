@@ -355,12 +355,15 @@ class TargetLibrary:
         if not self._has_room(len(content)):
             return None
         self._folder.mkdir(parents=True, exist_ok=True)
+        name = uuid.uuid4().hex
         about = self._folder / ABOUT_FILE
         if not about.exists():
             settings = self._settings
             facts = {"teacher_directory": settings.teacher, **asdict(settings.identity)}
-            write_atomically(about, f"{json.dumps(facts, indent=2)}\n".encode())
-        path = self._folder / f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"
+            own = about.with_name(f"{name}.json")  # others write the same at the same time
+            write_atomically(own, f"{json.dumps(facts, indent=2)}\n".encode())
+            own.replace(about)
+        path = self._folder / f"{_PREFIX}{name}{_SUFFIX}"
         write_atomically(path, content)
         return path
 
