@@ -740,6 +740,7 @@ WITH_CONFIG = {
     "show": [],
     "train": [],
     "evaluate": [],
+    "score": [],
     "generate": ["--model=/m", "--prompts=/p.jsonl", "--output=/o.jsonl"],
 }
 
