@@ -82,7 +82,7 @@ from distillm_ray.teacher.target_library import (
     is_shared,
     library_settings,
 )
-from distillm_ray.teacher.target_store import TargetStore
+from distillm_ray.teacher.target_store import TargetStore, most_fetched
 from distillm_ray.types import (
     TRAINING,
     Device,
@@ -153,7 +153,7 @@ def train(
 
             view.start(TRAINING)
             if store is None:
-                store = TargetStore(config.targets.max_bytes)
+                store = TargetStore(config.targets.max_bytes, max_fetched=most_fetched(config))
             completed = distil(config, preflight, splits, store, record, runner)
             seconds = time.monotonic() - started
             record(DoneRecord(step=completed, status="complete", seconds=seconds))
@@ -490,16 +490,18 @@ async def targets_of(
         for key in [key for key in by_key if key not in found]:
             if (scored := library.get(key, by_key[key].num_loss_tokens)) is not None:
                 report, found[key] = scored
-                store.put(key, found[key], report.nbytes)
+                store.put(key, found[key], report.nbytes, recurs=True)
     missing = [key for key in by_key if key not in found]
     scores = await asyncio.gather(*(scorer.score(by_key[key]) for key in missing))
     counts: Counter[str] = Counter()
     for key, (report, payload) in zip(missing, scores, strict=True):
-        store.put(key, payload, report.nbytes)
-        if library is not None and is_shared(by_key[key]):
+        shared = is_shared(by_key[key])
+        store.put(key, payload, report.nbytes, recurs=shared)
+        if library is not None and shared:
             library.put(key, payload, report)
         found[key] = payload  # also if the store is too small to keep it
         counts.update(scored_sequences=1, scored_tokens=report.num_tokens)
+    store.get(by_key)  # none of them waits for another reader
     return {rollout_id: found[key] for rollout_id, key in keys.items()}, counts
 
 

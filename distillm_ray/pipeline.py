@@ -66,6 +66,8 @@ from distillm_ray.report.rows import write_first_rows
 from distillm_ray.rollout.generator import student_job
 from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
 from distillm_ray.teacher.target_library import library_settings
+from distillm_ray.teacher.target_sizes import bytes_per_token, check_room, target_sizes
+from distillm_ray.teacher.target_store import most_fetched
 from distillm_ray.types import TRAINING, Device
 from distillm_ray.watch import Stopped, Watch
 
@@ -112,6 +114,8 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                 view.expect(config.learner.num_steps)
                 _check_metric(config, splits)
                 for line in opening_lines(config, splits, tokenizer):
+                    view.note(line)
+                if line := _room_for_targets(config, preflight, splits):
                     view.note(line)
         except Stopped:
             return Ended(status="stopped", step=_checkpointed(config))
@@ -276,6 +280,24 @@ def _evaluate(
         )
 
 
+def _room_for_targets(config: Config, preflight: Preflight, splits: Splits) -> str:
+    """What the target stores will hold; empty without a teacher.
+
+    Raises:
+        ConfigError: not even a step.
+    """
+    if config.teacher is None or preflight.teacher is None or not config.loss.needs_teacher:
+        return ""
+    each = bytes_per_token(
+        config.targets,
+        dtype=config.teacher.dtype,
+        hidden_size=preflight.teacher.hidden_size,
+        vocabulary_size=preflight.vocabulary_size,
+    )
+    corpus = splits.corpus.pieces if splits.corpus else ()
+    return check_room(config, target_sizes(config, splits.train.demonstrations, corpus, each))
+
+
 def _check_metric(config: Config, splits: Splits) -> None:
     """Refuse to compare checkpoints by responses that have no reference.
 
@@ -341,7 +363,11 @@ class Run:
                 vocabulary_size=preflight.vocabulary_size,
                 device=device,
             )
-            self._stores = start_stores(config.targets, library_settings(config, self._identity))
+            self._stores = start_stores(
+                config.targets,
+                library_settings(config, self._identity),
+                max_fetched=most_fetched(config),
+            )
         peers = TrainingPeers(
             buffer=self._buffer,
             prompts=ray.put(splits.train.prompts),

@@ -90,7 +90,7 @@ def score(config: Config, view: ConsoleView) -> list[str]:
     rollouts = list({target_key(identity, one): one for one in sequences}.values())
     # Nothing reads the targets here: a byte for each store keeps none of them in memory.
     small = config.targets.model_copy(update={"max_bytes": config.targets.stores})
-    stores = start_stores(small, library_settings(config, identity))
+    stores = start_stores(small, library_settings(config, identity), max_fetched=None)
     try:
         pool = ScorerPool(
             scorers,

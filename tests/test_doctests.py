@@ -18,6 +18,9 @@ MODULES = (
     "distillm_ray.replay.schedule",
     "distillm_ray.rollout.lockstep",
     "distillm_ray.rollout.responses",
+    "distillm_ray.teacher.target_library",
+    "distillm_ray.teacher.target_sizes",
+    "distillm_ray.teacher.target_store",
 )
 
 

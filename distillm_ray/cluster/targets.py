@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias, cast
@@ -80,6 +81,7 @@ class TargetStoreActor:
     Args:
         library: behind the store; None: there is none.
         index, count: which of how many stores this is, and so which keys it is asked for.
+        max_fetched: as in `TargetStore`.
     """
 
     def __init__(
@@ -88,8 +90,9 @@ class TargetStoreActor:
         library: LibrarySettings | None = None,
         index: int = 0,
         count: int = 1,
+        max_fetched: int | None = None,
     ) -> None:
-        self._store: TargetStore[TargetRef] = TargetStore(max_bytes)
+        self._store: TargetStore[TargetRef] = TargetStore(max_bytes, max_fetched=max_fetched)
         self._library: TargetLibrary | None = None
         if library is not None:
             self._library = TargetLibrary(
@@ -101,7 +104,7 @@ class TargetStoreActor:
         """Keep a payload, in the library too if it is shared; False if the store is too small."""
         if self._library is not None and shared:
             self._library.put(key, payload, report)
-        return self._store.put(key, ray.put(payload), report.nbytes)
+        return self._store.put(key, ray.put(payload), report.nbytes, recurs=shared)
 
     @ray.method
     def get(self, keys: Sequence[str]) -> dict[str, TargetRef]:
@@ -110,11 +113,11 @@ class TargetStoreActor:
 
     @ray.method
     def has(self, key: str, num_rows: int) -> bool:
-        """Whether a payload is here, without counting as a use.
+        """Whether a payload is here. If so, it is kept until it is fetched.
 
         One of `num_rows` rows is taken from the library if the store has none.
         """
-        if key in self._store:
+        if self._store.expect(key):
             return True
         if self._library is None:
             return False
@@ -122,7 +125,8 @@ class TargetStoreActor:
         if found is None:
             return False
         report, payload = found
-        return self._store.put(key, ray.put(payload), report.nbytes)
+        # Only what other runs see is in a library, so it is of the data.
+        return self._store.put(key, ray.put(payload), report.nbytes, recurs=True)
 
     @ray.method
     def is_kept(self, key: str, num_rows: int) -> bool:
@@ -165,12 +169,18 @@ def start_scorers(
 
 
 def start_stores(
-    config: TargetsConfig, library: LibrarySettings | None
+    config: TargetsConfig, library: LibrarySettings | None, *, max_fetched: int | None
 ) -> list[ActorProxy[TargetStoreActor]]:
-    """Start the target stores, spread over the nodes, in front of a library if there is one."""
+    """Start the target stores, spread over the nodes, in front of a library if there is one.
+
+    `max_fetched` is of all stores together; None: no limit but that of the bytes.
+    """
     actor = spread(TargetStoreActor, retries=_STORE_RETRIES)
     count, each = config.stores, config.max_bytes // config.stores
-    return [actor.remote(each, library, index, count) for index in range(count)]
+    if max_fetched is not None:
+        # Keys are spread by a hash, so a store may have more than its share.
+        max_fetched = min(max_fetched, max_fetched // count + 4 * math.isqrt(max_fetched))
+    return [actor.remote(each, library, index, count, max_fetched) for index in range(count)]
 
 
 def flush_stores(stores: Sequence[ActorProxy[TargetStoreActor]]) -> tuple[str, ...]:

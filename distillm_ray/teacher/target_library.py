@@ -138,8 +138,8 @@ class TargetLibrary:
         >>> second = TargetLibrary(settings)
         >>> second.get("k", num_rows=2)[1].values_TD.sum()
         np.float32(6.0)
-        >>> second.counters
-        LibraryCounters(sequences=1, tokens=5, seconds=0.5)
+        >>> second.counters.seconds
+        0.5
     """
 
     def __init__(
