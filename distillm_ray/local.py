@@ -400,7 +400,8 @@ def distil(
             target_evictions=store.counters.evictions - evictions,
             sync_seconds=published - started,
             generate_seconds=generated - published,
-            score_seconds=scored - generated,
+            # Reading the library alone is no work of the teacher.
+            score_seconds=scored - generated if work["scored_sequences"] else 0.0,
         )
         sizes = sizes_of(buffer, store)
         note(StepRecord.build(train_step, draw_facts(plan), buffer=sizes, work=counters))

@@ -206,6 +206,7 @@ def test_a_second_run_scores_nothing_that_the_first_left_in_the_library(
     scored = Totals.of(first)
     found = Totals.of(second)
     assert found.work.library_tokens == scored.work.scored_tokens > 0
+    assert found.work.score_seconds == 0.0
     # No more than the wall-clock of the calls that have computed them.
     assert 0 < found.work.library_seconds <= scored.work.score_seconds
     assert (scored.target_reuse_sequences, found.target_reuse_sequences) == (0.5, 1.0)
