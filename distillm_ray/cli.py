@@ -171,6 +171,24 @@ def generate(
             typer.echo(line)
 
 
+@app.command()
+def score(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Fill the target library ahead of runs: the teacher scores all training data once."""
+    with _user_errors():
+        tree = _load(config, overrides)
+        from distillm_ray.config import why_not_scored
+
+        if reason := why_not_scored(tree):
+            raise UserError(reason)
+        _quiet()
+        from distillm_ray import scoring
+
+        with _view(tree) as view:
+            lines = scoring.score(tree, view)
+        for line in lines:
+            typer.echo(line)
+
+
 @app.command("init-student")
 def init_student(
     teacher: Annotated[Path, typer.Argument(help="A Hugging Face directory.", parser=_path)],

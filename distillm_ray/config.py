@@ -637,12 +637,15 @@ class GenerateConfig(GeneratorPoolConfig):
 
 
 class TargetsConfig(Section):
-    """What the teacher targets of a token are, and the stores that keep them."""
+    """What the teacher targets of a token are, and the stores and the library that keep them."""
 
     type: Literal["hidden", "top_k", "logits"] = "hidden"
     k: Positive = 64  # type: top_k
     stores: MayChange[Positive] = 1
     max_bytes: MayChange[Positive] = 2 * 2**30  # of all stores together
+    # A directory in which targets outlive the run, shared by runs and by all nodes.
+    library: MayChange[AbsolutePath | None] = None
+    library_max_bytes: MayChange[Positive] = 50 * 2**30  # on disk, all teachers together
 
 
 # ---- schedule and buffer -----------------------------------------------------------------------
@@ -1115,6 +1118,17 @@ class Config(Section):
                 f" {self.loss.temperature:g}: the tail's probability at another temperature cannot"
                 " be computed from k ids; use targets.type=hidden or logits"
             )
+        if (
+            self.targets.library is not None
+            and self.loss.needs_teacher
+            and self.teacher is not None
+            and self.teacher.dtype == "auto"
+        ):
+            raise ValueError(
+                "teacher.dtype must be bfloat16 or float32 with targets.library, got auto: what it"
+                " stands for depends on the processor, and a library is read on other ones; add"
+                " teacher.dtype=bfloat16, or float32 where processors do not multiply bfloat16"
+            )
         if self.learner.steps is None and self.learner.epochs is None:
             raise ValueError(
                 "learner.steps or learner.epochs is required: nothing says how long to train; add"
@@ -1185,6 +1199,31 @@ class Config(Section):
             " responses of data.train",
             f"set data.responses={text} or on: {wrote}",
         )
+
+
+def why_not_scored(config: Config) -> str:
+    """Why `distillm-ray score` has nothing to do with this config, and the remedy; else empty."""
+    if config.targets.library is None:
+        return (
+            "targets.library is required by `score`, got none: the targets would be thrown away;"
+            " name a directory on a disk that all nodes share, as in"
+            " targets.library=/shared/targets"
+        )
+    if not config.loss.needs_teacher:
+        return (
+            "loss.terms must compare with the teacher to be scored ahead, got only type:"
+            " cross_entropy, which needs no targets; `score` has nothing to do for this config"
+        )
+    data = (config.data.responses,) if config.draws_data else ()
+    texts = (*data, "corpus") if config.data.corpus else data
+    if not any(config.loss.compares(text) for text in texts):
+        held = ", ".join(sorted({term.on for term in config.loss.terms}))
+        return (
+            f"loss.terms must compare the data with the teacher to be scored ahead, got terms on"
+            f" {held} with text of {' and '.join(texts) or 'the student'}: what the student samples"
+            " is not known before a run, so `score` has nothing to do for this config"
+        )
+    return ""
 
 
 _WHY_NOT_COVERED = {

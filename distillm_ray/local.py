@@ -78,7 +78,13 @@ from distillm_ray.rollout.transformers_engine import TransformersGenerator
 from distillm_ray.run_directory import CONFIG_FILE, MODEL_FOLDER, held
 from distillm_ray.teacher.scorer import Scorer
 from distillm_ray.teacher.target_key import TargetIdentity, target_key
-from distillm_ray.teacher.target_store import TargetStore
+from distillm_ray.teacher.target_library import (
+    NO_LIBRARY,
+    TargetLibrary,
+    is_shared,
+    library_settings,
+)
+from distillm_ray.teacher.target_store import TargetStore, most_fetched
 from distillm_ray.types import (
     TRAINING,
     Device,
@@ -149,7 +155,7 @@ def train(
 
             view.start(TRAINING)
             if store is None:
-                store = TargetStore(config.targets.max_bytes)
+                store = TargetStore(config.targets.max_bytes, max_fetched=most_fetched(config))
             completed = distil(config, preflight, splits, store, record, runner)
             seconds = time.monotonic() - started
             record(DoneRecord(step=completed, status="complete", seconds=seconds))
@@ -227,6 +233,11 @@ def distil(
             config.teacher, config.targets, vocabulary_size=vocabulary_size, device=device
         )
         runner.run(scorer.start())
+
+    # The library: targets on disk, from earlier runs and for later ones.
+    # Distributed: behind each of `targets.stores` processes.
+    settings = library_settings(config, identity)
+    library = TargetLibrary(settings) if settings is not None else None
     frozen_head = teacher_head(config, vocabulary_size=vocabulary_size, device=device)
     if device.type == "cpu":
         torch.set_num_threads(config.learner.num_threads)
@@ -275,10 +286,14 @@ def distil(
         validation_work.update(counts)
         targets = None
         if scorer is not None and identity is not None:
-            targets, counts = runner.run(targets_of(responses, scorer, identity, store))
+            targets, counts = runner.run(targets_of(responses, scorer, identity, store, library))
             validation_work.update(counts)
         rows = pack_held_out(responses, targets, max_tokens)
         return own_text_sum(student, rows, config.loss, frozen_head, device)
+
+    def warn_of(library: TargetLibrary | None) -> None:
+        for warning in library.take_warnings() if library is not None else ():
+            record(EventRecord(name="target library", detail=warning))
 
     def publish(completed: int) -> None:
         """Give the generator the student's weights. Distributed: learner/train_loop.py."""
@@ -293,6 +308,7 @@ def distil(
 
     anchors = first_anchors(config.loss.terms)  # of curricula; distributed: in the checkpoint
     skipped_in_a_row = 0
+    library_before = NO_LIBRARY
     completed = 0
     for step in range(config.learner.num_steps):
         if step % config.validation.interval == 0:
@@ -331,14 +347,14 @@ def distil(
         plan = plan_step(draw, num_ranks=1, max_micro_batch_tokens=max_tokens, loss=loss)
         (micro_batches,) = plan.ranks
 
-        # Score what the store does not hold. The teacher never changes, so a replayed response, a
-        # later epoch of the data set and an equal text cost it nothing.
+        # Score what neither store nor library holds. The teacher never changes, so a replayed
+        # response, a later epoch of the data set, another run and an equal text cost it nothing.
         # Distributed: cluster/targets.py, ahead of the draw.
         targets = None
         if scorer is not None and identity is not None:
             drawn = [one.rollout for one in draw.sequences]
             rollouts = [one for one in drawn if config.loss.compares(one.source)]
-            targets, counts = runner.run(targets_of(rollouts, scorer, identity, store))
+            targets, counts = runner.run(targets_of(rollouts, scorer, identity, store, library))
             work += counts
         scored = time.monotonic()
 
@@ -379,21 +395,31 @@ def distil(
             seconds=time.monotonic() - started,
             skipped=skipped,
         )
+        library_now = library.counters if library is not None else NO_LIBRARY
         counters = Counters(
             **work,
+            library_sequences=library_now.sequences - library_before.sequences,
+            library_tokens=library_now.tokens - library_before.tokens,
+            library_seconds=library_now.seconds - library_before.seconds,
             target_evictions=store.counters.evictions - evictions,
             sync_seconds=published - started,
             generate_seconds=generated - published,
-            score_seconds=scored - generated,
+            # Reading the library alone is no work of the teacher.
+            score_seconds=scored - generated if work["scored_sequences"] else 0.0,
         )
         sizes = sizes_of(buffer, store)
         note(StepRecord.build(train_step, draw_facts(plan), buffer=sizes, work=counters))
+        library_before = library_now
+        warn_of(library)
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         check_skips(skipped_in_a_row, step + 1, config.learner)
         completed = step + 1
 
     if completed % config.validation.interval or completed == config.learner.num_steps:
         validate_and_adapt(completed)
+    if library is not None:
+        library.close()
+        warn_of(library)
     weights = gather(student.model, torch.float32, keep=True)
     export_model(
         weights,
@@ -455,21 +481,32 @@ async def targets_of(
     scorer: Scorer,
     identity: TargetIdentity,
     store: TargetStore[TeacherTargets],
+    library: TargetLibrary | None,
 ) -> tuple[dict[str, TeacherTargets], Counter[str]]:
     """The teacher targets of sequences by rollout id, and what to count.
 
-    Targets are stored by a digest of teacher and sequence, so equal texts are scored once.
+    Targets are stored by a digest of teacher and sequence, so equal texts are scored once. The
+    library counts for itself what it was asked for.
     """
     keys = {rollout.rollout_id: target_key(identity, rollout) for rollout in rollouts}
     by_key = {keys[rollout.rollout_id]: rollout for rollout in rollouts}
     found = store.get(by_key)
+    if library is not None:
+        for key in [key for key in by_key if key not in found]:
+            if (scored := library.get(key, by_key[key].num_loss_tokens)) is not None:
+                report, found[key] = scored
+                store.put(key, found[key], report.nbytes, recurs=True)
     missing = [key for key in by_key if key not in found]
     scores = await asyncio.gather(*(scorer.score(by_key[key]) for key in missing))
     counts: Counter[str] = Counter()
     for key, (report, payload) in zip(missing, scores, strict=True):
-        store.put(key, payload, report.nbytes)
+        shared = is_shared(by_key[key])
+        store.put(key, payload, report.nbytes, recurs=shared)
+        if library is not None and shared:
+            library.put(key, payload, report)
         found[key] = payload  # also if the store is too small to keep it
         counts.update(scored_sequences=1, scored_tokens=report.num_tokens)
+    store.get(by_key)  # none of them waits for another reader
     return {rollout_id: found[key] for rollout_id, key in keys.items()}, counts
 
 

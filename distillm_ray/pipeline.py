@@ -37,7 +37,7 @@ from distillm_ray.cluster.learner import LearnerGroup, LearnerJob, Wires
 from distillm_ray.cluster.log import LogClient, start_log
 from distillm_ray.cluster.orchestrator import TrainingPeers, start_orchestrator
 from distillm_ray.cluster.rollout import start_generators
-from distillm_ray.cluster.targets import start_scorers, start_stores
+from distillm_ray.cluster.targets import flush_stores, start_scorers, start_stores
 from distillm_ray.config import Config
 from distillm_ray.config_files import dump_config
 from distillm_ray.data import ray_data
@@ -56,7 +56,7 @@ from distillm_ray.files import write_atomically
 from distillm_ray.learner import worker
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.log.commit import package_commit
-from distillm_ray.log.records import DoneRecord
+from distillm_ray.log.records import DoneRecord, EventRecord
 from distillm_ray.log.stopping import has_ended
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory, missing_evaluations
@@ -65,6 +65,9 @@ from distillm_ray.report.opening import opening_lines
 from distillm_ray.report.rows import write_first_rows
 from distillm_ray.rollout.generator import student_job
 from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
+from distillm_ray.teacher.target_library import library_settings
+from distillm_ray.teacher.target_sizes import bytes_per_token, check_room, target_sizes
+from distillm_ray.teacher.target_store import most_fetched
 from distillm_ray.types import TRAINING, Device
 from distillm_ray.watch import Stopped, Watch
 
@@ -112,6 +115,8 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                 _check_metric(config, splits)
                 for line in opening_lines(config, splits, tokenizer):
                     view.note(line)
+                if line := _room_for_targets(config, preflight, splits):
+                    view.note(line)
         except Stopped:
             return Ended(status="stopped", step=_checkpointed(config))
         config.run.directory.mkdir(parents=True, exist_ok=True)
@@ -156,6 +161,7 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
                 evaluation.write(directory)
         with watch.phase(TRAINING):
             watch.follow(group, run.orchestrator, run.log)
+        run.keep_targets(watch.view)
         completed = _checkpointed(config)
         if has_ended(config, completed):
             watch.group = None  # it has ended as it should
@@ -277,6 +283,24 @@ def _evaluate(
         )
 
 
+def _room_for_targets(config: Config, preflight: Preflight, splits: Splits) -> str:
+    """What the target stores will hold; empty without a teacher.
+
+    Raises:
+        ConfigError: not even a step.
+    """
+    if config.teacher is None or preflight.teacher is None or not config.loss.needs_teacher:
+        return ""
+    each = bytes_per_token(
+        config.targets,
+        dtype=config.teacher.dtype,
+        hidden_size=preflight.teacher.hidden_size,
+        vocabulary_size=preflight.vocabulary_size,
+    )
+    corpus = splits.corpus.pieces if splits.corpus else ()
+    return check_room(config, target_sizes(config, splits.train.demonstrations, corpus, each))
+
+
 def _check_metric(config: Config, splits: Splits) -> None:
     """Refuse to compare checkpoints by responses that have no reference.
 
@@ -342,7 +366,11 @@ class Run:
                 vocabulary_size=preflight.vocabulary_size,
                 device=device,
             )
-            self._stores = start_stores(config.targets)
+            self._stores = start_stores(
+                config.targets,
+                library_settings(config, self._identity),
+                max_fetched=most_fetched(config),
+            )
         peers = TrainingPeers(
             buffer=self._buffer,
             prompts=ray.put(splits.train.prompts),
@@ -354,6 +382,14 @@ class Run:
             identity=self._identity,
         )
         self.orchestrator = start_orchestrator(config, config.rollout, self.generators, peers)
+
+    def keep_targets(self, view: ConsoleView) -> None:
+        """Have the target library write what it has collected, and show what went wrong."""
+        log = LogClient(self.log)
+        for warning in flush_stores(self._stores):
+            record = EventRecord(name="target library", detail=warning)
+            log.add(record)
+            view.update(record)
 
     def start_learners(self) -> LearnerGroup:
         """They load, validate and wait for the first draw, which waits for the orchestrator."""

@@ -85,6 +85,23 @@ def check(config: Config) -> Preflight:
         UserError: the first of them that cannot work, by name.
     """
     check_engines(train_engines(config))
+    found = check_models(config)
+    check_files(config.data, require_responses=config.draws_data)
+    check_run_directory(config)
+    if config.loss.needs_teacher:
+        check_library(config)
+    if config.run.directory.is_dir():
+        with held(config.run.directory):
+            pass
+    return found
+
+
+def check_models(config: Config) -> Preflight:
+    """Check the models, alone and as a pair.
+
+    Raises:
+        UserError: the first of them that cannot be used, by name.
+    """
     teacher = None
     if config.teacher is not None:
         if config.loss.needs_teacher:
@@ -104,12 +121,25 @@ def check(config: Config) -> Preflight:
     if teacher is not None and config.teacher is not None:
         check_complete(teacher, trust_remote_code=config.teacher.trust_remote_code)
     check_complete(student, trust_remote_code=config.student.trust_remote_code)
-    check_files(config.data, require_responses=config.draws_data)
-    check_run_directory(config)
-    if config.run.directory.is_dir():
-        with held(config.run.directory):
-            pass
     return Preflight(teacher=teacher, student=student, vocabulary_size=vocabulary_size)
+
+
+def check_library(config: Config) -> None:
+    """Check that the target library, if the config names one, can be made and written.
+
+    Raises:
+        RunDirectoryError: it is a file, lies in a copy that Ray deletes, or cannot be written.
+    """
+    library = config.targets.library
+    if library is None:
+        return
+    if _RAY_UPLOADS in library.parts:
+        raise RunDirectoryError(
+            f"targets.library must outlive the job, got {library}, which lies in the copy of"
+            " --working-dir that Ray uploaded and deletes after the job; give an absolute path, on"
+            " a disk that all nodes share: targets.library=/shared/targets"
+        )
+    check_writable(library, "targets.library")
 
 
 def train_engines(config: Config) -> dict[str, GeneratorPoolConfig]:

@@ -163,6 +163,7 @@ class ScoreReport:
 
     num_tokens: int  # tokens that the teacher's forward pass computed for this sequence
     nbytes: int  # size of the payload
+    seconds: float = 0.0  # of the scorer, its share of the forward pass
 
 
 # ---- demand and draw ------------------------------------------------------------------------

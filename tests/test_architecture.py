@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("report",),
     ("preflight", "watch"),
-    ("check", "checkpoint_export", "jobs", "local", "new_student", "pipeline"),
+    ("check", "checkpoint_export", "jobs", "local", "new_student", "pipeline", "scoring"),
     ("doctor",),
     ("cli",),
 )
@@ -99,7 +99,7 @@ def test_only_the_top_imports_reports() -> None:
         for module, imports in IMPORTS.items()
         if room_of(module) != "report" and any(room_of(other) == "report" for other in imports)
     }
-    assert users <= {"check", "cli", "jobs", "local", "pipeline", "watch"}
+    assert users <= {"check", "cli", "jobs", "local", "pipeline", "scoring", "watch"}
 
 
 def test_roles_know_nothing_of_ray() -> None:

@@ -447,6 +447,25 @@ def test_evaluate_and_generate_check_their_arguments_first(tiny_job: Path, tmp_p
     assert message == f"data.test: {nowhere}.jsonl does not exist"
 
 
+def test_score_refuses_what_leaves_it_nothing_to_do(tiny_job: Path, tmp_path: Path) -> None:
+    job, library = str(tiny_job), f"targets.library={tmp_path / 'targets'}"
+    message = refusal("score", job)
+    assert message.startswith("targets.library is required by `score`, got none")
+    assert "as in targets.library=/shared/targets" in message
+    message = refusal("score", job, library, "method=sft")
+    assert "got only type: cross_entropy, which needs no targets" in message
+    message = refusal("score", job, library, "method=imitkd")
+    assert "what the student samples is not known before a run" in message
+    message = refusal("score", job, library, "teacher.dtype=auto")
+    assert "teacher.dtype must be bfloat16 or float32 with targets.library, got auto" in message
+    rows = tiny_job.parent / "train.jsonl"
+    message = refusal("score", job, f"targets.library={rows}")
+    assert message == f"targets.library: {rows} must be a directory, it is a file"
+    message = refusal("score", job, library, "data.train=[nowhere.jsonl]")
+    assert message.endswith("nowhere.jsonl does not exist")
+    assert not (tmp_path / "targets").exists()
+
+
 def test_init_student_and_plot_refuse_wrong_arguments(tiny_job: Path, tmp_path: Path) -> None:
     teacher, out = str(tiny_job.parent / "teacher"), tmp_path / "student"
     init = ["init-student", teacher, str(out), "--layers"]
@@ -476,3 +495,8 @@ def test_show_prints_a_config_that_loads_and_the_resources_it_needs(
     tree, _, table = result.stdout.partition("asked of the cluster")
     assert yaml.safe_load(tree)["learner"]["workers"] == 2
     assert "learner.workers" in table
+    assert "targets.library" not in table
+    library = tmp_path / "targets"
+    options = (f"targets.library={library}", "targets.library_max_bytes=5368709120")
+    shown = CliRunner().invoke(app, ["show", str(tiny_job), *options]).stdout
+    assert f"disk: at most 5.00 GiB of teacher targets in {library}" in shown

@@ -348,6 +348,13 @@ def test_a_wrong_type_names_key_rule_and_value(sections: dict[str, Any], message
         ),
         ({"teacher": None}, ("teacher.model is required", "type: cross_entropy alone")),
         (
+            {"targets": {"library": "targets"}},
+            (
+                "teacher.dtype must be bfloat16 or float32 with targets.library, got auto",
+                "add teacher.dtype=bfloat16",
+            ),
+        ),
+        (
             {"loss": {"terms": [{"type": "skew_kl"}, {"type": "cross_entropy", "on": "corpus"}]}},
             (
                 "data.corpus is required by loss.terms.1 (cross_entropy on corpus), got no files",
@@ -733,6 +740,7 @@ WITH_CONFIG = {
     "show": [],
     "train": [],
     "evaluate": [],
+    "score": [],
     "generate": ["--model=/m", "--prompts=/p.jsonl", "--output=/o.jsonl"],
 }
 

@@ -281,6 +281,23 @@ def test_a_long_wait_is_logged_from_time_to_time() -> None:
     ]
 
 
+def test_a_phase_without_steps_shows_how_far_it_has_come() -> None:
+    clock = Clock()
+    view, stream = plain_view(clock)
+    view.start("scoring 4,000 sequences")
+    for done in (0, 10, 20, 4000):
+        view.progress(done, 4000, "sequences")
+        clock.now += 3
+    assert printed(stream)[1:] == [
+        "0 of 4,000 sequences",
+        "20 of 4,000 sequences",
+        "4,000 of 4,000 sequences",
+    ]
+    assert "4000/4000 sequences" in screen(view.view, clock.now)
+    view.start("training")
+    assert "0/100 steps" in screen(view.view, clock.now)
+
+
 def test_a_terminal_gets_the_live_view_and_the_cursor_back() -> None:
     stream = io.StringIO()
     view = ConsoleView(100, stream=stream, interactive=True, clock=Clock())

@@ -192,6 +192,45 @@ def test_a_second_seed_finds_what_the_first_has_scored(load: Load) -> None:
     assert [step.loss for step in second] == pytest.approx([step.loss for step in alone], rel=1e-5)
 
 
+def test_a_second_run_scores_nothing_that_the_first_left_in_the_library(
+    load: Load, tmp_path: Path
+) -> None:
+    library = f"targets.library={tmp_path / 'targets'}"
+    overrides = (*DATASET_ONLY, *TWO_EPOCHS)
+    first = train(load(*overrides, library, run="first"))
+    changed = (*overrides, library, "run.seed=1", "learner.learning_rate=0.002")
+    second = train(load(*changed, run="second"))
+    assert (num_scored(first), num_scored(second)) == (NUM_TRAIN, 0)
+    assert sum(step.work.scored_tokens for step in second) == 0
+    assert [step.work.library_sequences for step in second] == [8, 8, 8, 0, 0, 0]
+    scored = Totals.of(first)
+    found = Totals.of(second)
+    assert found.work.library_tokens == scored.work.scored_tokens > 0
+    assert found.work.score_seconds == 0.0
+    # No more than the wall-clock of the calls that have computed them.
+    assert 0 < found.work.library_seconds <= scored.work.score_seconds
+    assert (scored.target_reuse_sequences, found.target_reuse_sequences) == (0.5, 1.0)
+    alone = train(load(*changed[:-3], *changed[-2:], run="alone"))
+    assert [step.loss for step in second] == pytest.approx([step.loss for step in alone], rel=1e-5)
+
+
+def test_a_small_store_reads_from_the_library_what_it_has_evicted(
+    load: Load, tmp_path: Path
+) -> None:
+    library = f"targets.library={tmp_path / 'targets'}"
+    steps = train(load(*DATASET_ONLY, *TWO_EPOCHS, library, "targets.max_bytes=1"))
+    assert [step.work.scored_sequences for step in steps] == [8, 8, 8, 0, 0, 0]
+    assert [step.work.library_sequences for step in steps] == [0, 0, 0, 8, 8, 8]
+
+
+def test_what_the_student_wrote_is_not_kept_in_the_library(load: Load, tmp_path: Path) -> None:
+    library = f"targets.library={tmp_path / 'targets'}"
+    phi = "schedule={type: fixed, phi: 1, replay_ratio: none}"
+    steps = train(load(phi, library))
+    assert num_scored(steps) == STEPS * BATCH_SIZE
+    assert list(tmp_path.glob("targets/*")) == []
+
+
 def test_a_store_that_keeps_nothing_changes_no_loss(load: Load) -> None:
     overrides = (*DATASET_ONLY, *TWO_EPOCHS)
     kept = train(load(*overrides, run="kept"))

@@ -6,15 +6,31 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import pytest
 
-from distillm_ray.cluster.orchestrator_loop import BusyClock, Orchestrator
+from distillm_ray.cluster.busy_clock import BusyClock
+from distillm_ray.cluster.orchestrator_loop import Orchestrator
 from distillm_ray.cluster.pool import ActorLost
 from distillm_ray.config import FilterConfig, SamplingConfig
-from distillm_ray.log.records import EventRecord, Record
+from distillm_ray.log.records import Counters, EventRecord, Record
 from distillm_ray.rollout.responses import MAX_REJECTED
-from distillm_ray.types import Demand, FinishReason, Prompt, Rollout, Source, Weights, Work
+from distillm_ray.teacher.target_library import LibraryCounters
+from distillm_ray.teacher.target_store import StoreCounters
+from distillm_ray.types import (
+    BufferCounters,
+    Demand,
+    DrawFacts,
+    FinishReason,
+    Mix,
+    Prompt,
+    Rollout,
+    Source,
+    TrainStep,
+    Weights,
+    Work,
+)
 from tests import make
 
 SOON = 5.0  # seconds; nothing here takes more than a few milliseconds
@@ -124,6 +140,7 @@ class FakeTargets:
     def __init__(self, events: list[str]) -> None:
         self.events = events
         self.stored: set[str] = set()
+        self.scoring = BusyClock()
 
     async def ensure(self, rollout: Rollout) -> int:
         if rollout.rollout_id in self.stored:
@@ -424,6 +441,36 @@ async def test_generators_are_rewound_only_if_they_hold_weights_that_no_longer_e
     assert setup.events == (["rewind"] if rewinds else []) + ["restore to 4"]
     await setup.loop.restore(b"state", 4)
     assert setup.events.count("rewind") == rewinds, "once is enough"
+
+
+# ---- the log of a step --------------------------------------------------------------------------
+
+
+async def test_a_step_records_what_the_libraries_of_all_stores_gave_and_their_warnings() -> None:
+    setup = Setup()
+    stores = [
+        StoreCounters(
+            nbytes=10,
+            evictions=1,
+            library=LibraryCounters(sequences=2, tokens=20, seconds=0.5),
+            warnings=("a shard is damaged",),
+        ),
+        StoreCounters(
+            nbytes=5, evictions=0, library=LibraryCounters(sequences=1, tokens=7, seconds=0.25)
+        ),
+    ]
+    empty = BufferCounters(fresh=0, replay=0, outstanding=0, demanded=0, duplicates=0, late=0)
+    setup.targets.counters = AsyncMock(return_value=stores)  # type: ignore[attr-defined]
+    setup.buffer.counters = AsyncMock(return_value=empty)  # type: ignore[attr-defined]
+    facts = DrawFacts(phi=0.0, psi=0.0, mix=Mix(dataset=3))
+    before = Counters(library_sequences=1, library_tokens=6, library_seconds=0.25)
+    step, now = await setup.loop.step_record(TrainStep(step=1, loss=1.0), facts, since=before)
+    work = step.work
+    assert (work.library_sequences, work.library_tokens, work.library_seconds) == (2, 21, 0.5)
+    assert now.library_sequences == 3
+    assert [
+        (one.name, one.detail) for one in setup.log.records if isinstance(one, EventRecord)
+    ] == [("target library", "a shard is damaged")]
 
 
 # ---- clocks -------------------------------------------------------------------------------------

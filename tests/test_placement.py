@@ -15,6 +15,7 @@ from distillm_ray.cluster.placement import (
     evaluate_phases,
     generate_phases,
     render_show,
+    score_phases,
     train_phases,
 )
 from distillm_ray.config import Config
@@ -183,6 +184,8 @@ def test_every_phase_has_its_own_resources() -> None:
     }
     assert [phase.gpus for phase in evaluate_phases(config, "cuda")] == [4, 7]
     assert [phase.gpus for phase in generate_phases(config, "cuda")] == [4.5]
+    (phase,) = score_phases(config, "cuda")
+    assert (phase.gpus, phase.object_store_bytes) == (3, 0)
 
 
 def test_a_later_phase_that_does_not_fit_is_refused_before_the_first() -> None:

@@ -29,6 +29,7 @@ from distillm_ray.preflight import (
     Preflight,
     check,
     check_engines,
+    check_library,
     check_run_directory,
     missing_evaluations,
     train_engines,
@@ -50,6 +51,23 @@ def test_a_run_directory_inside_of_an_uploaded_working_directory_is_refused(
     with pytest.raises(RunDirectoryError, match="give an absolute path") as caught:
         check_run_directory(make_config(uploaded / "runs" / "one"))
     assert "deletes after the job" in str(caught.value)
+
+
+def test_a_target_library_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    def config(library: Path) -> Config:
+        return make.config(
+            targets={"library": library}, teacher={"model": "/m", "dtype": "float32"}
+        )
+
+    uploaded = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    with pytest.raises(RunDirectoryError, match=r"^targets\.library must outlive the job"):
+        check_library(config(uploaded / "targets"))
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirectoryError, match=r"targets\.library: .* \(.*/file is a file\)"):
+        check_library(config(tmp_path / "file" / "targets"))
+    check_library(config(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    check_library(make.config())
 
 
 def test_a_new_and_an_empty_directory_begin_a_run(tmp_path: Path) -> None:

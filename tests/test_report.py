@@ -212,6 +212,27 @@ def test_the_report_writes_summary_samples_and_figures(finished: Path) -> None:
     assert expected in text
 
 
+def test_the_report_says_what_the_library_has_saved(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tensorboard=False)
+    for step, found in ((1, 4), (2, 0)):
+        draw = DrawFacts(phi=0.0, psi=0.0, mix=Mix(dataset=4))
+        work = Counters(
+            library_sequences=found, library_tokens=300 * found, library_seconds=1.25 * found
+        )
+        train = TrainStep(step=step, loss=1.0, tokens=1200)
+        sizes = BufferSizes(target_bytes=1000)
+        log.add(StepRecord.build(train, draw, buffer=sizes, work=work))
+    log.close()
+    text = printed(write_report(tmp_path))
+    assert "0 tokens in 0 sequences" in text
+    assert "target reuse: 100.0 % of the sequences, 100.0 % of the tokens" in text
+    expected = (
+        "from the library: 1,200 tokens in 4 sequences, which the teacher once computed in 5.0 s"
+    )
+    assert expected in " ".join(text.split())
+    assert json.loads((tmp_path / "summary.json").read_text())["teacher_seconds_saved"] == 5.0
+
+
 def test_a_run_without_a_teacher_reports_no_target_reuse(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, tensorboard=False)
     draw = DrawFacts(phi=0.0, psi=0.0, mix=Mix(dataset=4))

@@ -134,6 +134,9 @@ class Roles:
         values = np.zeros((1, 4), dtype=np.float32)
         return {one.rollout_id: HiddenTargets(values_TD=values) for one in rollouts}
 
+    def start_flush(self) -> None:
+        """There is no library."""
+
     # ---- the orchestrator
 
     def restore(self, state: bytes | None, completed: int) -> None:

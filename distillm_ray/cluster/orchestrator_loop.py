@@ -25,13 +25,12 @@ schedule has promised its slot.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from distillm_ray.cluster.buffer import ReplayProducer
+from distillm_ray.cluster.busy_clock import BusyClock
 from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.pool import ActorLost
 from distillm_ray.cluster.rollout import GeneratorPool, PublishedWeights
@@ -80,7 +79,6 @@ class Orchestrator:
         self._rejected: Counter[int] = Counter()  # by ordinal
         self._counts: Counter[str] = Counter()
         self._generating = BusyClock()
-        self._scoring = BusyClock()
         self._sync_seconds = 0.0
         self._update: asyncio.Task[None] | None = None
         self._published = 0
@@ -155,8 +153,7 @@ class Orchestrator:
         scorers = self._scorers
         if scorers is None:
             return
-        with self._scoring.running():
-            tokens = await asyncio.gather(*(scorers.ensure(rollout) for rollout in rollouts))
+        tokens = await asyncio.gather(*(scorers.ensure(rollout) for rollout in rollouts))
         self._counts["scored_sequences"] += sum(count > 0 for count in tokens)
         self._counts["scored_tokens"] += sum(tokens)
 
@@ -179,7 +176,7 @@ class Orchestrator:
         return Counters(
             **self._counts,
             generate_seconds=self._generating.seconds,
-            score_seconds=self._scoring.seconds,
+            score_seconds=0.0 if self._scorers is None else self._scorers.scoring.seconds,
             sync_seconds=self._sync_seconds,
         )
 
@@ -189,7 +186,12 @@ class Orchestrator:
         """The log's record of a step with the work done `since`, and the counts so far."""
         buffer = await self._buffer.counters()
         stores = await self._scorers.counters() if self._scorers is not None else []
+        for warning in (text for store in stores for text in store.warnings):
+            await self._log.add(EventRecord(name="target library", detail=warning))
         elsewhere = Counters(
+            library_sequences=sum(store.library.sequences for store in stores),
+            library_tokens=sum(store.library.tokens for store in stores),
+            library_seconds=sum(store.library.seconds for store in stores),
             target_evictions=sum(store.evictions for store in stores),
             duplicates=buffer.duplicates,
             late=buffer.late,
@@ -263,31 +265,3 @@ class Orchestrator:
 
     async def _bring_to(self, weights: PublishedWeights) -> None:
         self._sync_seconds += await self._generators.update(weights)
-
-
-class BusyClock:
-    """Wall-clock seconds during which at least one call was running."""
-
-    def __init__(self) -> None:
-        self._running = 0
-        self._since = 0.0
-        self._total = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """So far, including calls that are still running."""
-        now = time.monotonic() - self._since if self._running else 0.0
-        return self._total + now
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the block as a running call."""
-        if self._running == 0:
-            self._since = time.monotonic()
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
-            if self._running == 0:
-                self._total += time.monotonic() - self._since

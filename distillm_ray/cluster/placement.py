@@ -8,6 +8,7 @@ nothing is started here.
                  evaluation of the teacher
     evaluate     evaluation of the student
     generate     generation
+    score        scoring: scorers
 
 Phases run one after the other, so each must fit alone. Ray keeps an actor pending, without an
 error, for as long as its resources are missing; that is why the sums are checked first. Actors that
@@ -140,6 +141,11 @@ def evaluate_phases(config: Config, device: Device) -> tuple[Phase, ...]:
 def generate_phases(config: Config, device: Device) -> tuple[Phase, ...]:
     """The phases of `distillm-ray generate`."""
     return (Phase(name="generation", roles=(generation(config, device),)),)
+
+
+def score_phases(config: Config, device: Device) -> tuple[Phase, ...]:
+    """The phases of `distillm-ray score`. Targets go to disk; none stays in the object store."""
+    return (Phase(name="scoring", roles=(scorers(config, device),)),)
 
 
 def _evaluation(model: str, pool: RoleSpec, config: Config, device: Device) -> tuple[Phase, Phase]:
@@ -340,6 +346,13 @@ def render_show(config: Config, device: Device) -> str:
             console.print(
                 f"object store: {store / 2**30:.2f} GiB for teacher targets (targets.max_bytes),"
                 " and one copy of the published weights"
+            )
+        if config.targets.library is not None and config.loss.needs_teacher:
+            size = config.targets.library_max_bytes / 2**30
+            console.print(
+                f"disk: at most {size:.2f} GiB of teacher targets in {config.targets.library}"
+                " (targets.library, targets.library_max_bytes)",
+                soft_wrap=True,
             )
         if config.mixes_teacher:
             console.print(

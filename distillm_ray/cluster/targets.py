@@ -7,13 +7,19 @@
 A target is found by its key, a digest of teacher and sequence (`teacher/target_key.py`), so that
 whoever has the same sequence shares it. The store owns the payload: it survives the deaths of the
 scorer, the orchestrator and their nodes. A target that is lost is scored again under the same key.
+
+Behind the stores there may be a library on disk (`teacher/target_library.py`): what a store does
+not hold, it takes from there before it reports a miss.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import ray
@@ -21,12 +27,14 @@ from ray.actor import ActorProxy
 from ray.exceptions import RayError
 
 from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, one_line, pooled, spread
+from distillm_ray.cluster.busy_clock import BusyClock
 from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.placement import RoleSpec
 from distillm_ray.cluster.pool import ActorPool, PooledActor
 from distillm_ray.config import TargetsConfig, TeacherConfig
 from distillm_ray.errors import ClusterError
 from distillm_ray.teacher.target_key import TargetIdentity, target_key
+from distillm_ray.teacher.target_library import LibrarySettings, TargetLibrary, is_shared
 from distillm_ray.teacher.target_store import StoreCounters, TargetStore
 from distillm_ray.types import Device, Rollout, ScoreReport, TeacherTargets
 
@@ -68,15 +76,35 @@ class ScorerActor(PooledActor):
 
 
 class TargetStoreActor:
-    """A `TargetStore` of references that this process made by `ray.put`, and so owns."""
+    """A `TargetStore` of references that this process made by `ray.put`, and so owns.
 
-    def __init__(self, max_bytes: int) -> None:
-        self._store: TargetStore[TargetRef] = TargetStore(max_bytes)
+    Args:
+        library: behind the store; None: there is none.
+        index, count: which of how many stores this is, and so which keys it is asked for.
+        max_fetched: as in `TargetStore`.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int,
+        library: LibrarySettings | None = None,
+        index: int = 0,
+        count: int = 1,
+        max_fetched: int | None = None,
+    ) -> None:
+        self._store: TargetStore[TargetRef] = TargetStore(max_bytes, max_fetched=max_fetched)
+        self._library: TargetLibrary | None = None
+        if library is not None:
+            self._library = TargetLibrary(
+                library, owns=lambda key: store_index(key, count) == index
+            )
 
     @ray.method
-    def put(self, key: str, payload: TeacherTargets, nbytes: int) -> bool:
-        """Keep a payload; False if it is larger than the whole store."""
-        return self._store.put(key, ray.put(payload), nbytes)
+    def put(self, key: str, payload: TeacherTargets, report: ScoreReport, shared: bool) -> bool:
+        """Keep a payload, in the library too if it is shared; False if the store is too small."""
+        if self._library is not None and shared:
+            self._library.put(key, payload, report)
+        return self._store.put(key, ray.put(payload), report.nbytes, recurs=shared)
 
     @ray.method
     def get(self, keys: Sequence[str]) -> dict[str, TargetRef]:
@@ -84,9 +112,32 @@ class TargetStoreActor:
         return self._store.get(keys)
 
     @ray.method
-    def has(self, key: str) -> bool:
-        """Whether a payload is here, without counting as a use."""
-        return key in self._store
+    def has(self, key: str, num_rows: int) -> bool:
+        """Whether a payload is here. If so, it is kept until it is fetched.
+
+        One of `num_rows` rows is taken from the library if the store has none.
+        """
+        if self._store.expect(key):
+            return True
+        if self._library is None:
+            return False
+        found = self._library.get(key, num_rows)
+        if found is None:
+            return False
+        report, payload = found
+        # Only what other runs see is in a library, so it is of the data.
+        return self._store.put(key, ray.put(payload), report.nbytes, recurs=True)
+
+    @ray.method
+    def is_kept(self, key: str, num_rows: int) -> bool:
+        """Whether the library has a payload of so many rows, which stays there."""
+        return self._library is not None and self._library.holds(key, num_rows)
+
+    @ray.method
+    def flush(self) -> None:
+        """Write what the library has collected."""
+        if self._library is not None:
+            self._library.flush()
 
     @ray.method
     def drop(self, keys: Sequence[str]) -> None:
@@ -95,8 +146,13 @@ class TargetStoreActor:
 
     @ray.method
     def counters(self) -> StoreCounters:
-        """What the store holds."""
-        return self._store.counters
+        """What the store holds, and what its library gave."""
+        counters, library = self._store.counters, self._library
+        if library is None:
+            return counters
+        return dataclasses.replace(
+            counters, library=library.counters, warnings=library.take_warnings()
+        )
 
 
 def start_scorers(
@@ -112,10 +168,34 @@ def start_scorers(
     return [actor.remote(teacher, targets, vocabulary_size, device) for _ in range(spec.count)]
 
 
-def start_stores(config: TargetsConfig) -> list[ActorProxy[TargetStoreActor]]:
-    """Start the target stores, spread over the nodes."""
+def start_stores(
+    config: TargetsConfig, library: LibrarySettings | None, *, max_fetched: int | None
+) -> list[ActorProxy[TargetStoreActor]]:
+    """Start the target stores, spread over the nodes, in front of a library if there is one.
+
+    `max_fetched` is of all stores together; None: no limit but that of the bytes.
+    """
     actor = spread(TargetStoreActor, retries=_STORE_RETRIES)
-    return [actor.remote(config.max_bytes // config.stores) for _ in range(config.stores)]
+    count, each = config.stores, config.max_bytes // config.stores
+    if max_fetched is not None:
+        # Keys are spread by a hash, so a store may have more than its share.
+        max_fetched = min(max_fetched, max_fetched // count + 4 * math.isqrt(max_fetched))
+    return [actor.remote(each, library, index, count, max_fetched) for index in range(count)]
+
+
+def flush_stores(stores: Sequence[ActorProxy[TargetStoreActor]]) -> tuple[str, ...]:
+    """Have their libraries write what they have collected; returns the warnings.
+
+    A store that is gone takes some targets along, which will be scored again.
+    """
+    for store in stores:
+        store.flush.remote()
+    calls = [store.counters.remote() for store in stores]  # a store's calls run in order
+    warnings: tuple[str, ...] = ()
+    for index, call in enumerate(calls):
+        with contextlib.suppress(RayError, ClusterError):
+            warnings += ask(call, f"target store {index}", timeout_s=_STORE_TIMEOUT_S).warnings
+    return warnings
 
 
 def store_index(key: str, num_stores: int) -> int:
@@ -149,16 +229,38 @@ class ScorerPool(ActorPool[ScorerActor]):
         )
         self._stores = stores
         self._identity = identity
+        self.scoring = BusyClock()
         self._under_way: dict[str, asyncio.Future[None]] = {}
 
     async def ensure(self, rollout: Rollout) -> int:
         """Have the targets of a sequence stored; returns the tokens that the teacher computed.
 
-        0 means that they were there. Equal sequences are never scored twice at once.
+        0 means that a store or its library had them. Equal sequences are never scored twice at
+        once.
 
         Raises:
             ClusterError: a store does not reply, or scorers fail too often.
         """
+        report = await self._score_unless(
+            lambda store, key: store.has.remote(key, rollout.num_loss_tokens), rollout
+        )
+        return 0 if report is None else report.num_tokens
+
+    async def keep(self, rollout: Rollout) -> ScoreReport | None:
+        """Have the targets of a sequence in the library; None if they were there.
+
+        Raises:
+            ClusterError: as in `ensure`.
+        """
+        return await self._score_unless(
+            lambda store, key: store.is_kept.remote(key, rollout.num_loss_tokens), rollout
+        )
+
+    async def _score_unless(
+        self,
+        is_there: Callable[[ActorProxy[TargetStoreActor], str], Awaitable[bool]],
+        rollout: Rollout,
+    ) -> ScoreReport | None:
         key = target_key(self._identity, rollout)
         while key in self._under_way:
             await asyncio.wait((self._under_way[key],))
@@ -167,20 +269,24 @@ class ScorerPool(ActorPool[ScorerActor]):
             index = store_index(key, len(self._stores))
             store = self._stores[index]
             try:
-                if await asyncio.wait_for(store.has.remote(key), _STORE_TIMEOUT_S):
-                    return 0
+                if await asyncio.wait_for(is_there(store, key), _STORE_TIMEOUT_S):
+                    return None
             except (RayError, TimeoutError) as error:
                 raise ClusterError(
                     f"target store {index} did not reply within {_STORE_TIMEOUT_S:g} s:"
                     f" {one_line(error)}"
                 ) from error
-            report = await self.call_until_done(
-                lambda handle: _score_and_store(handle, rollout, store, key)
-            )
-            return report.num_tokens
+            with self.scoring.running():
+                return await self.call_until_done(
+                    lambda handle: _score_and_store(handle, rollout, store, key)
+                )
         finally:
             del self._under_way[key]
             done.set_result(None)
+
+    async def flush(self) -> None:
+        """Have the stores' libraries write what they have collected."""
+        await asyncio.gather(*(store.flush.remote() for store in self._stores))
 
     async def counters(self) -> list[StoreCounters]:
         """What each store holds."""
@@ -197,7 +303,7 @@ async def _score_and_store(
     # With num_returns=2 Ray returns a list of references, which its annotations do not know.
     report_ref, payload_ref = cast(Any, scorer.score.remote(rollout))
     report: ScoreReport = await report_ref
-    await store.put.remote(key, payload_ref, report.nbytes)
+    await store.put.remote(key, payload_ref, report, is_shared(rollout))
     return report
 
 
@@ -244,6 +350,11 @@ class TargetReader:
             f" {MAX_SCORING_ROUNDS} times, {missing[0].rollout_id} among them: targets.max_bytes ="
             f" {self._max_bytes} does not hold the targets of a step; raise it"
         )
+
+    def start_flush(self) -> None:
+        """Have the stores' libraries write what they have collected; does not wait for it."""
+        for store in self._stores:
+            store.flush.remote()
 
     def _from_stores(self, keys: Sequence[str]) -> dict[str, TeacherTargets]:
         """What the stores have, each asked once. A payload that cannot be read is dropped there."""

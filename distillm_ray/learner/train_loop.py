@@ -436,6 +436,8 @@ class TrainLoop:
         # It fails alone, reports to run control, and the driver ends the job.
         with checkpoints.removing_partial_on_failure(completed):
             self._learner.save(checkpoints.partial_path(completed) / LEARNER_FOLDER)
+        if self._speaks and self._links.targets is not None:
+            self._links.targets.start_flush()
         with self._failing_together():
             if self._speaks:
                 now = self._validation is not None and self._validation.step == completed

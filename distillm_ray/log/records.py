@@ -35,6 +35,9 @@ class Counters:
     probe_tokens: int = 0
     scored_sequences: int = 0
     scored_tokens: int = 0  # positions that the teacher computed, prompts included
+    library_sequences: int = 0  # whose targets were found in targets.library, and not scored
+    library_tokens: int = 0  # positions of these
+    library_seconds: float = 0.0  # that the teacher needed for them when it scored them
     target_evictions: int = 0  # targets that a store removed to make room for others
     empty: int = 0  # responses without a token, or with the end token only
     truncated: int = 0

@@ -36,7 +36,16 @@ class TensorInfo:
 
 
 def read_tensors(file: Path) -> dict[str, TensorInfo]:
-    """Read the header of one file.
+    """The tensors of one file, from its header.
+
+    Raises:
+        ModelError: as in `read_header`.
+    """
+    return read_header(file)[1]
+
+
+def read_header(file: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """The metadata of one file, and its tensors.
 
     Raises:
         ModelError: not a safetensors file, or shorter than its header says.
@@ -55,7 +64,7 @@ def read_tensors(file: Path) -> dict[str, TensorInfo]:
         header: dict[str, Any] = json.loads(raw)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{file} is not a safetensors file: its header is not JSON") from error
-    header.pop("__metadata__", None)
+    metadata: dict[str, str] = header.pop("__metadata__", {})
     tensors = {
         name: TensorInfo(
             file=file,
@@ -72,7 +81,7 @@ def read_tensors(file: Path) -> dict[str, TensorInfo]:
             f"{file} is incomplete: its header describes {end} bytes, the file has {size}; copy or"
             " download it again"
         )
-    return tensors
+    return metadata, tensors
 
 
 def write_tensors(file: Path, tensors: Mapping[str, TensorInfo]) -> None:

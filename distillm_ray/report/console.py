@@ -50,6 +50,7 @@ class View:
     phase: str = ""
     phase_started: float = 0.0
     waiting: str = ""  # what the run waits for, or empty
+    progress: tuple[int, int, str] | None = None  # done, of how many, of what; in place of steps
     step: StepRecord | None = None
     totals: Totals = field(default_factory=Totals)  # of the records that the view has seen
     first_validation: ValidationRecord | None = None
@@ -175,9 +176,10 @@ def render(view: View, now: float) -> RenderableType:
     head.add_row(Text(view.phase or "starting", style="bold"), Text(elapsed, style="dim"))
     parts: list[RenderableType] = [head]
     bar, eta = Table.grid(padding=(0, 2)), view.eta_seconds
+    done, total, what = view.progress or (view.completed, view.total_steps, "steps")
     bar.add_row(
-        ProgressBar(total=max(view.total_steps, 1), completed=view.completed, width=40),
-        f"{view.completed}/{view.total_steps} steps",
+        ProgressBar(total=max(total, 1), completed=done, width=40),
+        f"{done}/{total} {what}",
         Text(f"about {duration(eta)} left" if math.isfinite(eta) else "", style="dim"),
     )
     parts.append(bar)
@@ -235,7 +237,12 @@ def _numbers(view: View) -> Table:
         table.add_row(
             "others",
             f"generated {step.work.generated_tokens} tokens"
-            f"   scored {step.work.scored_tokens} tokens",
+            f"   scored {step.work.scored_tokens} tokens"
+            + (
+                f"   from the library {step.work.library_tokens} tokens"
+                if view.totals.work.library_sequences
+                else ""
+            ),
         )
         if view.totals.has_targets:
             table.add_row(
@@ -293,7 +300,7 @@ class ConsoleView:
     def start(self, phase: str) -> None:
         """Enter a phase, such as "starting generators" or "training"."""
         self.view = dataclasses.replace(
-            self.view, phase=phase, phase_started=self._clock(), waiting=""
+            self.view, phase=phase, phase_started=self._clock(), waiting="", progress=None
         )
         self._print(phase)
 
@@ -310,6 +317,14 @@ class ConsoleView:
             case PublishRecord():
                 return
         self._print(line(record, self.view.total_steps))
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Show how far a phase without steps has come, as in 12 of 40 sequences."""
+        self.view = dataclasses.replace(self.view, progress=(done, total, what))
+        now = self._clock()
+        if now - self._step_line_at >= self._line_interval_s or done == total:
+            self._step_line_at = now
+            self._print(f"{done:,} of {total:,} {what}")
 
     def note(self, text: str) -> None:
         """Print a line that stays on the screen above the live view."""

@@ -123,6 +123,12 @@ def _seconds(summary: Summary) -> Table:
             f" {percent(summary.target_reuse_tokens)} of the tokens trained on"
             + (" with targets" if totals.untargeted_sequences else "")
         )
+        if work.library_sequences:
+            scored += (
+                f"\nfrom the library: {work.library_tokens:,} tokens in"
+                f" {work.library_sequences:,} sequences, which the teacher once computed in"
+                f" {summary.teacher_seconds_saved:.1f} s"
+            )
     learned = (
         f"{totals.tokens:,} tokens: {mix.fresh:,} fresh, {mix.replay:,} replayed,"
         f" {mix.dataset:,} data-set sequences"

@@ -48,6 +48,8 @@ class Summary:
     # 1 - scored / trained on, of the sequences that a term compares with the teacher.
     target_reuse_sequences: float = math.nan
     target_reuse_tokens: float = math.nan
+    # Of scorers, for the targets that targets.library had, as measured when these were scored.
+    teacher_seconds_saved: float = math.nan
     totals: Totals = field(default_factory=Totals)
     notes: tuple[str, ...] = ()
 
@@ -123,6 +125,7 @@ def summarize(run: Run) -> Summary:
         fresh_age_max=max((record.fresh_age_max for record in steps), default=0),
         target_reuse_sequences=totals.target_reuse_sequences,
         target_reuse_tokens=totals.target_reuse_tokens,
+        teacher_seconds_saved=totals.work.library_seconds if totals.has_targets else math.nan,
         totals=totals,
         notes=_notes(totals, run.superseded_steps),
     )

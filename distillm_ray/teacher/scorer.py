@@ -9,6 +9,7 @@ Axes: L packed tokens, T loss tokens of one sequence, D hidden size, K top-k, V 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -129,6 +130,7 @@ class Scorer:
     def _score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """Run one forward pass over all rollouts and cut out the targets of each."""
         assert self._packed is not None, "call start() first"
+        started = time.monotonic()
         token_ids_L = np.concatenate(
             [part for rollout in rollouts for part in (rollout.prompt_ids, rollout.response_ids)]
         )
@@ -137,15 +139,24 @@ class Scorer:
             torch.from_numpy(token_ids_L).long().to(self.device),
             torch.from_numpy(position_ids_L).to(self.device),
         )
-        scored = []
+        found: list[TeacherTargets] = []
         start = 0
         for rollout in rollouts:
             rows = torch.from_numpy(rollout.loss_positions).long() + start
-            targets = self._targets(hidden_LD[rows.to(self.device)])
-            report = ScoreReport(num_tokens=rollout.num_tokens, nbytes=targets.nbytes)
-            scored.append((report, targets))
+            found.append(self._targets(hidden_LD[rows.to(self.device)]))
             start += rollout.num_tokens
-        return scored
+        seconds_per_token = (time.monotonic() - started) / start
+        return [
+            (
+                ScoreReport(
+                    num_tokens=rollout.num_tokens,
+                    nbytes=targets.nbytes,
+                    seconds=rollout.num_tokens * seconds_per_token,
+                ),
+                targets,
+            )
+            for rollout, targets in zip(rollouts, found, strict=True)
+        ]
 
     def _targets(self, hidden_TD: Tensor) -> TeacherTargets:
         if self.targets.type == "hidden":

@@ -25,7 +25,7 @@ from distillm_ray.cluster.targets import ScorerActor, TargetStoreActor
 
 async def good(buffer: ActorProxy[BufferActor], store: ActorProxy[TargetStoreActor]) -> bool:
     await buffer.advance.remote(3)
-    return await store.has.remote("key")
+    return await store.has.remote("key", 3)
 
 
 async def bad(
@@ -46,7 +46,7 @@ async def bad(
     store.renamed.remote()
     buffer.advance.remote("three")
     buffer.advance.remote(3, 4)
-    return await store.has.remote("key")
+    return await store.has.remote("key", 3)
 """
 
 

@@ -1,0 +1,115 @@
+"""How large a run's teacher targets are, and how much of them its stores will hold.
+
+An estimate before the start: the student's responses are taken to be as long as the data's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distillm_ray.config import Config, PairedSchedule, TargetsConfig
+from distillm_ray.errors import ConfigError
+from distillm_ray.types import Rollout
+
+_MIB = 2**20
+
+
+def bytes_per_token(
+    targets: TargetsConfig, *, dtype: str, hidden_size: int, vocabulary_size: int
+) -> int:
+    """Bytes of the targets of one loss token. `auto` counts as float32, the larger one.
+
+    Example:
+        >>> targets = TargetsConfig(type="top_k", k=64)
+        >>> bytes_per_token(targets, dtype="auto", hidden_size=576, vocabulary_size=50000)
+        512
+    """
+    width = 2 if dtype == "bfloat16" else 4
+    match targets.type:
+        case "hidden":
+            return hidden_size * width
+        case "logits":
+            return vocabulary_size * width
+        case "top_k":
+            return targets.k * 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetSizes:
+    """Bytes, where everything that is compared with the teacher is stored."""
+
+    token: int
+    step: int  # of a global batch
+    open_steps: int
+    replay: int  # of a full replay shelf
+    data: int  # of all sequences of data set and corpus
+    num_data: int  # of these sequences
+
+    def hits(self, max_bytes: int) -> float:
+        """The share of the data that stays in stores of this size, and so of its later draws."""
+        room = max_bytes - self.open_steps - self.replay
+        return min(max(room / self.data, 0.0), 1.0) if self.data else 1.0
+
+
+def target_sizes(
+    config: Config, data: Sequence[Rollout], corpus: Sequence[Rollout], token_bytes: int
+) -> TargetSizes:
+    """The sizes for sequences of the data set and the corpus."""
+    compares = config.loss.compares
+    drawn = [one for one in data if config.draws_data and compares(one.source)]
+    pieces = [one for one in corpus if compares(one.source)]
+    each = _mean_bytes(data, token_bytes)
+    responses = config.learner.batch_size
+    if isinstance(config.schedule, PairedSchedule):
+        responses *= 2
+    step = responses * each if drawn or compares("student") else 0.0
+    if pieces:
+        step += (config.data.corpus_batch or 0) * _mean_bytes(pieces, token_bytes)
+    replayed = 0
+    if config.wants_rollouts and compares("student"):
+        replayed = min(config.replay.capacity, config.learner.num_steps * config.learner.batch_size)
+    held = [*drawn, *pieces]
+    return TargetSizes(
+        token=token_bytes,
+        step=round(step),
+        open_steps=round(step * min(config.rollout.lookahead, config.learner.num_steps)),
+        replay=round(replayed * each),
+        data=token_bytes * sum(one.num_loss_tokens for one in held),
+        num_data=len(held),
+    )
+
+
+def check_room(config: Config, sizes: TargetSizes) -> str:
+    """What the stores will hold, in a line.
+
+    Raises:
+        ConfigError: they cannot hold a step, whose targets must be there at the same time.
+    """
+    room = config.targets.max_bytes
+    if room < sizes.step:
+        raise ConfigError(
+            f"targets.max_bytes must hold the targets of a step, about {sizes.step:,} bytes"
+            f" ({sizes.token:,} for each loss token), got {room:,}: they would be evicted before"
+            " the step is trained; raise it, lower learner.batch_size, or use targets.type=top_k"
+        )
+    head = (
+        f"teacher targets: {sizes.token:,} bytes a loss token, {sizes.data / _MIB:,.1f} MiB for"
+        f" the {sizes.num_data:,} sequences of the data, about {sizes.replay / _MIB:,.1f} for the"
+        f" replay shelf and {sizes.open_steps / _MIB:,.1f} for the open steps; targets.max_bytes"
+        f" holds {room / _MIB:,.1f}"
+    )
+    share = sizes.hits(room)
+    if share == 1.0:
+        return f"{head}, all of them"
+    again = "scored again" if config.targets.library is None else "read from targets.library"
+    return (
+        f"{head}: from the second epoch on about {100 * share:.0f} % of the data's draws will find"
+        f" theirs, the others are {again}"
+    )
+
+
+def _mean_bytes(rollouts: Sequence[Rollout], token_bytes: int) -> float:
+    if not rollouts:
+        return 0.0
+    return token_bytes * sum(one.num_loss_tokens for one in rollouts) / len(rollouts)
