@@ -125,3 +125,34 @@ def test_an_evaluation_that_fails_after_training_costs_the_evaluation_only(
     assert second["student after"] == first["student after"]
     kept = {path.stem for path in (run / "responses").iterdir()}
     assert kept == {"student_before", "student_after", "teacher"}
+
+
+def test_a_budget_ends_the_run_and_a_raised_one_goes_on_to_another_student(config: Path) -> None:
+    run = config.parent / "budget"
+    command = ("train", str(config), f"run.directory={run}")
+    scored = ("evaluation.at_end=true", "evaluation.seeds=[1]", "evaluation.teacher=null")
+
+    def trained_steps() -> int:
+        evaluation = json.loads((run / "evaluation.json").read_text())
+        assert list(evaluation["models"]) == ["student before", "student after"]
+        return evaluation["trained_steps"]
+
+    for budget, last in (("1", False), ("null", True)):
+        arguments = (*command, *scored, f"stop.max_teacher_tokens={budget}")
+        with Driver(*arguments, log=config.parent / f"budget-{budget}.log") as driver:
+            assert driver.wait(2 * LIMIT_S) == 0, driver.output()
+        done = records(run, DoneRecord)[-1]
+        assert (done.status, done.step == STEPS) == ("complete", last)
+        assert trained_steps() == done.step
+        with Driver(*arguments, log=config.parent / "again.log") as driver:
+            assert driver.wait(LIMIT_S) == 0, driver.output()
+            assert "is complete" in driver.output()
+    output = config.parent / "exported"
+    export = ("export", str(run), "--checkpoint", "latest", "--output", str(output))
+    with Driver(*export, log=config.parent / "export.log") as driver:
+        assert driver.wait(LIMIT_S) == 0, driver.output()
+        assert f"the student after step {STEPS}" in driver.output()
+    same = sorted(path.name for path in output.iterdir())
+    assert same == sorted(path.name for path in (run / "model").iterdir())
+    for name in same:
+        assert (output / name).read_bytes() == (run / "model" / name).read_bytes(), name
