@@ -1,6 +1,6 @@
 """Methods on real text: SmolLM2-135M into a student of 106M, at equal steps and at equal cost.
 
-    python bench/quality.py [--quick] [--seeds 3] [--methods sft,kd,...]
+    python bench/quality.py [--quick] [--seeds 3] [--only-equal-steps] [--methods sft,kd,...]
     python bench/quality.py --name NAME --train FILE --validation FILE --test FILE
 
 The first form takes the quickstart's data, whose responses are the teacher's own. The second takes
@@ -273,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Methods on real text.")
     parser.add_argument("--quick", action="store_true", help="ten minutes: few steps, one seed")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only-equal-steps", action="store_true", help="no runs of equal cost")
     parser.add_argument("--methods", help="default: all of RUNS, with --quick sft,kd,distillm")
     parser.add_argument("--name", default="quickstart", help="of the data")
     for part in ("train", "validation", "test"):
@@ -315,7 +316,7 @@ def main() -> None:
     by_method = run_all(lab, dict.fromkeys(methods, size.steps), seeds)
     tables = [table_of(f"equal steps: {size.steps}", by_method)]
     equal_cost: dict[str, list[Outcome]] = {}
-    if DISTILLM in methods and not arguments.quick:
+    if DISTILLM in methods and not arguments.quick and not arguments.only_equal_steps:
         cost = {
             method: statistics.median(one.cpu_seconds for one in outcomes)
             for method, outcomes in by_method.items()
