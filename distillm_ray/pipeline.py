@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import ray
+import torch
 from ray.exceptions import RayActorError, RayError
 from transformers import PreTrainedTokenizerBase
 
@@ -58,6 +59,7 @@ from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
 from distillm_ray.log.commit import package_commit
 from distillm_ray.log.records import DoneRecord, EventRecord
 from distillm_ray.log.stopping import has_ended
+from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory, missing_evaluations
 from distillm_ray.report.console import ConsoleView
@@ -115,7 +117,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                 _check_metric(config, splits)
                 for line in opening_lines(config, splits, tokenizer):
                     view.note(line)
-                if line := _room_for_targets(config, preflight, splits):
+                if line := _room_for_targets(config, preflight, splits, device):
                     view.note(line)
         except Stopped:
             return Ended(status="stopped", step=_checkpointed(config))
@@ -283,7 +285,7 @@ def _evaluate(
         )
 
 
-def _room_for_targets(config: Config, preflight: Preflight, splits: Splits) -> str:
+def _room_for_targets(config: Config, preflight: Preflight, splits: Splits, device: Device) -> str:
     """What the target stores will hold; empty without a teacher.
 
     Raises:
@@ -291,9 +293,13 @@ def _room_for_targets(config: Config, preflight: Preflight, splits: Splits) -> s
     """
     if config.teacher is None or preflight.teacher is None or not config.loss.needs_teacher:
         return ""
+    dtype = config.teacher.dtype
+    if dtype == "auto" and (device == "cuda" or resolve_dtype(dtype, device) == torch.bfloat16):
+        # Of a CPU cluster, the driver's processor stands for all; scorers alone know for certain.
+        dtype = "bfloat16"
     each = bytes_per_token(
         config.targets,
-        dtype=config.teacher.dtype,
+        dtype=dtype,
         hidden_size=preflight.teacher.hidden_size,
         vocabulary_size=preflight.vocabulary_size,
     )

@@ -109,3 +109,16 @@ def test_a_run_says_which_share_of_its_draws_will_hit(targets: dict[str, Any], e
     line = check_room(config, found)
     assert "10 bytes a loss token, 4.0 MiB for the 7 sequences" in line
     assert line.endswith(end)
+
+
+def test_prompts_alone_do_not_say_how_large_a_step_is() -> None:
+    sections: dict[str, Any] = {
+        "schedule": {"type": "fixed", "phi": 1.0},
+        "loss": {"terms": [{"on": "student", "type": "reverse_kl"}]},
+        "targets": {"max_bytes": 1000},
+    }
+    found = sizes([], **sections)
+    assert not found.is_known
+    line = check_room(make.config(**sections), found)
+    assert "is not known before it" in line and "holds 100 of them" in line
+    assert sizes(data(3), **sections).is_known

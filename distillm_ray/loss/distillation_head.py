@@ -10,6 +10,7 @@ Axes: N loss positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -60,25 +61,17 @@ class DistillationHead(nn.Linear):
         if request.is_self_check:
             own = TeacherHidden(values_ND=hidden_ND.detach(), head=self._frozen())
             request = replace(request, teacher=own)
-        if self.implementation == "plain":
-            result = plain_loss(
-                hidden_ND,
-                self.weight,
-                self.bias,
-                rule=self.rule,
-                vocabulary_size=self.vocabulary_size,
-                request=request,
-            )
-        else:
-            result = fused_loss(
-                hidden_ND,
-                self.weight,
-                self.bias,
-                rule=self.rule,
-                vocabulary_size=self.vocabulary_size,
-                request=request,
-                memory_bytes=self.memory_bytes,
-            )
+        loss_of = plain_loss
+        if self.implementation == "fused":
+            loss_of = partial(fused_loss, memory_bytes=self.memory_bytes)
+        result = loss_of(
+            hidden_ND,
+            self.weight,
+            self.bias,
+            rule=self.rule,
+            vocabulary_size=self.vocabulary_size,
+            request=request,
+        )
         return result._replace(health=self._health(hidden_ND, request))
 
     def _frozen(self) -> FrozenHead:

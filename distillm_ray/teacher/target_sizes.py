@@ -44,6 +44,7 @@ class TargetSizes:
     open_steps: int
     replay: int  # of a full replay shelf
     data: int  # of all sequences of data set and corpus
+    is_known: bool = True  # False: no row has a response that says how long the student's will be
     num_data: int  # of these sequences
 
     def hits(self, max_bytes: int) -> float:
@@ -76,6 +77,7 @@ def target_sizes(
         open_steps=round(step * min(config.rollout.lookahead, config.learner.num_steps)),
         replay=round(replayed * each),
         data=token_bytes * sum(one.num_loss_tokens for one in held),
+        is_known=bool(data) or not compares("student"),
         num_data=len(held),
     )
 
@@ -87,6 +89,12 @@ def check_room(config: Config, sizes: TargetSizes) -> str:
         ConfigError: they cannot hold a step, whose targets must be there at the same time.
     """
     room = config.targets.max_bytes
+    if not sizes.is_known:
+        return (
+            f"teacher targets: {sizes.token:,} bytes a loss token; no row has a response, so how"
+            " many tokens a step has is not known before it. targets.max_bytes holds"
+            f" {room // sizes.token:,} of them"
+        )
     if room < sizes.step:
         raise ConfigError(
             f"targets.max_bytes must hold the targets of a step, about {sizes.step:,} bytes"
