@@ -588,10 +588,17 @@ class RolloutConfig(GeneratorPoolConfig):
     # are the student's alone.
     teacher_mix: Annotated[Number, Field(ge=0.0, lt=1.0)] = 0.0
     filter: FilterConfig = FilterConfig()
-    lookahead: Positive = 2  # steps whose fresh samples are in flight or finished
-    sync_interval: Positive = 1  # optimizer steps between two publications of weights
+    # Each publication of weights asks for the fresh samples of `sync_interval` steps, `lookahead` - 1
+    # steps before the first of them is trained on.
+    lookahead: Positive = 2
+    sync_interval: Positive = 1
     max_staleness: NonNegative = 4  # in optimizer steps
     logprob_warning: MayChange[Above0] = 0.1  # mean |engine - learner|, in nats
+
+    @property
+    def open_steps(self) -> int:
+        """Steps whose fresh samples may be in flight or finished at the same time."""
+        return self.lookahead + self.sync_interval - 1
 
     @model_validator(mode="after")
     def _age_is_bounded(self) -> RolloutConfig:

@@ -330,7 +330,8 @@ def distil(
             publish(step)
         published = time.monotonic()
 
-        # Generate what the buffer demands: the fresh responses of the coming `lookahead` steps.
+        # Generate what the buffer demands: at each publication, the fresh responses of the
+        # steps that its weights are meant for.
         # Distributed: cluster/orchestrator.py, while the learner is busy with earlier steps.
         if generator is not None:
             work += runner.run(meet_demand(buffer, generator, config.rollout.filter))

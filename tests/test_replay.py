@@ -381,7 +381,9 @@ def test_while_phi_stays_the_demand_equals_a_slot_by_slot_computation(run: Run) 
         if step % run.validation_interval == 0:
             buffer.report(run.validation(step))
         ordinals = [demand.ordinal for demand in finish_all(buffer)]
-        window_end = sum(num_fresh[: min(step + run.lookahead, run.total_steps)])
+        # Each publication asks for the steps up to the next one, `lookahead` - 1 ahead.
+        published = step - step % run.sync_interval
+        window_end = sum(num_fresh[: published + run.sync_interval + run.lookahead - 1])
         assert ordinals == list(range(seen, window_end))
         seen = window_end
         assert buffer.draw(step).mix.fresh == num_fresh[step]
@@ -530,7 +532,9 @@ def test_a_draw_waits_for_the_window_the_validation_and_the_draws_before_it() ->
     narrow = replace(run, lookahead=1, validation_interval=9).buffer()
     narrow.report(run.validation(0))
     narrow.draw(0)
-    assert narrow.waiting_for(1) == "step 1 waits for step 0 to be completed (rollout.lookahead 1)"
+    assert narrow.waiting_for(1) == (
+        "step 1 waits for step 0 to be completed (rollout.lookahead 1, rollout.sync_interval 1)"
+    )
     with pytest.raises(ValueError, match=r"must lie in \[2, 12\), got 1"):
         buffer.draw(1)
     with pytest.raises(ValueError, match=r"got 12"):

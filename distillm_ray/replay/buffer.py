@@ -20,6 +20,7 @@ from distillm_ray.replay.draw import promise_fresh, slot_uniforms
 from distillm_ray.replay.schedule import Schedule
 from distillm_ray.replay.shelves import Shelves, Taken
 from distillm_ray.replay.state import BufferState, digest
+from distillm_ray.replay.window import Window
 from distillm_ray.types import BufferCounters, Demand, Draw, Mix, Prompt, Rollout, Validation
 
 
@@ -98,7 +99,7 @@ class ReplayBuffer:
         validation_interval: int,
         seed: int,
     ) -> None:
-        """Open the demand of the first `lookahead` steps.
+        """Open the demand of the first steps.
 
         Args:
             paired: every slot takes a fresh rollout and the data's response to the same prompt.
@@ -131,8 +132,7 @@ class ReplayBuffer:
         self._batch_size = batch_size
         self._capacity = capacity
         self._min_size = min_size
-        self._lookahead = lookahead
-        self._sync_interval = sync_interval
+        self._window = Window(lookahead, sync_interval)
         self._validation_interval = validation_interval
         self._total_steps = schedule.total_steps
         self._seed = seed
@@ -209,7 +209,8 @@ class ReplayBuffer:
     def wants_weights(self) -> bool:
         """Whether a generation can still start with newly published weights, at the current phi."""
         return self._schedule.phi > 0.0 and (
-            self._ordinals.num_open > 0 or self._completed + self._lookahead < self._total_steps
+            self._ordinals.num_open > 0
+            or self._window.end(self._completed) < self._total_steps
         )
 
     # ---- called by the learners -----------------------------------------------------------------
@@ -261,8 +262,9 @@ class ReplayBuffer:
             return f"step {step} waits for the draw of step {self._next_step}"
         if step not in self._fresh_counts:
             return (
-                f"step {step} waits for step {step - self._lookahead} to be completed"
-                f" (rollout.lookahead {self._lookahead})"
+                f"step {step} waits for step {self._window.opens_after(step) - 1} to be completed"
+                f" (rollout.lookahead {self._window.lookahead},"
+                f" rollout.sync_interval {self._window.sync_interval})"
             )
         validation = step // self._validation_interval * self._validation_interval
         if self._last_validation < validation:
@@ -405,7 +407,7 @@ class ReplayBuffer:
 
     def _undrawn_steps(self) -> range:
         """The open steps that are not drawn."""
-        stop = min(self._completed + self._lookahead, self._total_steps)
+        stop = min(self._window.end(self._completed), self._total_steps)
         return range(self._next_step, max(stop, max(self._fresh_counts, default=-1) + 1))
 
     def _num_student(self, step: int) -> int:
@@ -431,7 +433,7 @@ class ReplayBuffer:
         self._fresh_counts.update(promised)
         self._ordinals.open_until(
             self._ordinals.first + sum(promised.values()),
-            min_version=self._completed // self._sync_interval * self._sync_interval,
+            min_version=self._window.version(self._completed),
         )
 
     def _make(self, step: int) -> _Made:
@@ -450,6 +452,5 @@ class ReplayBuffer:
             sequences=taken.sequences,
         )
         made = _Made(draw=draw, taken=taken, late_before=self._late)
-        max_age = self._lookahead + self._sync_interval - 2
-        self._late += sum(step - rollout.version > max_age for rollout in taken.fresh)
+        self._late += sum(step - rollout.version > self._window.max_age for rollout in taken.fresh)
         return made

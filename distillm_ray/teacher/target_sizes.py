@@ -74,7 +74,7 @@ def target_sizes(
     return TargetSizes(
         token=token_bytes,
         step=round(step),
-        open_steps=round(step * min(config.rollout.lookahead, config.learner.num_steps)),
+        open_steps=round(step * min(config.rollout.open_steps, config.learner.num_steps)),
         replay=round(replayed * each),
         data=token_bytes * sum(one.num_loss_tokens for one in held),
         is_known=bool(data) or not compares("student"),

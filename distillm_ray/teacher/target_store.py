@@ -35,7 +35,7 @@ def most_fetched(config: Config) -> int | None:
     """
     if not config.draws_data:
         return None
-    return config.replay.capacity + config.rollout.lookahead * config.learner.batch_size
+    return config.replay.capacity + config.rollout.open_steps * config.learner.batch_size
 
 
 @dataclass(frozen=True, slots=True)

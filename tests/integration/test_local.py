@@ -57,7 +57,7 @@ METHODS = {
         "learner={optimizer: adamw, learning_rate: 0.01}",
     ),
     "distillm2": ("method=distillm2", "learner={optimizer: sgd, learning_rate: 0.3}"),
-    "minillm": ("method=minillm", "learner={optimizer: sgd, learning_rate: 0.1}"),
+    "minillm": ("method=minillm", "learner={optimizer: sgd, learning_rate: 0.03}"),
     # The teacher scores what the student wrote and the corpus, not the data set beside them.
     "corpus": (
         "schedule={type: fixed, phi: 0.5, replay_ratio: none}",
