@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED := 1
 # many processes that a run or the tests start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup bench-setup lint format test test-quick test-kernels quickstart quickstart-ablation lock clean
+.PHONY: help setup bench-setup bench lint format test test-quick test-kernels quickstart quickstart-ablation lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 22
@@ -36,6 +36,10 @@ bench-setup: $(INSTALLED) ## make .venv-bench: .venv plus the libraries that ben
 	echo "import site; site.addsitedir('$$($(BIN)/python -c $(SITE_PACKAGES))')" \
 	  > "$$(.venv-bench/bin/python -c $(SITE_PACKAGES))/venv.pth"
 	$(BIN)/uv pip install --python .venv-bench --no-deps -r requirements/bench.lock
+
+bench: bench-setup ## measure speed and cost of every method, and of TRL beside ours (two hours)
+	$(BIN)/python bench/throughput.py
+	$(BIN)/python bench/peers.py
 
 lint: $(INSTALLED) ## run ruff and the type checker on all files
 	$(BIN)/ruff check .
