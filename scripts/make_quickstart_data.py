@@ -3,8 +3,10 @@
     python scripts/prepare_quickstart.py
     python scripts/make_quickstart_data.py
 
-Runs `distillm-ray generate` (greedy, at most 96 tokens, truncated responses left out) and writes
-data/quickstart/{train,validation,test}.jsonl. Takes some minutes on two cores.
+Reads data/quickstart/prompts.jsonl and writes the prompts whose response is complete to
+data/quickstart/{train,validation,test}.jsonl. What is learned from is sampled, as a data set of
+text is; the references of the test are the teacher's greedy responses. Takes some minutes on two
+cores.
 """
 
 from __future__ import annotations
@@ -17,31 +19,38 @@ from pathlib import Path
 
 FOLDER = Path("data/quickstart")
 PROMPTS = FOLDER / "prompts.jsonl"
-SETTINGS = ("generate.sampling.temperature=0", "generate.sampling.max_tokens=96")
+TEMPERATURES = {"train": 1.0, "validation": 1.0, "test": 0.0}
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "responses.jsonl"
-        command = [sys.executable, "-m", "distillm_ray.cli", "generate", "configs/quickstart.yaml"]
-        command += ["--model", "models/smollm2-135m-instruct", "--prompts", str(PROMPTS)]
-        command += ["--output", str(output), *SETTINGS]
-        subprocess.run(command, check=True)
-        response_of = {row["id"]: row["response"] for row in _rows(output)}
-    lines: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for row in _rows(PROMPTS):
-        if row["id"] not in response_of:
-            continue
-        kept = {name: row[name] for name in ("id", "topic", "kind", "prompt")}
-        example = {**kept, "response": response_of[row["id"]]}
-        lines[row["split"]].append(json.dumps(example, ensure_ascii=False))
-    for split, rows in lines.items():
-        (FOLDER / f"{split}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    print(", ".join(f"{split}: {len(rows)}" for split, rows in lines.items()))
+    for split, temperature in TEMPERATURES.items():
+        prompts = [row for row in _rows(PROMPTS) if row["split"] == split]
+        with tempfile.TemporaryDirectory() as folder:
+            path, output = Path(folder) / "prompts.jsonl", Path(folder) / "responses.jsonl"
+            path.write_text(_lines(prompts), encoding="utf-8")
+            command = [sys.executable, "-m", "distillm_ray.cli", "generate"]
+            command += ["configs/quickstart.yaml", "--model", "models/smollm2-135m-instruct"]
+            command += ["--prompts", str(path), "--output", str(output)]
+            command += [f"generate.sampling.temperature={temperature}"]
+            command += ["generate.sampling.max_tokens=96"]
+            subprocess.run(command, check=True)
+            response_of = {row["id"]: row["response"] for row in _rows(output)}
+        kept = [
+            {name: row[name] for name in ("id", "topic", "kind", "prompt")}
+            | {"response": response_of[row["id"]]}
+            for row in prompts
+            if row["id"] in response_of
+        ]
+        (FOLDER / f"{split}.jsonl").write_text(_lines(kept), encoding="utf-8")
+        print(f"{split}: {len(kept)} of {len(prompts)}")
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _lines(rows: list[dict[str, str]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
