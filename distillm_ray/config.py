@@ -720,7 +720,7 @@ class LearnerConfig(ProcessConfig):
     learning_rate: MayChange[Above0] = 1e-5
     min_learning_rate_ratio: MayChange[Fraction] = 0.1  # the cosine ends here
     warmup_steps: MayChange[NonNegative] = 0
-    weight_decay: MayChange[Amount] = 0.0
+    weight_decay: MayChange[Amount] = 0.0  # of matrices; biases and norms do not decay
     adam_betas: MayChange[tuple[Number, Number]] = (0.9, 0.95)
     adam_epsilon: MayChange[Above0] = 1e-8
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: to compare runs without Adam's rounding

@@ -1,4 +1,4 @@
-"""A lock on a directory that the operating system releases when its process ends."""
+"""A lock on a directory or a file that the operating system releases when its process ends."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ def locked(directory: Path) -> Iterator[bool]:
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield _lock(descriptor)
+        yield try_lock(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file or directory until it is closed; False if another process holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

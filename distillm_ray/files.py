@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from distillm_ray.errors import RunDirectoryError
 
@@ -21,9 +22,23 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: the disk is full, for example; `filename` is set.
     """
+    with new_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that becomes `path`, or replaces it, when the block ends.
+
+    If the block raises, the previous content stays, and nothing beside it.
+
+    Raises:
+        OSError: the disk is full, for example; `filename` is set.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            yield file
         rename_durably(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a failed write or fsync names no file

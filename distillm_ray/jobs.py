@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -14,23 +17,25 @@ from distillm_ray.cluster import placement
 from distillm_ray.cluster.connection import available, connect, resolve_device
 from distillm_ray.cluster.placement import Phase
 from distillm_ray.config import Config, ModelConfig
-from distillm_ray.data import ray_data
+from distillm_ray.data import partial_responses, ray_data
 from distillm_ray.data.files import check_files
-from distillm_ray.data.response_rows import response_rows
-from distillm_ray.data.splits import load_dataset, load_splits
+from distillm_ray.data.partial_responses import PartialResponses
+from distillm_ray.data.response_rows import response_row
+from distillm_ray.data.splits import Dataset, load_dataset, load_splits
 from distillm_ray.data.template_difference import template_difference
 from distillm_ray.data.templates import Renderer
 from distillm_ray.errors import DataError, RunDirectoryError
 from distillm_ray.evaluation.model_scores import evaluation_seeds, score_model, served_student
-from distillm_ray.evaluation.responder import ServedModel, serving
+from distillm_ray.evaluation.responder import Responder, ServedModel, serving
 from distillm_ray.evaluation.responses_file import write_responses
 from distillm_ray.evaluation.results import Evaluation
-from distillm_ray.files import check_writable, write_atomically
+from distillm_ray.files import check_writable
 from distillm_ray.models.completeness import check_complete
 from distillm_ray.models.directory import ModelFacts, check_context, check_model_directory
+from distillm_ray.models.identity import model_identity
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import check_engines
-from distillm_ray.report.console import ConsoleView
+from distillm_ray.report.console import ConsoleView, duration
 from distillm_ray.report.scores_table import scores_table
 from distillm_ray.run_directory import MODEL_FOLDER
 from distillm_ray.types import Device, Prompt, Source
@@ -109,8 +114,12 @@ def generate(
     Each row has the prompt's id, the prompt in the columns that it came in, the response, and why
     it ended: `distillm-ray train` renders it to the tokens that the model saw. Returns a summary.
 
+    Responses are kept beside `output` as they end, and `output` appears when all have. The same
+    command goes on where it was interrupted.
+
     Raises:
-        UserError: the model or the prompts cannot be used, or `output` exists.
+        UserError: the model or the prompts cannot be used, `output` exists, or it was begun with
+            other settings.
     """
     if output.exists():
         raise DataError(f"--output {output} exists and is not overwritten; remove it first")
@@ -142,46 +151,114 @@ def generate(
     )
     if warning := _student_difference(config, model, dataset.prompts[0], tokenizer):
         view.note(warning)
-    view.start(f"responding to {len(dataset.prompts)} prompts")
-    served = ServedModel(
-        facts=facts,
-        model=ModelConfig(model=model, trust_remote_code=config.student.trust_remote_code),
-        source=Source.TEACHER,
-        spec=placement.generation(config, device),
-        pool=config.generate,
-    )
-    with serving(
-        config,
-        served,
-        sampling,
-        device=device,
-        tokenizer=tokenizer,
-        end_token_id=dataset.end_token_id,
-        interrupt=view.tick,
-    ) as responder:
-        responses = responder.respond(dataset.prompts, sampling, config.run.seed)
-    written = response_rows(
-        dataset.prompts,
-        dataset.columns,
-        responses,
-        renderer=renderer,
-        tokenizer=tokenizer,
-        names=config.data.columns,
-        keep_truncated=keep_truncated,
-    )
-    lines = list(written.summary())
-    if not written.rows:
-        hint = ""
-        if written.left_out["truncated"]:
-            hint = (
-                f"; raise generate.sampling.max_tokens, now {sampling.limit}, or keep what was cut"
-                " off with --keep-truncated"
-            )
-        raise DataError(f"--output {output} was not written: {'; '.join(lines)}{hint}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written.rows)
-    write_atomically(output, text.encode())
+    with partial_responses.held(output, _settings(config, model, dataset)) as partial:
+        if partial.num_damaged:
+            view.note(f"{partial.path}: {partial.num_damaged} damaged lines are left out")
+        if partial.done:
+            view.note(
+                f"{partial.path} has {len(partial.done):,} of {len(dataset.prompts):,} responses;"
+                " going on with the others"
+            )
+        if len(partial.done) < len(dataset.prompts):
+            served = ServedModel(
+                facts=facts,
+                model=ModelConfig(model=model, trust_remote_code=config.student.trust_remote_code),
+                source=Source.TEACHER,
+                spec=placement.generation(config, device),
+                pool=config.generate,
+            )
+            view.start("starting generators")
+            with serving(
+                config,
+                served,
+                sampling,
+                device=device,
+                tokenizer=tokenizer,
+                end_token_id=dataset.end_token_id,
+                interrupt=view.tick,
+            ) as responder:
+                _respond(config, dataset, partial, responder, renderer, view)
+        counts = partial.finish(
+            [prompt.prompt_id for prompt in dataset.prompts], keep_truncated=keep_truncated
+        )
+        lines = counts.summary()
+        if not counts.written:
+            hint = ""
+            if counts.left_out["truncated"]:
+                hint = (
+                    "; keep what was cut off with --keep-truncated, or remove"
+                    f" {partial.path} and raise generate.sampling.max_tokens, now {sampling.limit}"
+                )
+            raise DataError(f"--output {output} was not written: {'; '.join(lines)}{hint}")
     return [f"{output}: {lines[0]}", *lines[1:]]
+
+
+def _respond(
+    config: Config,
+    dataset: Dataset,
+    partial: PartialResponses,
+    responder: Responder,
+    renderer: Renderer,
+    view: ConsoleView,
+) -> None:
+    """Respond to the prompts without a response, and keep each response when it ends."""
+    num_prompts, num_before = len(dataset.prompts), len(partial.done)
+    view.start(f"responding to {num_prompts - num_before:,} prompts")
+    columns = {
+        prompt.prompt_id: own
+        for prompt, own in zip(dataset.prompts, dataset.columns, strict=True)
+        if prompt.prompt_id not in partial.done
+    }
+    missing = (prompt for prompt in dataset.prompts if prompt.prompt_id in columns)
+    started, done, num_tokens = time.monotonic(), num_before, 0
+    for responses in responder.stream(missing, config.generate.sampling, config.run.seed):
+        partial.add(
+            [
+                response_row(
+                    columns[response.prompt_id],
+                    response,
+                    renderer=renderer,
+                    tokenizer=responder.tokenizer,
+                    names=config.data.columns,
+                )
+                for response in responses
+            ]
+        )
+        done += len(responses)
+        num_tokens += sum(len(response.response_ids) for response in responses)
+        seconds = time.monotonic() - started
+        view.progress(
+            *(done, num_prompts, "prompts"),
+            pace=pace(done - num_before, num_prompts - done, num_tokens, seconds),
+        )
+
+
+def pace(ended: int, left: int, num_tokens: int, seconds: float) -> str:
+    """How fast responses come, and how long the rest will take at that rate."""
+    text = f"{ended / seconds:.1f} prompts and {num_tokens / seconds:,.0f} tokens a second"
+    return text + (f", about {duration(left * seconds / ended)} left" if left else "")
+
+
+def _settings(config: Config, model: Path, dataset: Dataset) -> dict[str, Any]:
+    """All that responses and their rows depend on, besides the noise of an engine's batches."""
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt, own in zip(dataset.prompts, dataset.columns, strict=True):
+        digest.update(json.dumps([prompt.prompt_id, prompt.token_ids.tolist(), own]).encode())
+    data = config.data.model_dump(
+        mode="json", include={"columns", "template", "time", "reasoning", "conversations"}
+    )
+    return {
+        "digest of the model": model_identity(model),
+        "number of prompts": len(dataset.prompts),
+        "digest of the prompts": digest.hexdigest(),
+        "run": {"seed": config.run.seed},
+        "generate": {
+            "dtype": config.generate.dtype,
+            "sampling": config.generate.sampling.model_dump(mode="json"),
+        },
+        "data": data,
+    }
 
 
 def _student_difference(

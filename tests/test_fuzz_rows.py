@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distillm_ray.config import ChatTemplate, ColumnsConfig, DataConfig, PlainTemplate
 from distillm_ray.data.decoding import decode_ids
-from distillm_ray.data.response_rows import response_rows
+from distillm_ray.data.response_rows import response_row
 from distillm_ray.data.templates import Renderer
 from distillm_ray.data.tokenizing import raw_table, tokenize_rows
 from distillm_ray.types import FinishReason
@@ -312,32 +312,29 @@ def test_what_generate_writes_is_trained_on_as_the_model_saw_and_said_it(
     ]
     said = [*ids, *cut, *([] if truncated else [renderer.end_token_id])]
     assume(said)
-    found = response_rows(
-        [make.prompt("1", token_ids=asked["prompt_ids"])],
-        [json.loads(asked["columns"])],
-        [
-            make.rollout(
-                prompt=asked["prompt_ids"],
-                response=said,
-                finish=FinishReason.LENGTH if truncated else FinishReason.STOP,
-            )
-        ],
+    found = response_row(
+        json.loads(asked["columns"]),
+        make.rollout(
+            prompt_id="1",
+            prompt=asked["prompt_ids"],
+            response=said,
+            finish=FinishReason.LENGTH if truncated else FinishReason.STOP,
+        ),
         renderer=renderer,
         tokenizer=coder,
         names=ColumnsConfig(),
-        keep_truncated=True,
     )
-    if not found.rows:
+    if found.row is None:
         spoiled = any(token in response for token in (*CONTROL, "think>", "\ud83d", "\ude00"))
         # A thought that the prompt opened and the response did not close: the row would close it.
         open_thought = settings[0].startswith("opens a thought")
-        assert spoiled or cut or open_thought or found.left_out["empty"], found.first_refused
+        assert spoiled or cut or open_thought or found.fault == "empty", found.reason
         return
-    *_, sequence = tokenized(written(found.rows[0]), settings)
+    *_, sequence = tokenized(written(found.row), settings)
     assert sequence["kind"] is None
     assert sequence["prompt_ids"] == asked["prompt_ids"]
     (learned,) = sequence["reference_ids"]
-    if found.num_other_ids:
+    if not found.same_ids:
         end = renderer.end_token_id
         one, other = (
             decode_ids(coder, ids[:-1] if ids[-1] == end else ids)

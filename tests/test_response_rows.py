@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from distillm_ray.config import ChatTemplate, ColumnsConfig, DataConfig, PlainTemplate
-from distillm_ray.data.response_rows import ResponseRows, response_rows
+from distillm_ray.data.response_rows import ResponseCounts, response_row
 from distillm_ray.data.rows import Example, parse_row
 from distillm_ray.data.splits import load_dataset
 from distillm_ray.data.templates import RenderedExample, Renderer
@@ -32,27 +33,29 @@ def config(raw: bool) -> DataConfig:
 
 def written(
     *responses: list[int], raw: bool = False, truncated: bool = False, keep: bool = False
-) -> ResponseRows:
-    """The rows of these responses to the prompt `why`."""
+) -> tuple[list[dict[str, Any]], ResponseCounts]:
+    """The rows of these responses to the prompt `why`, and the counts."""
     made, columns = tokenizer(), {"prompt": "why"}
     renderer = Renderer(made, config(raw))
     ids = renderer.render(parse_row(columns, require_responses=False)).prompt_ids
-    return response_rows(
-        [make.prompt(f"p{index}", token_ids=ids) for index in range(len(responses))],
-        [columns] * len(responses),
-        [
+    rows, counts = [], ResponseCounts()
+    for index, response in enumerate(responses):
+        found = response_row(
+            columns,
             make.rollout(
+                prompt_id=f"p{index}",
                 prompt=ids,
                 response=response,
                 finish=FinishReason.LENGTH if truncated else FinishReason.STOP,
-            )
-            for response in responses
-        ],
-        renderer=renderer,
-        tokenizer=made,
-        names=ColumnsConfig(),
-        keep_truncated=keep,
-    )
+            ),
+            renderer=renderer,
+            tokenizer=made,
+            names=ColumnsConfig(),
+        )
+        if counts.add(found, keep_truncated=keep):
+            assert found.row is not None
+            rows.append(found.row)
+    return rows, counts
 
 
 def bytes_of(text: str) -> list[int]:
@@ -60,13 +63,17 @@ def bytes_of(text: str) -> list[int]:
 
 
 def test_a_leading_space_is_kept_under_the_raw_template() -> None:
-    (row,) = written([*bytes_of(" Paris"), EOS], raw=True).rows
+    (row,), _ = written([*bytes_of(" Paris"), EOS], raw=True)
     assert row == {"id": "p0", "prompt": "why", "response": " Paris", "finish_reason": "stop"}
 
 
 def test_white_space_that_a_template_trims_is_counted() -> None:
-    found = written([*bytes_of("so"), END], [*bytes_of("so"), EOS])
-    assert (len(found.rows), found.num_other_ids) == (2, 1)  # the second stopped at another token
+    rows, counts = written([*bytes_of("so"), END], [*bytes_of("so"), EOS])
+    assert (len(rows), counts.written, counts.num_other_ids) == (
+        2,
+        2,
+        1,
+    )  # the second stopped at another token
 
 
 @pytest.mark.parametrize(
@@ -79,8 +86,8 @@ def test_white_space_that_a_template_trims_is_counted() -> None:
 def test_what_a_row_cannot_hold_is_left_out_with_its_reason(
     response: list[int], reason: str
 ) -> None:
-    found = written([*bytes_of("so"), END], response)
-    assert [row["id"] for row in found.rows] == ["p0"]
+    rows, found = written([*bytes_of("so"), END], response)
+    assert [row["id"] for row in rows] == ["p0"]
     assert found.left_out == {"that a row cannot hold": 1}
     assert found.first_refused.startswith("p1: ")
     assert reason in found.first_refused
@@ -88,8 +95,8 @@ def test_what_a_row_cannot_hold_is_left_out_with_its_reason(
 
 
 def test_empty_and_truncated_responses_are_left_out_and_counted() -> None:
-    assert written([END], [*bytes_of(" "), END]).left_out == {"empty": 2}
-    assert written(bytes_of("so"), truncated=True).left_out == {"truncated": 1}
+    assert written([END], [*bytes_of(" "), END])[1].left_out == {"empty": 2}
+    assert written(bytes_of("so"), truncated=True)[1].left_out == {"truncated": 1}
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -97,7 +104,7 @@ def test_a_truncated_response_that_is_kept_is_learned_without_an_end_token(
     raw: bool, tmp_path: Path
 ) -> None:
     said = bytes_of("so far and")
-    (row,) = written(said, raw=raw, truncated=True, keep=True).rows
+    (row,), _ = written(said, raw=raw, truncated=True, keep=True)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     dataset = load_dataset((path,), config(raw), tokenizer(), split="train")
@@ -137,6 +144,6 @@ def test_a_template_that_fails_on_one_response_costs_that_response_only(
         return render(self, example)
 
     monkeypatch.setattr(Renderer, "render", failing)
-    found = written([*bytes_of("x"), END], [*bytes_of("so"), END])
-    assert [row["id"] for row in found.rows] == ["p1"]
+    rows, found = written([*bytes_of("x"), END], [*bytes_of("so"), END])
+    assert [row["id"] for row in rows] == ["p1"]
     assert found.first_refused == "p0: ZeroDivisionError: of the template"

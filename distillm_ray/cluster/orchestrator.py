@@ -12,6 +12,7 @@ from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, beside_driver
 from distillm_ray.cluster.buffer import BufferActor, ReplayProducer
 from distillm_ray.cluster.log import AsyncLog, LogActor
 from distillm_ray.cluster.orchestrator_loop import Orchestrator
+from distillm_ray.cluster.response_stream import ResponseStream
 from distillm_ray.cluster.rollout import (
     TIMEOUTS_PER_CALL,
     GeneratorActor,
@@ -83,6 +84,7 @@ class OrchestratorActor:
             response_filter=config.rollout.filter,
             scores_rollouts=config.loss.compares(Source.STUDENT),
         )
+        self._stream = ResponseStream()
         self._reported = Counters()
 
     @ray.method
@@ -121,6 +123,21 @@ class OrchestratorActor:
     ) -> list[Rollout]:
         """Respond to prompts, in order."""
         return await self._loop.respond(prompts, sampling, seed)
+
+    @ray.method
+    async def exchange(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int
+    ) -> list[Rollout]:
+        """Start to respond to prompts; returns the responses that ended since the last call.
+
+        Waits for one if there is none.
+        """
+
+        async def respond(prompt: Prompt) -> Rollout:
+            (response,) = await self._loop.respond((prompt,), sampling, seed)
+            return response
+
+        return await self._stream.exchange(prompts, respond)
 
     @ray.method
     async def report_step(self, train: TrainStep, facts: DrawFacts) -> None:

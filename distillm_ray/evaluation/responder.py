@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
+import ray
 from ray.actor import ActorProxy
 
 from distillm_ray.cluster.actors import ask, release
@@ -29,6 +31,8 @@ from distillm_ray.types import Device, Prompt, Rollout, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+WAVES_IN_FLIGHT = 2  # one that the engines work on, one that is ready when a place is free
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Responder:
@@ -48,20 +52,56 @@ class Responder:
         The limit is a generator's limit for each wave of requests, and once more for a generator
         that is replaced.
         """
-        engine = self.pool.engine
-        at_once = engine.max_num_seqs if isinstance(engine, VllmEngine) else engine.max_batch_size
-        waves = -(-len(prompts) // (at_once * self.pool.actors))
-        limit_s = TIMEOUTS_PER_CALL * self.pool.timeout_s * (waves + 1) + self.startup_timeout_s
-        rollouts = ask(
-            self.orchestrator.respond.remote(prompts, sampling, seed),
-            f"responses to {len(prompts)} prompts in {waves} waves (timeout_s of the pool)",
-            timeout_s=limit_s,
-            interrupt=self.interrupt,
+        waves = -(-len(prompts) // self._at_once)
+        rollouts = self._ask(
+            self.orchestrator.respond.remote(prompts, sampling, seed), len(prompts), waves
         )
         return [
             dataclasses.replace(rollout, text=decode(self.tokenizer, rollout))
             for rollout in rollouts
         ]
+
+    def stream(
+        self, prompts: Iterable[Prompt], sampling: SamplingConfig, seed: int
+    ) -> Iterator[list[Rollout]]:
+        """Responses as they end, some at a time, without their text.
+
+        `WAVES_IN_FLIGHT` waves of prompts are under way, also while the caller is busy with those
+        that it was given; no more prompts and responses than that are held here or behind.
+        """
+        rest = iter(prompts)
+        in_flight = 0
+
+        def next_call() -> ray.ObjectRef[list[Rollout]] | None:
+            nonlocal in_flight
+            new = list(islice(rest, WAVES_IN_FLIGHT * self._at_once - in_flight))
+            in_flight += len(new)
+            return self.orchestrator.exchange.remote(new, sampling, seed) if in_flight else None
+
+        call = next_call()
+        while call is not None:
+            ended = self._ask(call, in_flight, WAVES_IN_FLIGHT)
+            in_flight -= len(ended)
+            call = next_call()
+            yield ended
+
+    @property
+    def _at_once(self) -> int:
+        """How many prompts the pool responds to at a time."""
+        engine = self.pool.engine
+        each = engine.max_num_seqs if isinstance(engine, VllmEngine) else engine.max_batch_size
+        return each * self.pool.actors
+
+    def _ask(
+        self, call: ray.ObjectRef[list[Rollout]], num_prompts: int, waves: int
+    ) -> list[Rollout]:
+        return ask(
+            call,
+            f"responses to {num_prompts} prompts in {waves} waves (timeout_s of the pool)",
+            timeout_s=TIMEOUTS_PER_CALL * self.pool.timeout_s * (waves + 1)
+            + self.startup_timeout_s,
+            interrupt=self.interrupt,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

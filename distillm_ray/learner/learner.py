@@ -41,7 +41,7 @@ from distillm_ray.learner.deepspeed_engine import (
 )
 from distillm_ray.learner.held_out_loss import cross_entropy_sum, own_text_sum
 from distillm_ray.learner.host_memory import return_freed_memory
-from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at
+from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at, set_hyperparameters
 from distillm_ray.learner.self_check import largest_self_divergence
 from distillm_ray.learner.step_statistics import StepStatistics
 from distillm_ray.learner.student_model import (
@@ -239,6 +239,7 @@ class Learner:
         """The inverse of `save`, under the same ZeRO stage (1 and 2 load each other's files)."""
         path, _ = self._engine.load_checkpoint(str(directory), tag=_ENGINE_TAG)
         assert path is not None, f"DeepSpeed found nothing to load in {directory}"
+        set_hyperparameters(self._optimizer, self._config)
         random_path = directory / f"random-{self.rank:05d}.pt"
         if random_path.exists():  # ranks that the saved run did not have keep their new streams
             set_random_state(torch.load(random_path, weights_only=False), self.device)

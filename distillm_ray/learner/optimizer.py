@@ -14,21 +14,38 @@ from distillm_ray.config import LearnerConfig
 def build_optimizer(
     config: LearnerConfig, parameters: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """torch's own optimizers, which need no compiler. DeepSpeed adds float32 master weights."""
+    """torch's own optimizers, which need no compiler. DeepSpeed adds float32 master weights.
+
+    Matrices decay, embeddings included. Vectors do not: biases and the scales of norms. There are
+    two groups also without decay, so that a run can be resumed with another `weight_decay`.
+
+    Args:
+        parameters: whole ones, before ZeRO-3 divides them.
+    """
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [
+        {"params": members, "decays": members is matrices}
+        for members in (matrices, vectors)
+        if members
+    ]
     match config.optimizer:
         case "adamw":
-            return torch.optim.AdamW(
-                parameters,
-                lr=config.learning_rate,
-                betas=config.adam_betas,
-                eps=config.adam_epsilon,
-                weight_decay=config.weight_decay,
-                fused=True,  # one pass over the states instead of ten
-            )
+            # Fused: one pass over the states instead of ten.
+            optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         case "sgd":
-            return torch.optim.SGD(
-                parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-            )
+            optimizer = torch.optim.SGD(groups, lr=config.learning_rate)
+    set_hyperparameters(optimizer, config)
+    return optimizer
+
+
+def set_hyperparameters(optimizer: torch.optim.Optimizer, config: LearnerConfig) -> None:
+    """Set what the config says, also in place of what a checkpoint brought."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
+        if config.optimizer == "adamw":
+            group["betas"] = config.adam_betas
+            group["eps"] = config.adam_epsilon
 
 
 def learning_rate_at(step: int, config: LearnerConfig) -> float:

@@ -51,6 +51,7 @@ class View:
     phase_started: float = 0.0
     waiting: str = ""  # what the run waits for, or empty
     progress: tuple[int, int, str] | None = None  # done, of how many, of what; in place of steps
+    pace: str = ""  # of that progress
     step: StepRecord | None = None
     totals: Totals = field(default_factory=Totals)  # of the records that the view has seen
     first_validation: ValidationRecord | None = None
@@ -180,7 +181,7 @@ def render(view: View, now: float) -> RenderableType:
     bar.add_row(
         ProgressBar(total=max(total, 1), completed=done, width=40),
         f"{done}/{total} {what}",
-        Text(f"about {duration(eta)} left" if math.isfinite(eta) else "", style="dim"),
+        Text(f"about {duration(eta)} left" if math.isfinite(eta) else view.pace, style="dim"),
     )
     parts.append(bar)
     if view.step is not None or view.validation is not None:
@@ -300,7 +301,7 @@ class ConsoleView:
     def start(self, phase: str) -> None:
         """Enter a phase, such as "starting generators" or "training"."""
         self.view = dataclasses.replace(
-            self.view, phase=phase, phase_started=self._clock(), waiting="", progress=None
+            self.view, phase=phase, phase_started=self._clock(), waiting="", progress=None, pace=""
         )
         self._print(phase)
 
@@ -318,13 +319,13 @@ class ConsoleView:
                 return
         self._print(line(record, self.view.total_steps))
 
-    def progress(self, done: int, total: int, what: str) -> None:
-        """Show how far a phase without steps has come, as in 12 of 40 sequences."""
-        self.view = dataclasses.replace(self.view, progress=(done, total, what))
+    def progress(self, done: int, total: int, what: str, *, pace: str = "") -> None:
+        """Show how far a phase without steps has come, as in 12 of 40 sequences, and how fast."""
+        self.view = dataclasses.replace(self.view, progress=(done, total, what), pace=pace)
         now = self._clock()
         if now - self._step_line_at >= self._line_interval_s or done == total:
             self._step_line_at = now
-            self._print(f"{done:,} of {total:,} {what}")
+            self._print(f"{done:,} of {total:,} {what}" + (f"  {pace}" if pace else ""))
 
     def note(self, text: str) -> None:
         """Print a line that stays on the screen above the live view."""

@@ -12,7 +12,13 @@ import pytest
 from distillm_ray.config_files import load_config
 from distillm_ray.data.splits import load_dataset
 from distillm_ray.models.tokenizers import load_tokenizer
-from tests.integration.tiny import LIMIT_S, clean_environment, make_config
+from tests.integration.tiny import (
+    LIMIT_S,
+    Driver,
+    clean_environment,
+    make_config,
+    make_rows,
+)
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(2 * LIMIT_S)]
 
@@ -66,6 +72,43 @@ def test_what_it_writes_is_learned_with_the_prompts_that_the_model_saw(
     ]
     stopped = [row["finish_reason"] == "stop" for row in sorted(rows, key=lambda row: row["id"])]
     assert ends == stopped
+
+
+def test_a_killed_command_goes_on_with_the_prompts_that_are_missing(
+    config: Path, tmp_path: Path
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"
+    make_rows(prompts, 150, start=0)
+    partial = tmp_path / "responses.jsonl.partial"
+    command = (
+        *("generate", str(config), "generate.engine.max_batch_size=2", "--keep-truncated"),
+        *("--model", str(config.parent / "teacher")),
+        *("--prompts", str(prompts), "--output", str(output)),
+    )
+
+    def kept() -> list[str]:
+        return partial.read_text().split("\n")[1:-1] if partial.exists() else []
+
+    with Driver(*command, log=tmp_path / "log.txt") as driver:
+        driver.wait_for(lambda: len(kept()) >= 20, LIMIT_S)
+    first = {row["prompt_id"]: row["row"] for row in map(json.loads, kept())}
+    assert 20 <= len(first) < 150
+    assert not output.exists()
+    with partial.open("a") as file:
+        file.write('{"prompt_id": "q0", "trunc')
+
+    with Driver(*command, log=tmp_path / "log.txt") as driver:
+        assert driver.wait(LIMIT_S) == 0, driver.output()
+        assert f"{partial} has {len(first)} of 150 responses" in driver.output()
+        assert "150 of 150 prompts" in driver.output()
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    asked = [json.loads(line)["id"] for line in prompts.read_text().splitlines()]
+    order = [asked.index(row["id"]) for row in rows]
+    assert order == sorted(set(order))
+    written = {row["id"]: row for row in rows}
+    assert all(written[name] == row for name, row in first.items() if row is not None)
+    assert {name for name, row in first.items() if row is None}.isdisjoint(written)
+    assert not partial.exists()
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(

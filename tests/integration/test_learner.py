@@ -67,6 +67,7 @@ def learner_config(stage: int, **changes: Any) -> LearnerConfig:
         "steps": 10,
         "batch_size": len(LENGTHS),
         "learning_rate": 0.5,
+        "weight_decay": 0.05,
         "max_gradient_norm": 0.8,
         "optimizer": "sgd",
         "zero_stage": stage,
@@ -300,7 +301,8 @@ def reference(directory: Path) -> tuple[list[float], list[float], dict[str, torc
         with torch.no_grad():
             for parameter in model.parameters():
                 assert parameter.grad is not None
-                parameter -= rate * parameter.grad
+                decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+                parameter -= rate * (parameter.grad + decay * parameter)
         losses.append(loss.item())
         norms.append(norm.item())
     return losses, norms, {name: value.detach() for name, value in model.named_parameters()}
