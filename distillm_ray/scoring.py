@@ -96,7 +96,7 @@ def score(config: Config, view: ConsoleView) -> list[str]:
             scorers,
             stores,
             identity,
-            call_timeout_s=config.teacher.timeout_s,
+            stall_timeout_s=config.teacher.timeout_s,
             startup_timeout_s=config.run.startup_timeout_s,
             log=AsyncLog(None),
         )

@@ -33,7 +33,7 @@ class Calls:
             cast(Any, [object() for _ in range(num_members)]),
             role="generator",
             max_in_flight=max_in_flight,
-            call_timeout_s=60.0,
+            stall_timeout_s=60.0,
             startup_timeout_s=60.0,
             log=cast(Any, None),
         )

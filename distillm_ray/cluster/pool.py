@@ -4,15 +4,16 @@ A call goes to the member with the fewest calls in flight. Where all are full, c
 order of their arrival, and each call that ends hands its place to the first of them: one wake-up,
 however many wait.
 
-A member whose call raises, hangs past its limit or dies is killed. Ray restarts its process, on
-another node if need be, and the pool prepares it again. Ray itself never repeats a call: a repeated
-generation would sample other tokens under the old metadata. The caller gets `ActorLost` and
-decides.
+A member whose call raises, that makes no progress with its calls, or that dies is killed. Ray
+restarts its process, on another node if need be, and the pool prepares it again. Ray itself never
+repeats a call: a repeated generation would sample other tokens under the old metadata. The caller
+gets `ActorLost` and decides. A call that the member itself gives up (`aborted`) costs nothing else.
 
     wait                        ends when                           limit
     ------------------------    --------------------------------    ---------------------------
     for a free place            a call ends or a member is ready    none: its callers are bounded
-    for a call                  the member replies                  `call_timeout_s`
+    for a call                  the member replies                  `stall_timeout_s` without any
+                                                                    progress of the member
     for a member to start       it is up, started and prepared      `startup_timeout_s`
 
 `MAX_FAILURES` failures of a member without a success in between end the run, because a restart does
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +41,8 @@ from distillm_ray.log.records import EventRecord
 
 MAX_FAILURES = 3
 _RESTART_POLL_S = 0.2
+_PROGRESS_POLL_S = 15.0  # how often a member is asked whether it gets on
+_FROZEN_S = 60.0  # a member that does not even answer that hangs with all of its process
 
 
 class ActorLost(Exception):
@@ -63,6 +67,11 @@ class PooledActor:
         """What a user should know about how the model runs; empty if nothing."""
         return ""
 
+    @ray.method
+    async def silent_s(self) -> float:
+        """For how many seconds it has not got on with its calls; 0 if it owes nothing."""
+        raise NotImplementedError
+
 
 A = TypeVar("A", bound=PooledActor)
 Result = TypeVar("Result")
@@ -79,6 +88,7 @@ class Member(Generic[A]):
     life: int = 0  # how often it was replaced
     process: str = ""  # the process that started last
     killed: str = ""  # the process that was killed last, which may still reply for a while
+    looked: float = 0.0  # when it was last seen to get on, on the monotonic clock
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -89,13 +99,16 @@ Place: TypeAlias = tuple[Member[A], int]
 class ActorPool(Generic[A]):
     """Spreads calls over actors and replaces those that fail."""
 
+    aborted: tuple[type[Exception], ...] = ()
+    """What a member raises for a call that it gave up; it works on, and the caller decides."""
+
     def __init__(
         self,
         handles: Sequence[ActorProxy[A]],
         *,
         role: str,
         max_in_flight: int,
-        call_timeout_s: float,
+        stall_timeout_s: float,
         startup_timeout_s: float,
         log: AsyncLog,
     ) -> None:
@@ -104,7 +117,7 @@ class ActorPool(Generic[A]):
             Member(name=f"{role} {index}", handle=handle) for index, handle in enumerate(handles)
         ]
         self._max_in_flight = max_in_flight
-        self._call_timeout_s = call_timeout_s
+        self._stall_timeout_s = stall_timeout_s
         self._startup_timeout_s = startup_timeout_s
         self._log = log
         self._waiting: deque[asyncio.Future[Place[A]]] = deque()  # calls, the first to come first
@@ -132,17 +145,41 @@ class ActorPool(Generic[A]):
             ActorLost: the member failed and is being replaced.
             ClusterError: it failed too often.
             UserError: the call itself was wrong, whichever member runs it.
+            Exception: one of `aborted`.
         """
         member, life = await self._acquire()
         try:
-            result = await asyncio.wait_for(invoke(member.handle), self._call_timeout_s)
+            result = await self._reply(member, invoke(member.handle))
         except (RayError, TimeoutError) as error:
+            if isinstance(cause := cause_of(error), self.aborted):
+                raise cause from error
             await self._replace(member, life, error)
             raise ActorLost(f"{member.name}: {one_line(error)}") from error
         finally:
             self._release(member)
         member.failures = 0
         return result
+
+    async def _reply(self, member: Member[A], call: Awaitable[Result]) -> Result:
+        """The result of a call, awaited as long as the member gets on with its calls.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        task = asyncio.ensure_future(call)
+        try:
+            poll_s = min(_PROGRESS_POLL_S, self._stall_timeout_s)
+            while not (await asyncio.wait((task,), timeout=poll_s))[0]:
+                if time.monotonic() - member.looked < poll_s:
+                    continue  # another of its calls has asked
+                member.looked = time.monotonic()
+                silent = asyncio.ensure_future(member.handle.silent_s.remote())
+                silent_s = await asyncio.wait_for(silent, _FROZEN_S)
+                if silent_s > self._stall_timeout_s:
+                    raise TimeoutError(f"no progress for {silent_s:.0f} s")
+            return task.result()
+        finally:
+            task.cancel()
 
     async def call_until_done(self, invoke: Callable[[ActorProxy[A]], Awaitable[Result]]) -> Result:
         """`call`, repeated while members are lost; the pool limits how often one may fail."""

@@ -71,6 +71,11 @@ class ScorerActor(PooledActor):
         """How the teacher runs packed rows, where that is slower than usual."""
         return self._scorer.remark
 
+    @ray.method
+    async def silent_s(self) -> float:
+        """Seconds since the running forward pass began; 0 if none runs."""
+        return self._scorer.silent_s
+
     @ray.method(num_returns=2)
     async def score(self, rollout: Rollout) -> tuple[ScoreReport, TeacherTargets]:
         """Score one sequence. Ray returns report and targets as two objects."""
@@ -217,7 +222,7 @@ class ScorerPool(ActorPool[ScorerActor]):
         stores: Sequence[ActorProxy[TargetStoreActor]],
         identity: TargetIdentity,
         *,
-        call_timeout_s: float,
+        stall_timeout_s: float,
         startup_timeout_s: float,
         log: AsyncLog,
     ) -> None:
@@ -225,7 +230,7 @@ class ScorerPool(ActorPool[ScorerActor]):
             handles,
             role="scorer",
             max_in_flight=_REQUESTS_PER_SCORER,
-            call_timeout_s=call_timeout_s,
+            stall_timeout_s=stall_timeout_s,
             startup_timeout_s=startup_timeout_s,
             log=log,
         )

@@ -13,13 +13,12 @@ from ray.actor import ActorProxy
 from distillm_ray.cluster.actors import ask, release
 from distillm_ray.cluster.orchestrator import OrchestratorActor, start_orchestrator
 from distillm_ray.cluster.placement import RoleSpec
-from distillm_ray.cluster.rollout import TIMEOUTS_PER_CALL, start_generators
+from distillm_ray.cluster.rollout import start_generators
 from distillm_ray.config import (
     Config,
     GeneratorPoolConfig,
     ModelConfig,
     SamplingConfig,
-    VllmEngine,
 )
 from distillm_ray.data.decoding import decode
 from distillm_ray.models.directory import ModelFacts
@@ -45,16 +44,12 @@ class Responder:
     ) -> list[Rollout]:
         """One response for each prompt, in order, with its text.
 
-        The limit is a generator's limit for each wave of requests, and once more for a generator
-        that is replaced.
+        The limit follows from the waves of requests; a generator may be replaced meanwhile.
         """
-        engine = self.pool.engine
-        at_once = engine.max_num_seqs if isinstance(engine, VllmEngine) else engine.max_batch_size
-        waves = -(-len(prompts) // (at_once * self.pool.actors))
-        limit_s = TIMEOUTS_PER_CALL * self.pool.timeout_s * (waves + 1) + self.startup_timeout_s
+        limit_s = self.pool.limit_s(len(prompts), sampling.limit) + self.startup_timeout_s
         rollouts = ask(
             self.orchestrator.respond.remote(prompts, sampling, seed),
-            f"responses to {len(prompts)} prompts in {waves} waves (timeout_s of the pool)",
+            f"responses to {len(prompts)} prompts (timeout_s of the pool)",
             timeout_s=limit_s,
             interrupt=self.interrupt,
         )

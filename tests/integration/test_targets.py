@@ -48,7 +48,7 @@ def pool_of(scorers: list[Actor], stores: list[Actor], *, log: Events | None = N
         scorers,
         stores,
         IDENTITY,
-        call_timeout_s=60.0,
+        stall_timeout_s=60.0,
         startup_timeout_s=120.0,
         log=cast(Any, log or Events()),
     )
@@ -250,4 +250,4 @@ def test_a_scorer_that_hangs_is_replaced_after_teacher_timeout_s(tmp_path: Path)
     assert lengths(found) == {"r0": 3}
     assert hung.exists()
     failed = events(log)[0]
-    assert (failed.name, failed.detail) == ("scorer 0 failed", "TimeoutError:")
+    assert (failed.name, failed.detail) == ("scorer 0 failed", "TimeoutError: no progress for 2 s")
