@@ -369,7 +369,17 @@ class PoolConfig(ProcessConfig):
     """A pool of identical processes."""
 
     actors: MayChange[Positive] = 1
+    min_actors: MayChange[Positive] = 1  # fewer that work or can be restarted end the run
     tensor_parallel: MayChange[Positive] = 1  # GPUs that one model is split over
+
+    @model_validator(mode="after")
+    def _minimum_is_reachable(self) -> PoolConfig:
+        if self.min_actors > self.actors:
+            raise ValueError(
+                f"min_actors must be at most actors, got {self.min_actors} > {self.actors}: the run"
+                " would end before it starts; lower min_actors or raise actors"
+            )
+        return self
 
 
 class TeacherConfig(ModelConfig, PoolConfig):

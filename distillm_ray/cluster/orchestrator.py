@@ -73,6 +73,7 @@ class OrchestratorActor:
                 stall_timeout_s=config.teacher.timeout_s,
                 startup_timeout_s=startup_timeout_s,
                 log=log,
+                min_actors=config.teacher.min_actors,
             )
         self._loop = Orchestrator(
             buffer=buffer,
@@ -156,7 +157,7 @@ class OrchestratorClient:
         ask(
             self._actor.restore.remote(state, completed),
             "resetting buffer and generators to the checkpoint (run.startup_timeout_s)",
-            timeout_s=self._config.run.startup_timeout_s,
+            timeout_s=self._config.run.startup_timeout_s + CALL_TIMEOUT_S,
         )
 
     def ensure_targets(self, rollouts: Sequence[Rollout]) -> None:

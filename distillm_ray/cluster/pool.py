@@ -16,8 +16,10 @@ gets `ActorLost` and decides. A call that the member itself gives up (`aborted`)
                                                                     progress of the member
     for a member to start       it is up, started and prepared      `startup_timeout_s`
 
-`MAX_FAILURES` failures of a member without a success in between end the run, because a restart does
-not fix their cause. So do as many crashes during its start, and any error that its `start` raises.
+A member is *missing* after `MAX_FAILURES` failures without a success in between, because a restart
+does not fix their cause, and after a start that failed: no room in the cluster, a crash, an error.
+The others work on, and it is tried again after pauses that double. The run ends where fewer than
+`min_actors` members are left. When the job starts, every member has to.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ from distillm_ray.log.records import EventRecord
 
 MAX_FAILURES = 3
 _RESTART_POLL_S = 0.2
+_FIRST_PAUSE_S = 10.0  # before a missing member is tried again
+_LONGEST_PAUSE_S = 300.0
 _PROGRESS_POLL_S = 15.0  # how often a member is asked whether it gets on
 _FROZEN_S = 60.0  # a member that does not even answer that hangs with all of its process
 
@@ -85,11 +89,17 @@ class Member(Generic[A]):
     handle: ActorProxy[A]
     in_flight: int = 0
     failures: int = 0  # without a success in between
+    absent: bool = False  # its latest start failed
     life: int = 0  # how often it was replaced
     process: str = ""  # the process that started last
     killed: str = ""  # the process that was killed last, which may still reply for a while
     looked: float = 0.0  # when it was last seen to get on, on the monotonic clock
     ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def missing(self) -> bool:
+        """Whether the pool does not count on it."""
+        return self.absent or self.failures >= MAX_FAILURES
 
 
 Place: TypeAlias = tuple[Member[A], int]
@@ -111,7 +121,9 @@ class ActorPool(Generic[A]):
         stall_timeout_s: float,
         startup_timeout_s: float,
         log: AsyncLog,
+        min_actors: int = 1,
     ) -> None:
+        self._min_actors = min_actors
         self._role = role
         self._members = [
             Member(name=f"{role} {index}", handle=handle) for index, handle in enumerate(handles)
@@ -143,7 +155,7 @@ class ActorPool(Generic[A]):
 
         Raises:
             ActorLost: the member failed and is being replaced.
-            ClusterError: it failed too often.
+            ClusterError: too few members are left.
             UserError: the call itself was wrong, whichever member runs it.
             Exception: one of `aborted`.
         """
@@ -190,14 +202,23 @@ class ActorPool(Generic[A]):
                 continue
 
     async def restart(self) -> None:
-        """Replace every member by a new process, in the state after `start`."""
+        """Replace every member by a new process, in the state after `start`.
+
+        Raises:
+            UserError: too few of them start.
+        """
         recoveries = list(self._recoveries)
         for recovery in recoveries:
             recovery.cancel()
         await asyncio.gather(*recoveries, return_exceptions=True)
         for member in self._members:
             self._kill(member)
-        await self.start()
+        back = await asyncio.gather(*(self._try_start(member) for member in self._members))
+        if self._fatal is not None:
+            raise self._fatal
+        for member, is_back in zip(self._members, back, strict=True):
+            if not is_back:
+                self._recover_in_background(member)
 
     async def _start(self, member: Member[A]) -> None:
         """Return when the member is ready for calls."""
@@ -305,13 +326,19 @@ class ActorPool(Generic[A]):
         member.failures += 1
         self._kill(member)
         await self._log.add(EventRecord(name=f"{member.name} failed", detail=one_line(error)))
-        if member.failures >= MAX_FAILURES:
-            fatal = ClusterError(
-                f"{member.name} failed {member.failures} times in a row, the last time with:"
-                f" {one_line(error)}; see the log of its node for the details"
+        if member.missing:
+            await self._miss(
+                member,
+                ClusterError(
+                    f"{member.name} failed {member.failures} times in a row, the last time with:"
+                    f" {one_line(error)}; see the log of its node for the details"
+                ),
             )
-            self._give_up(fatal)
-            raise fatal from error
+            if self._fatal is not None:
+                raise self._fatal from error
+        self._recover_in_background(member)
+
+    def _recover_in_background(self, member: Member[A]) -> None:
         task = asyncio.create_task(self._recover(member))
         self._recoveries.add(task)
         task.add_done_callback(self._recoveries.discard)
@@ -323,12 +350,42 @@ class ActorPool(Generic[A]):
         kill(member.handle, no_restart=False)
 
     async def _recover(self, member: Member[A]) -> None:
+        """Start a killed member again: at once, or after a pause if it is missing."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            if member.missing:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            if await self._try_start(member):
+                break
+            if self._fatal is not None:
+                return
+            if member.process != member.killed:
+                self._kill(member)  # it is up, but its start failed or hangs
+        await self._log.add(EventRecord(name=f"{member.name} is back"))
+
+    async def _try_start(self, member: Member[A]) -> bool:
+        """Whether it is ready for calls."""
         try:
             await self._start(member)
         except UserError as error:
+            member.absent = True
+            await self._miss(member, error)
+            return False
+        member.absent = False
+        return True
+
+    async def _miss(self, member: Member[A], error: UserError) -> None:
+        """Go on without a member, or end the run if too few are left."""
+        left = sum(not one.missing for one in self._members)
+        others = f"{left} of {len(self._members)} {self._role}s are left"
+        if left >= self._min_actors:
+            detail = f"{error}; {others}, and it is tried again"
+            await self._log.add(EventRecord(name=f"{member.name} is missing", detail=detail))
+        elif len(self._members) == 1:
             self._give_up(error)
-            return
-        await self._log.add(EventRecord(name=f"{member.name} is back"))
+        else:
+            self._give_up(ClusterError(f"{error}; {others}, min_actors = {self._min_actors}"))
 
     def _give_up(self, fatal: UserError) -> None:
         """Make every later call raise `fatal`, and those that wait for a member too."""

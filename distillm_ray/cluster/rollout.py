@@ -100,6 +100,7 @@ class GeneratorPool(ActorPool[GeneratorActor]):
             role="generator",
             max_in_flight=config.max_in_flight,
             stall_timeout_s=config.stall_timeout_s,
+            min_actors=config.min_actors,
             startup_timeout_s=startup_timeout_s,
             log=log,
         )

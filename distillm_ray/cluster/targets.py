@@ -225,6 +225,7 @@ class ScorerPool(ActorPool[ScorerActor]):
         stall_timeout_s: float,
         startup_timeout_s: float,
         log: AsyncLog,
+        min_actors: int = 1,
     ) -> None:
         super().__init__(
             handles,
@@ -233,6 +234,7 @@ class ScorerPool(ActorPool[ScorerActor]):
             stall_timeout_s=stall_timeout_s,
             startup_timeout_s=startup_timeout_s,
             log=log,
+            min_actors=min_actors,
         )
         self._num_stores = len(stores)
         self._stores = StoreCalls(stores, log=log)
