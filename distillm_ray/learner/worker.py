@@ -15,9 +15,11 @@ def run(job: LearnerJob) -> None:
     import torch  # noqa: PLC0415
 
     from distillm_ray.batching import pack, plan_validation  # noqa: PLC0415
+    from distillm_ray.config_files import dump_config  # noqa: PLC0415
     from distillm_ray.data.decoding import decode  # noqa: PLC0415
     from distillm_ray.learner.checkpoint import CheckpointDirectory  # noqa: PLC0415
     from distillm_ray.learner.learner import Learner  # noqa: PLC0415
+    from distillm_ray.learner.shared_directory import check_shared  # noqa: PLC0415
     from distillm_ray.learner.teacher_head import teacher_head  # noqa: PLC0415
     from distillm_ray.learner.train_loop import TrainLoop  # noqa: PLC0415
     from distillm_ray.log.records import EventRecord  # noqa: PLC0415
@@ -40,6 +42,7 @@ def run(job: LearnerJob) -> None:
         seed=config.run.seed,
         compare_engine=not config.mixes_teacher,
     )
+    check_shared(config.run.directory, learner, dump_config(config))
     held_out = ray.get(job.validation)
     plans = ((),) * learner.num_ranks
     if held_out:
