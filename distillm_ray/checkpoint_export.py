@@ -97,6 +97,9 @@ def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:
         run / CHECKPOINT_FOLDER, keep=config.checkpoint.keep, metric=config.validation.metric
     )
     complete = folder.complete()
+    damaged = "".join(f"; {damage}" for damage in folder.damaged())
+    if not complete and damaged:
+        raise RunDirectoryError(f"{run} has no checkpoint that can be exported{damaged}")
     if not complete:
         raise RunDirectoryError(
             f"{run} has no checkpoint: run.mode=local writes none, and a run its first after"
@@ -120,7 +123,7 @@ def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:
     if found is None:
         raise RunDirectoryError(
             f"--checkpoint must be best, latest or the step of a checkpoint, got {which!r};"
-            f" {run} has {_listed(steps)}"
+            f" {run} has {_listed(steps)}{damaged}"
         )
     return found
 

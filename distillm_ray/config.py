@@ -369,14 +369,24 @@ class PoolConfig(ProcessConfig):
     """A pool of identical processes."""
 
     actors: MayChange[Positive] = 1
+    min_actors: MayChange[Positive] = 1  # fewer that work or can be restarted end the run
     tensor_parallel: MayChange[Positive] = 1  # GPUs that one model is split over
+
+    @model_validator(mode="after")
+    def _minimum_is_reachable(self) -> PoolConfig:
+        if self.min_actors > self.actors:
+            raise ValueError(
+                f"min_actors must be at most actors, got {self.min_actors} > {self.actors}: the run"
+                " would end before it starts; lower min_actors or raise actors"
+            )
+        return self
 
 
 class TeacherConfig(ModelConfig, PoolConfig):
     """The frozen teacher, and the pool of scorers that runs it."""
 
     max_batch_tokens: MayChange[Positive] = 8192  # packed into one forward pass
-    timeout_s: MayChange[Above0] = 600.0  # scoring one sequence, waiting in the queue included
+    timeout_s: MayChange[Above0] = 600.0  # of one forward pass; then the scorer is replaced
 
 
 class LoraConfig(Section):
@@ -557,6 +567,10 @@ class FilterConfig(Section):
     drop_truncated: bool = False  # ended by length
 
 
+SECONDS_PER_TOKEN = 0.5  # of one response, in a full batch, on a slow machine
+SHORTEST_LIMIT_S = 600.0
+
+
 class GeneratorPoolConfig(PoolConfig):
     """A pool of generators."""
 
@@ -567,7 +581,30 @@ class GeneratorPoolConfig(PoolConfig):
     ] = VllmEngine()
     dtype: MayChange[Dtype] = "auto"
     max_in_flight: MayChange[Positive] = 256  # requests per generator
-    timeout_s: MayChange[Above0] = 600.0  # one response, or one weight update
+    # One response, from the start of its decoding; then it is generated again. Default: what its
+    # tokens take at 2 tokens a second, and at least ten minutes.
+    timeout_s: MayChange[Above0 | None] = None
+    # Without any token of any request, or for one weight update; then the generator is replaced.
+    stall_timeout_s: MayChange[Above0] = 600.0
+
+    @property
+    def batch_size(self) -> int:
+        """Requests that one engine decodes at the same time; others wait in its queue."""
+        if isinstance(self.engine, VllmEngine):
+            return self.engine.max_num_seqs
+        return self.engine.max_batch_size
+
+    def response_limit_s(self, max_tokens: int) -> float:
+        """The limit on decoding one response of at most so many tokens."""
+        return self.timeout_s or max(SHORTEST_LIMIT_S, SECONDS_PER_TOKEN * max_tokens)
+
+    def limit_s(self, num_requests: int, max_tokens: int) -> float:
+        """The limit on so many responses: of each wave, and of one more for those repeated.
+
+        One generator may stall meanwhile.
+        """
+        waves = -(-num_requests // (self.batch_size * self.actors)) + 1
+        return waves * self.response_limit_s(max_tokens) + self.stall_timeout_s
 
     @model_validator(mode="after")
     def _engine_runs_in_parallel(self) -> GeneratorPoolConfig:

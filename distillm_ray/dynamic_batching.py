@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+from distillm_ray.activity import Activity
+
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
@@ -35,6 +37,7 @@ class DynamicBatcher(Generic[Request, Result]):
         self._waiting: list[tuple[Request, asyncio.Future[Result]]] = []
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._activity = Activity()
         self.between_batches = asyncio.Lock()
         """No batch runs while this is held."""
 
@@ -60,6 +63,11 @@ class DynamicBatcher(Generic[Request, Result]):
         self._arrived.set()
         return await future
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the running batch began; 0 if none runs."""
+        return self._activity.silent_s
+
     async def _run_batches(self) -> None:
         while True:
             await self._arrived.wait()
@@ -84,7 +92,8 @@ class DynamicBatcher(Generic[Request, Result]):
     async def _run_batch(self, batch: Sequence[tuple[Request, asyncio.Future[Result]]]) -> None:
         requests = [request for request, _ in batch]
         work = asyncio.get_running_loop().run_in_executor(None, self._compute, requests)
-        await asyncio.wait((work,))
+        with self._activity.busy():
+            await asyncio.wait((work,))
         error = work.exception()
         results = [] if error is not None else work.result()
         if error is None and len(results) != len(batch):

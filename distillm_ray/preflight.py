@@ -193,8 +193,15 @@ def check_run_directory(config: Config) -> Checkpoint | None:
             )
         return None
     check_resume(load_config(saved), config)
-    folder = directory / CHECKPOINT_FOLDER
-    latest = CheckpointDirectory(folder, keep=config.checkpoint.keep).latest()
+    checkpoints = CheckpointDirectory(directory / CHECKPOINT_FOLDER, keep=config.checkpoint.keep)
+    latest = checkpoints.latest()
+    damaged = checkpoints.damaged()
+    if latest is None and damaged:
+        raise RunDirectoryError(
+            f"run.directory: no checkpoint of {directory} can be resumed: {'; '.join(damaged)}."
+            " Restore the files, remove the checkpoint to start from the beginning, or set"
+            " run.directory to a new directory"
+        )
     steps = config.learner.known_steps
     if latest is not None and steps is not None and latest.meta.step > steps:
         raise RunDirectoryError(

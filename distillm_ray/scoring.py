@@ -96,9 +96,10 @@ def score(config: Config, view: ConsoleView) -> list[str]:
             scorers,
             stores,
             identity,
-            call_timeout_s=config.teacher.timeout_s,
+            stall_timeout_s=config.teacher.timeout_s,
             startup_timeout_s=config.run.startup_timeout_s,
             log=AsyncLog(None),
+            min_actors=config.teacher.min_actors,
         )
         count = CALLS_PER_SCORER * config.teacher.actors
         tally = asyncio.run(_keep_all(pool, rollouts, view, num_calls=count))

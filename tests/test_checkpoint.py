@@ -1,4 +1,4 @@
-"""Incomplete checkpoints are ignored; complete ones are found, ordered and pruned."""
+"""Incomplete and damaged checkpoints are left out; others are found, ordered and pruned."""
 
 import errno
 import json
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from distillm_ray.errors import RunDirectoryError
+from distillm_ray.learner import checkpoint
 from distillm_ray.learner.checkpoint import CheckpointDirectory, CheckpointMeta
 from distillm_ray.types import Validation
 
@@ -76,6 +77,62 @@ def test_a_directory_without_meta_data_is_ignored(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path, keep=2)
     write(directory, 1)
     (tmp_path / "step-00000002").mkdir()
+    assert steps(directory) == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("learner/state", "learner/state must have 7 bytes and"),
+        ("buffer.bin", "buffer.bin must have 11 bytes and"),
+        ("meta.json", "meta.json must have"),
+        ("manifest.json", "manifest.json or meta.json cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["removed", "cut off"])
+def test_a_damaged_checkpoint_is_passed_over_by_name_for_the_one_before(
+    tmp_path: Path, name: str, said: str, damage: str
+) -> None:
+    directory = CheckpointDirectory(tmp_path, keep=2)
+    write(directory, 1)
+    write(directory, 2)
+    path = tmp_path / "step-00000002" / name
+    if damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:3])
+    assert steps(directory) == [1]
+    (found,) = directory.damaged()
+    assert found.startswith(f"{tmp_path}/step-00000002 is damaged: {said}")
+    write(directory, 2)  # when the run has come to its step again, it is replaced
+    assert (steps(directory), directory.damaged()) == ([1, 2], [])
+
+
+def test_a_checkpoint_lists_what_all_ranks_wrote(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(tmp_path, keep=2)
+    directory.prepare(1)
+    (directory.partial_path(1) / "learner" / "state").write_bytes(b"weights")
+    directory.commit(meta(1), b"buffer", [{"learner/state": 7}, {"learner/state": 7}])
+    manifest = json.loads((tmp_path / "step-00000001" / "manifest.json").read_text())
+    assert set(manifest) == {"learner/state", "buffer.bin", "meta.json"}
+    assert (manifest["learner/state"], manifest["buffer.bin"]) == (7, 6)
+
+
+def test_a_file_that_rank_0_does_not_see_commits_nothing_and_names_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_VISIBLE_S", 0.0)
+    directory = CheckpointDirectory(tmp_path, keep=2)
+    write(directory, 1)
+    directory.prepare(2)
+    elsewhere = {"learner/random-00001.pt": 5}
+    with pytest.raises(RunDirectoryError) as caught:
+        directory.commit(meta(2), b"buffer", [{}, elsewhere])
+    assert "run.directory must be a directory that all nodes with a learner share" in str(
+        caught.value
+    )
+    assert "lacks learner/random-00001.pt" in str(caught.value)
+    assert "rank 1 has it" in str(caught.value)
     assert steps(directory) == [1]
 
 

@@ -305,6 +305,10 @@ def test_a_wrong_type_names_key_rule_and_value(sections: dict[str, Any], message
             ("4 + 3 - 2 = 5 > 4", "raise max_staleness"),
         ),
         ({"rollout": {"max_staleness": 0, "lookahead": 2}}, ("2 + 1 - 2 = 1 > 0",)),
+        (
+            {"teacher": {"actors": 2, "min_actors": 3}},
+            ("teacher: min_actors must be at most actors", "got 3 > 2", "raise actors"),
+        ),
         ({"learner": {"workers": 9}}, ("learner.workers", "9 > 8")),
         ({"learner": {"warmup_steps": 10}}, ("10 >= 10", "never reach its peak")),
         ({"learner": {"max_micro_batch_tokens": 1000}}, ("1000 < 1024",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from distillm_ray.rollout.generator import (
     MixedTeacher,
     Request,
     Response,
+    SlowRequest,
     request_seed,
     student_job,
 )
@@ -41,13 +43,16 @@ class EchoGenerator(Generator):
         self.weights = 0
         self.requests: list[Request] = []
         self.failure: Exception | None = None
+        self.places = asyncio.Semaphore(100)  # requests that it decodes at the same time
 
     async def stop(self) -> None:
         pass
 
     async def _respond(self, request: Request) -> Response:
         self.requests.append(request)
-        await self.allowed.wait()
+        async with self.places:
+            request.sign()
+            await self.allowed.wait()
         tokens = [*request.prompt_ids.tolist(), 1000 + self.weights, END]
         return Response(
             token_ids=np.array(tokens, dtype=np.int32),
@@ -76,7 +81,7 @@ def job(end_token_ids: tuple[int, ...] = (END,)) -> GeneratorJob:
 
 
 async def started(timeout_s: float = 5.0) -> EchoGenerator:
-    generator = EchoGenerator(RolloutConfig(timeout_s=timeout_s), job())
+    generator = EchoGenerator(RolloutConfig(timeout_s=timeout_s, stall_timeout_s=timeout_s), job())
     await generator.start()
     return generator
 
@@ -191,13 +196,85 @@ async def test_a_timeout_while_waiting_for_weights_names_both_versions() -> None
         await generator.generate(demand(min_version=9))
 
 
-async def test_a_timeout_of_a_response_names_the_request_and_the_limit() -> None:
+async def test_a_slow_response_is_aborted_by_name_and_its_engine_works_on() -> None:
     generator = await started(timeout_s=0.05)
     generator.allowed.clear()
-    with pytest.raises(TimeoutError, match=r"student-5 had no response after rollout\.timeout_s"):
+    with pytest.raises(SlowRequest, match=r"student-5 was aborted: .* longer than 0\.05 s"):
         await generator.generate(demand(ordinal=5))
     # The request has left the engine, so an update that drains the engine does not wait.
     await generator.update_weights(weights(1), keep_in_flight=False)
+    generator.allowed.set()
+    assert (await generator.generate(demand())).version == 1
+
+
+async def test_the_limit_of_a_response_counts_from_its_turn_in_the_engine() -> None:
+    generator = await started(timeout_s=0.4)
+    generator.places = asyncio.Semaphore(1)
+    generator.allowed.clear()
+
+    async def let_go() -> None:
+        while True:  # a response every 0.1 s, so the eighth waits twice the limit for its turn
+            await asyncio.sleep(0.1)
+            generator.allowed.set()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            generator.allowed.clear()
+
+    pace = asyncio.create_task(let_go())
+    began = time.monotonic()
+    made = await asyncio.gather(*(generator.generate(demand(number)) for number in range(8)))
+    assert time.monotonic() - began > 0.4
+    assert [one.ordinal for one in made] == list(range(8))
+    pace.cancel()
+
+
+async def test_requests_that_drain_an_engine_in_many_waves_do_not_break_the_update() -> None:
+    generator = await started(timeout_s=0.3)
+    generator.places = asyncio.Semaphore(1)
+    generator.allowed.clear()
+    running = [asyncio.create_task(generator.generate(demand(number))) for number in range(5)]
+    await asyncio.sleep(0.01)
+    update = asyncio.create_task(generator.update_weights(weights(1), keep_in_flight=False))
+    late = asyncio.create_task(generator.generate(demand(9, min_version=1)))
+    for _ in running:  # each is decoded for 0.15 s: 0.75 s in all
+        await asyncio.sleep(0.15)
+        generator.allowed.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        generator.allowed.clear()
+    generator.allowed.set()
+    assert [one.version for one in await asyncio.gather(*running)] == [0] * 5
+    await update
+    assert (await late).version == 1
+
+
+async def test_an_engine_is_silent_only_while_it_owes_tokens() -> None:
+    generator = await started()
+    assert generator.silent_s == 0.0
+    generator.allowed.clear()
+    running = asyncio.create_task(generator.generate(demand()))
+    waiting = asyncio.create_task(generator.generate(demand(1, min_version=9)))
+    await asyncio.sleep(0.05)
+    assert 0.04 < generator.silent_s < 4.0
+    generator.requests[0].sign()
+    assert generator.silent_s < 0.04
+    generator.allowed.set()
+    await running
+    assert generator.silent_s == 0.0, "the other one waits for weights, which no engine owes"
+    waiting.cancel()
+
+
+def test_the_default_limit_of_a_response_follows_from_its_tokens() -> None:
+    pool = RolloutConfig()
+    assert pool.response_limit_s(256) == 600.0
+    assert pool.response_limit_s(32_768) == 16_384.0
+    assert RolloutConfig(timeout_s=7.0).response_limit_s(32_768) == 7.0
+
+
+def test_the_limit_of_many_responses_follows_from_their_waves() -> None:
+    pool = RolloutConfig(timeout_s=10.0, stall_timeout_s=3.0, actors=2)
+    assert pool.limit_s(128, 256) == (1 + 1) * 10.0 + 3.0
+    assert pool.limit_s(129, 256) == (2 + 1) * 10.0 + 3.0
 
 
 async def test_after_a_failed_update_every_request_is_refused() -> None:

@@ -6,13 +6,17 @@ What happens when actors die is in tests/integration/test_generator_pool.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
+from ray.exceptions import RayError
 
-from distillm_ray.cluster.pool import ActorPool
-from distillm_ray.errors import ClusterError
+from distillm_ray.cluster import pool as pool_module
+from distillm_ray.cluster.pool import MAX_FAILURES, ActorLost, ActorPool, Member
+from distillm_ray.errors import ClusterError, ModelError, UserError
+from tests.integration.actors import Events
 
 
 class CountedEvent(asyncio.Event):
@@ -33,7 +37,7 @@ class Calls:
             cast(Any, [object() for _ in range(num_members)]),
             role="generator",
             max_in_flight=max_in_flight,
-            call_timeout_s=60.0,
+            stall_timeout_s=60.0,
             startup_timeout_s=60.0,
             log=cast(Any, None),
         )
@@ -152,3 +156,143 @@ async def test_giving_up_ends_all_calls_that_wait_and_those_that_come_later() ->
             await task
     await calls.end(0)
     assert await calls.tasks[0] == 0
+
+
+# ---- degraded operation --------------------------------------------------------------------------
+
+
+class Degraded:
+    """A pool whose starts and calls fail as a test says, without any process."""
+
+    def __init__(
+        self, num_members: int, monkeypatch: pytest.MonkeyPatch, *, min_actors: int = 1
+    ) -> None:
+        monkeypatch.setattr(pool_module, "kill", lambda handle, no_restart: None)
+        monkeypatch.setattr(pool_module, "_FIRST_PAUSE_S", 0.01)
+        monkeypatch.setattr(pool_module, "_LONGEST_PAUSE_S", 0.04)
+        self.log = Events()
+        self.starts: list[str] = []
+        self.failing: dict[str, UserError] = {}  # whose start fails, by name
+        self.broken: set[str] = set()  # whose calls fail, by name
+        self.pool: ActorPool[Any] = ActorPool(
+            cast(Any, [f"generator {index}" for index in range(num_members)]),
+            role="generator",
+            max_in_flight=1,
+            stall_timeout_s=60.0,
+            startup_timeout_s=60.0,
+            log=cast(Any, self.log),
+            min_actors=min_actors,
+        )
+        for member in self.pool._members:
+            member.ready.set()
+        monkeypatch.setattr(self.pool, "_start", self._start)
+
+    async def _start(self, member: Member[Any]) -> None:
+        self.starts.append(member.name)
+        await asyncio.sleep(0)
+        if member.name in self.failing:
+            raise self.failing[member.name]
+        member.ready.set()
+        self.pool._hand_out()
+
+    async def call(self) -> str:
+        """The name of the member that replied."""
+
+        async def reply(name: str) -> str:
+            await asyncio.sleep(0)
+            if name in self.broken:
+                raise RayError("broken")
+            return name
+
+        return await asyncio.wait_for(self.pool.call(cast(Any, reply)), 5)
+
+    async def lose(self, name: str) -> None:
+        """Make that member fail one call."""
+        self.broken.add(name)
+        with pytest.raises(ActorLost):
+            while True:
+                await asyncio.gather(*(self.call() for _ in self.pool._members))
+        self.broken.discard(name)
+
+
+async def test_a_replacement_that_finds_no_room_leaves_the_others_working_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = Degraded(3, monkeypatch)
+    pool.failing["generator 0"] = ClusterError("generator 0 was not ready: no room")
+    await pool.lose("generator 0")
+    for _ in range(20):
+        assert await pool.call() in ("generator 1", "generator 2")
+        await asyncio.sleep(0.01)
+    assert pool.starts.count("generator 0") >= 3
+    assert pool.log.names[:2] == ["generator 0 failed", "generator 0 is missing"]
+    assert pool.log.details[1] == (
+        "generator 0 was not ready: no room; 2 of 3 generators are left, and it is tried again"
+    )
+    pool.failing.clear()
+    async with asyncio.timeout(5):
+        while pool.log.names[-1] != "generator 0 is back":
+            await asyncio.sleep(0.01)
+    assert set(await asyncio.gather(*(pool.call() for _ in range(3)))) == {
+        *("generator 0", "generator 1", "generator 2")
+    }
+
+
+async def test_a_pool_with_fewer_members_than_its_minimum_ends_the_run_with_both_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = Degraded(3, monkeypatch, min_actors=2)
+    for name in ("generator 0", "generator 1"):
+        pool.failing[name] = ModelError(f"{name}: its disk is gone")
+    await pool.lose("generator 0")
+    await asyncio.sleep(0.05)
+    assert await pool.call() in ("generator 1", "generator 2"), "two are left"
+    await pool.lose("generator 1")
+    await asyncio.sleep(0.05)
+    with pytest.raises(
+        ClusterError, match=r"disk is gone; 1 of 3 generators are left, min_actors = 2$"
+    ):
+        await pool.call()
+
+
+async def test_a_member_that_fails_again_and_again_is_missing_until_it_succeeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = Degraded(2, monkeypatch)
+    pool.broken.add("generator 0")
+    lost = 0
+    while lost < MAX_FAILURES:
+        results = await asyncio.gather(*(pool.call() for _ in range(2)), return_exceptions=True)
+        lost += sum(isinstance(one, ActorLost) for one in results)
+        await asyncio.sleep(0.001)
+    assert "generator 0 is missing" in pool.log.names
+    assert await pool.call() == "generator 1"
+    pool.broken.clear()
+    async with asyncio.timeout(5):
+        while "generator 0" not in await asyncio.gather(*(pool.call() for _ in range(2))):
+            await asyncio.sleep(0.01)
+    assert not pool.pool._members[0].missing
+
+
+async def test_members_that_all_fail_again_and_again_end_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = Degraded(2, monkeypatch)
+    pool.broken |= {"generator 0", "generator 1"}
+    with pytest.raises(ClusterError, match=r"times in a row.*; 0 of 2 generators are left"):
+        async with asyncio.timeout(5):
+            while True:
+                with contextlib.suppress(ActorLost):
+                    await pool.call()
+
+
+async def test_a_rewind_goes_on_with_the_members_that_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = Degraded(2, monkeypatch)
+    pool.failing["generator 1"] = ClusterError("generator 1 was not ready")
+    await pool.pool.restart()
+    assert await pool.call() == "generator 0"
+    pool.failing["generator 0"] = ClusterError("generator 0 was not ready")
+    with pytest.raises(ClusterError, match=r"0 of 2 generators are left, min_actors = 1$"):
+        await pool.pool.restart()

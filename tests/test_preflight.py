@@ -98,6 +98,23 @@ def test_fewer_steps_than_the_run_has_completed_are_refused(tmp_path: Path) -> N
         check_run_directory(config)
 
 
+def test_a_run_whose_only_checkpoint_is_damaged_is_refused_by_name(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run")
+    directory = config.run.directory
+    directory.mkdir()
+    (directory / "config.yaml").write_text(dump_config(config))
+    checkpoints = CheckpointDirectory(directory / "checkpoints", keep=2)
+    for step in (1, 2):
+        checkpoints.prepare(step)
+        checkpoints.commit(CheckpointMeta(step=step, phi=0.0, validation=None), b"")
+    (directory / "checkpoints" / "step-00000002" / "buffer.bin").unlink()
+    latest = check_run_directory(config)
+    assert latest is not None and latest.meta.step == 1
+    (directory / "checkpoints" / "step-00000001" / "buffer.bin").unlink()
+    with pytest.raises(RunDirectoryError, match=r"can be resumed: .*step-00000001 is damaged"):
+        check_run_directory(config)
+
+
 def test_a_scorer_on_several_devices_is_refused_before_anything_starts(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     assert config.teacher is not None

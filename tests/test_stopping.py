@@ -217,19 +217,6 @@ def test_a_checkpoint_is_judged_by_a_validation_of_its_own_step_only() -> None:
     assert CheckpointMeta.from_json(scored.to_json()) == scored
 
 
-def test_a_checkpoint_with_a_damaged_description_is_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    checkpoints = CheckpointDirectory(tmp_path, keep=5)
-    for number in (1, 2):
-        checkpoints.prepare(number)
-        checkpoints.commit(CheckpointMeta(step=number, phi=0.0, validation=None), b"")
-    (tmp_path / "step-00000002" / "meta.json").write_text("{")
-    latest = checkpoints.latest()
-    assert latest is not None and latest.meta.step == 1
-    assert "step-00000002 is damaged and left out" in caplog.text
-
-
 # ---- keys without effect -------------------------------------------------------------------------
 
 

@@ -244,6 +244,9 @@ class FakeLearner:
         directory.mkdir()
         self.exported[directory.name] = self.steps_taken
 
+    def barrier(self) -> None:
+        """No other rank is late."""
+
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
         return flags
 
@@ -481,6 +484,27 @@ def test_an_error_of_the_prefetching_thread_reaches_the_training_thread(tmp_path
     roles.fail_targets = True
     with pytest.raises(ClusterError, match="no store replies"):
         run(roles, FakeLearner(), config)
+
+
+def test_a_checkpoint_is_committed_after_the_slowest_rank_has_written(tmp_path: Path) -> None:
+    class SlowPeer(FakeLearner):
+        """Rank 1 writes its last file when rank 0 waits for it."""
+
+        def save(self, directory: Path) -> None:
+            super().save(directory)
+            self.directory = directory
+
+        def barrier(self) -> None:
+            (self.directory / "random-00001.pt").write_bytes(b"late")
+
+    config = make_config(tmp_path)
+    run(Roles(config), SlowPeer(), config)
+    found = CheckpointDirectory(tmp_path / "checkpoints", keep=2).complete()
+    assert [one.meta.step for one in found] == [4, 6]
+    for one in found:
+        assert (one.learner_path / "random-00001.pt").read_bytes() == b"late"
+        manifest = json.loads((one.path / "manifest.json").read_text())
+        assert manifest["learner/random-00001.pt"] == 4
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:

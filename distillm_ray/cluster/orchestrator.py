@@ -14,7 +14,6 @@ from distillm_ray.cluster.log import AsyncLog, LogActor
 from distillm_ray.cluster.orchestrator_loop import Orchestrator
 from distillm_ray.cluster.response_stream import ResponseStream
 from distillm_ray.cluster.rollout import (
-    TIMEOUTS_PER_CALL,
     GeneratorActor,
     GeneratorPool,
     PublishedWeights,
@@ -72,9 +71,10 @@ class OrchestratorActor:
                 peers.scorers,
                 peers.stores,
                 peers.identity,
-                call_timeout_s=config.teacher.timeout_s,
+                stall_timeout_s=config.teacher.timeout_s,
                 startup_timeout_s=startup_timeout_s,
                 log=log,
+                min_actors=config.teacher.min_actors,
             )
         self._loop = Orchestrator(
             buffer=buffer,
@@ -165,6 +165,7 @@ class OrchestratorClient:
     def __init__(self, actor: ActorProxy[OrchestratorActor], config: Config) -> None:
         self._actor = actor
         self._config = config
+        self._probed = 0
         self._probe: ray.ObjectRef[list[Rollout]] | None = None
         self._last_report: ray.ObjectRef[None] | None = None
 
@@ -173,7 +174,7 @@ class OrchestratorClient:
         ask(
             self._actor.restore.remote(state, completed),
             "resetting buffer and generators to the checkpoint (run.startup_timeout_s)",
-            timeout_s=self._config.run.startup_timeout_s,
+            timeout_s=self._config.run.startup_timeout_s + CALL_TIMEOUT_S,
         )
 
     def ensure_targets(self, rollouts: Sequence[Rollout]) -> None:
@@ -193,7 +194,7 @@ class OrchestratorClient:
         ask(
             self._actor.publish.remote(weights),
             "the generators taking the weights published before (rollout.timeout_s)",
-            timeout_s=self._pool_timeout_s,
+            timeout_s=publish_limit_s(self._config),
         )
 
     def start_probe(self, prompts: Sequence[Prompt]) -> None:
@@ -201,6 +202,7 @@ class OrchestratorClient:
         config = self._config
         scored = config.validation.metric == "rouge_l"
         sampling = config.evaluation.sampling if scored else config.rollout.sampling
+        self._probed = len(prompts)
         self._probe = self._actor.respond.remote(prompts, sampling, config.run.seed)
 
     def finish_probe(self) -> list[Rollout]:
@@ -208,8 +210,8 @@ class OrchestratorClient:
         assert self._probe is not None
         return ask(
             self._probe,
-            "the responses to validation.probe_prompts",
-            timeout_s=self._pool_timeout_s,
+            f"the responses to {self._probed} held-out prompts (rollout.timeout_s)",
+            timeout_s=probe_limit_s(self._config, self._probed),
         )
 
     def report_step(self, train: TrainStep, facts: DrawFacts) -> None:
@@ -222,8 +224,26 @@ class OrchestratorClient:
             ask(self._last_report, "the log of the last step")
         self._last_report = self._actor.report_step.remote(train, facts)
 
-    @property
-    def _pool_timeout_s(self) -> float:
-        """Long enough for the pool to notice that a generator hangs, and to replace it."""
-        run, rollout = self._config.run, self._config.rollout
-        return TIMEOUTS_PER_CALL * rollout.timeout_s + run.startup_timeout_s + CALL_TIMEOUT_S
+
+# ---- limits --------------------------------------------------------------------------------------
+
+
+def publish_limit_s(config: Config) -> float:
+    """Until the weights published before are in place.
+
+    Every generator may have to finish all its requests first, load, and be replaced.
+    """
+    pool = config.rollout
+    in_flight = pool.max_in_flight * pool.actors
+    drained_s = pool.limit_s(in_flight, config.longest_response)
+    return drained_s + pool.stall_timeout_s + config.run.startup_timeout_s + CALL_TIMEOUT_S
+
+
+def probe_limit_s(config: Config, num_prompts: int) -> float:
+    """Until the responses to held-out prompts are there.
+
+    They wait for the published weights, and stand in line behind the demand.
+    """
+    ahead = config.rollout.lookahead * config.learner.batch_size
+    responses_s = config.rollout.limit_s(num_prompts + ahead, config.longest_response)
+    return publish_limit_s(config) + responses_s

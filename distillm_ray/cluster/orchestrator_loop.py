@@ -11,13 +11,14 @@ orchestrator decides nothing about training and holds no payload: targets pass b
     -------------------------    ----------------------------------    -----------------------------
     `run`, for work              the buffer has work, a task failed,   none: an idle run waits
                                  or `finish` was called
-    a task, for a generator      the pool returns or loses the call    the pool's `call_timeout_s`
-    a task, for a scorer         the targets are stored                the pool's `call_timeout_s`
-    `publish`                    the update before it is complete      the pool's `call_timeout_s`
+    a task, for a generator      the pool returns or loses the call    the pool's
+    a task, for a scorer         the targets are stored                the pool's
+    `publish`                    the update before it is complete      the pool's
     `respond`                    all responses are there               the pool's, for each response
 
 Retries: an ordinal whose generator failed returns to the buffer, which gives it out again, without
-a limit here (the pool limits how often an actor may fail in a row). A response that the filter
+a limit here (the pool limits how often an actor may fail in a row). One that was aborted because it
+was slow does so `MAX_SLOW` times at most. A response that the filter
 rejects is generated again up to `MAX_REJECTED` times and then trained on as it is, because the
 schedule has promised its slot.
 """
@@ -33,10 +34,11 @@ from distillm_ray.cluster.buffer import ReplayProducer
 from distillm_ray.cluster.busy_clock import BusyClock
 from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.pool import ActorLost
-from distillm_ray.cluster.rollout import GeneratorPool, PublishedWeights
+from distillm_ray.cluster.rollout import MAX_SLOW, GeneratorPool, PublishedWeights, too_slow
 from distillm_ray.cluster.targets import ScorerPool
 from distillm_ray.config import FilterConfig, SamplingConfig
 from distillm_ray.log.records import BufferSizes, Counters, EventRecord, StepRecord
+from distillm_ray.rollout.generator import SlowRequest
 from distillm_ray.rollout.responses import (
     MAX_REJECTED,
     response_counts,
@@ -77,6 +79,7 @@ class Orchestrator:
         self._wake = asyncio.Event()  # a task failed, or `finish` was called
         self._finished = False
         self._rejected: Counter[int] = Counter()  # by ordinal
+        self._slow: Counter[int] = Counter()  # by ordinal
         self._counts: Counter[str] = Counter()
         self._generating = BusyClock()
         self._sync_seconds = 0.0
@@ -229,6 +232,7 @@ class Orchestrator:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._rejected.clear()
+        self._slow.clear()
         self._update = None
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -242,10 +246,15 @@ class Orchestrator:
         try:
             with self._generating.running():
                 rollout = await self._generators.generate(demand)
-        except ActorLost as loss:
+        except (ActorLost, SlowRequest) as loss:
+            if isinstance(loss, SlowRequest):
+                self._slow[demand.ordinal] += 1
+                if self._slow[demand.ordinal] >= MAX_SLOW:
+                    raise too_slow(loss) from loss
             await self._log.add(EventRecord(name="ordinal lost", detail=str(loss)))
             await self._lose(demand)
             return
+        self._slow.pop(demand.ordinal, None)
         facts = response_facts(rollout)
         self._counts.update(response_counts(rollout, facts))
         rejected = verdict(facts, self._filter) is not None

@@ -4,25 +4,29 @@ A call goes to the member with the fewest calls in flight. Where all are full, c
 order of their arrival, and each call that ends hands its place to the first of them: one wake-up,
 however many wait.
 
-A member whose call raises, hangs past its limit or dies is killed. Ray restarts its process, on
-another node if need be, and the pool prepares it again. Ray itself never repeats a call: a repeated
-generation would sample other tokens under the old metadata. The caller gets `ActorLost` and
-decides.
+A member whose call raises, that makes no progress with its calls, or that dies is killed. Ray
+restarts its process, on another node if need be, and the pool prepares it again. Ray itself never
+repeats a call: a repeated generation would sample other tokens under the old metadata. The caller
+gets `ActorLost` and decides. A call that the member itself gives up (`aborted`) costs nothing else.
 
     wait                        ends when                           limit
     ------------------------    --------------------------------    ---------------------------
     for a free place            a call ends or a member is ready    none: its callers are bounded
-    for a call                  the member replies                  `call_timeout_s`
+    for a call                  the member replies                  `stall_timeout_s` without any
+                                                                    progress of the member
     for a member to start       it is up, started and prepared      `startup_timeout_s`
 
-`MAX_FAILURES` failures of a member without a success in between end the run, because a restart does
-not fix their cause. So do as many crashes during its start, and any error that its `start` raises.
+A member is *missing* after `MAX_FAILURES` failures without a success in between, because a restart
+does not fix their cause, and after a start that failed: no room in the cluster, a crash, an error.
+The others work on, and it is tried again after pauses that double. The run ends where fewer than
+`min_actors` members are left. When the job starts, every member has to.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +43,10 @@ from distillm_ray.log.records import EventRecord
 
 MAX_FAILURES = 3
 _RESTART_POLL_S = 0.2
+_FIRST_PAUSE_S = 10.0  # before a missing member is tried again
+_LONGEST_PAUSE_S = 300.0
+_PROGRESS_POLL_S = 15.0  # how often a member is asked whether it gets on
+_FROZEN_S = 60.0  # a member that does not even answer that hangs with all of its process
 
 
 class ActorLost(Exception):
@@ -63,6 +71,11 @@ class PooledActor:
         """What a user should know about how the model runs; empty if nothing."""
         return ""
 
+    @ray.method
+    async def silent_s(self) -> float:
+        """For how many seconds it has not got on with its calls; 0 if it owes nothing."""
+        raise NotImplementedError
+
 
 A = TypeVar("A", bound=PooledActor)
 Result = TypeVar("Result")
@@ -76,10 +89,17 @@ class Member(Generic[A]):
     handle: ActorProxy[A]
     in_flight: int = 0
     failures: int = 0  # without a success in between
+    absent: bool = False  # its latest start failed
     life: int = 0  # how often it was replaced
     process: str = ""  # the process that started last
     killed: str = ""  # the process that was killed last, which may still reply for a while
+    looked: float = 0.0  # when it was last seen to get on, on the monotonic clock
     ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def missing(self) -> bool:
+        """Whether the pool does not count on it."""
+        return self.absent or self.failures >= MAX_FAILURES
 
 
 Place: TypeAlias = tuple[Member[A], int]
@@ -89,22 +109,27 @@ Place: TypeAlias = tuple[Member[A], int]
 class ActorPool(Generic[A]):
     """Spreads calls over actors and replaces those that fail."""
 
+    aborted: tuple[type[Exception], ...] = ()
+    """What a member raises for a call that it gave up; it works on, and the caller decides."""
+
     def __init__(
         self,
         handles: Sequence[ActorProxy[A]],
         *,
         role: str,
         max_in_flight: int,
-        call_timeout_s: float,
+        stall_timeout_s: float,
         startup_timeout_s: float,
         log: AsyncLog,
+        min_actors: int = 1,
     ) -> None:
+        self._min_actors = min_actors
         self._role = role
         self._members = [
             Member(name=f"{role} {index}", handle=handle) for index, handle in enumerate(handles)
         ]
         self._max_in_flight = max_in_flight
-        self._call_timeout_s = call_timeout_s
+        self._stall_timeout_s = stall_timeout_s
         self._startup_timeout_s = startup_timeout_s
         self._log = log
         self._waiting: deque[asyncio.Future[Place[A]]] = deque()  # calls, the first to come first
@@ -130,19 +155,43 @@ class ActorPool(Generic[A]):
 
         Raises:
             ActorLost: the member failed and is being replaced.
-            ClusterError: it failed too often.
+            ClusterError: too few members are left.
             UserError: the call itself was wrong, whichever member runs it.
+            Exception: one of `aborted`.
         """
         member, life = await self._acquire()
         try:
-            result = await asyncio.wait_for(invoke(member.handle), self._call_timeout_s)
+            result = await self._reply(member, invoke(member.handle))
         except (RayError, TimeoutError) as error:
+            if isinstance(cause := cause_of(error), self.aborted):
+                raise cause from error
             await self._replace(member, life, error)
             raise ActorLost(f"{member.name}: {one_line(error)}") from error
         finally:
             self._release(member)
         member.failures = 0
         return result
+
+    async def _reply(self, member: Member[A], call: Awaitable[Result]) -> Result:
+        """The result of a call, awaited as long as the member gets on with its calls.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        task = asyncio.ensure_future(call)
+        try:
+            poll_s = min(_PROGRESS_POLL_S, self._stall_timeout_s)
+            while not (await asyncio.wait((task,), timeout=poll_s))[0]:
+                if time.monotonic() - member.looked < poll_s:
+                    continue  # another of its calls has asked
+                member.looked = time.monotonic()
+                silent = asyncio.ensure_future(member.handle.silent_s.remote())
+                silent_s = await asyncio.wait_for(silent, _FROZEN_S)
+                if silent_s > self._stall_timeout_s:
+                    raise TimeoutError(f"no progress for {silent_s:.0f} s")
+            return task.result()
+        finally:
+            task.cancel()
 
     async def call_until_done(self, invoke: Callable[[ActorProxy[A]], Awaitable[Result]]) -> Result:
         """`call`, repeated while members are lost; the pool limits how often one may fail."""
@@ -153,14 +202,23 @@ class ActorPool(Generic[A]):
                 continue
 
     async def restart(self) -> None:
-        """Replace every member by a new process, in the state after `start`."""
+        """Replace every member by a new process, in the state after `start`.
+
+        Raises:
+            UserError: too few of them start.
+        """
         recoveries = list(self._recoveries)
         for recovery in recoveries:
             recovery.cancel()
         await asyncio.gather(*recoveries, return_exceptions=True)
         for member in self._members:
             self._kill(member)
-        await self.start()
+        back = await asyncio.gather(*(self._try_start(member) for member in self._members))
+        if self._fatal is not None:
+            raise self._fatal
+        for member, is_back in zip(self._members, back, strict=True):
+            if not is_back:
+                self._recover_in_background(member)
 
     async def _start(self, member: Member[A]) -> None:
         """Return when the member is ready for calls."""
@@ -268,13 +326,19 @@ class ActorPool(Generic[A]):
         member.failures += 1
         self._kill(member)
         await self._log.add(EventRecord(name=f"{member.name} failed", detail=one_line(error)))
-        if member.failures >= MAX_FAILURES:
-            fatal = ClusterError(
-                f"{member.name} failed {member.failures} times in a row, the last time with:"
-                f" {one_line(error)}; see the log of its node for the details"
+        if member.missing:
+            await self._miss(
+                member,
+                ClusterError(
+                    f"{member.name} failed {member.failures} times in a row, the last time with:"
+                    f" {one_line(error)}; see the log of its node for the details"
+                ),
             )
-            self._give_up(fatal)
-            raise fatal from error
+            if self._fatal is not None:
+                raise self._fatal from error
+        self._recover_in_background(member)
+
+    def _recover_in_background(self, member: Member[A]) -> None:
         task = asyncio.create_task(self._recover(member))
         self._recoveries.add(task)
         task.add_done_callback(self._recoveries.discard)
@@ -286,12 +350,42 @@ class ActorPool(Generic[A]):
         kill(member.handle, no_restart=False)
 
     async def _recover(self, member: Member[A]) -> None:
+        """Start a killed member again: at once, or after a pause if it is missing."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            if member.missing:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            if await self._try_start(member):
+                break
+            if self._fatal is not None:
+                return
+            if member.process != member.killed:
+                self._kill(member)  # it is up, but its start failed or hangs
+        await self._log.add(EventRecord(name=f"{member.name} is back"))
+
+    async def _try_start(self, member: Member[A]) -> bool:
+        """Whether it is ready for calls."""
         try:
             await self._start(member)
         except UserError as error:
+            member.absent = True
+            await self._miss(member, error)
+            return False
+        member.absent = False
+        return True
+
+    async def _miss(self, member: Member[A], error: UserError) -> None:
+        """Go on without a member, or end the run if too few are left."""
+        left = sum(not one.missing for one in self._members)
+        others = f"{left} of {len(self._members)} {self._role}s are left"
+        if left >= self._min_actors:
+            detail = f"{error}; {others}, and it is tried again"
+            await self._log.add(EventRecord(name=f"{member.name} is missing", detail=detail))
+        elif len(self._members) == 1:
             self._give_up(error)
-            return
-        await self._log.add(EventRecord(name=f"{member.name} is back"))
+        else:
+            self._give_up(ClusterError(f"{error}; {others}, min_actors = {self._min_actors}"))
 
     def _give_up(self, fatal: UserError) -> None:
         """Make every later call raise `fatal`, and those that wait for a member too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -15,14 +16,15 @@ from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.placement import RoleSpec
 from distillm_ray.cluster.pool import ActorPool, Member, PooledActor
 from distillm_ray.config import GeneratorPoolConfig, SamplingConfig
+from distillm_ray.errors import ClusterError
 from distillm_ray.rollout.engines import make_generator
-from distillm_ray.rollout.generator import GeneratorJob
+from distillm_ray.rollout.generator import GeneratorJob, SlowRequest
 from distillm_ray.types import Bucket, Demand, Prompt, Rollout, Weights
 
 PublishedWeights: TypeAlias = "Weights[ray.ObjectRef[Bucket]]"
 
-TIMEOUTS_PER_CALL = 2
-"""A call to a generator may wait for its weights before its response, each up to `timeout_s`."""
+MAX_SLOW = 3
+"""How often a response may exceed its limit before the run ends: other generators were as slow."""
 
 
 class GeneratorActor(PooledActor):
@@ -41,6 +43,11 @@ class GeneratorActor(PooledActor):
     async def remark(self) -> str:
         """How the model runs, where that is slower than usual."""
         return self._generator.remark
+
+    @ray.method
+    async def silent_s(self) -> float:
+        """Seconds since the engine got on with its requests; 0 if it has none."""
+        return self._generator.silent_s
 
     @ray.method
     async def generate(self, demand: Demand) -> Rollout:
@@ -76,6 +83,8 @@ def start_generators(
 class GeneratorPool(ActorPool[GeneratorActor]):
     """Generators of one model that all follow the newest published weights."""
 
+    aborted = (SlowRequest,)
+
     def __init__(
         self,
         handles: Sequence[ActorProxy[GeneratorActor]],
@@ -90,7 +99,8 @@ class GeneratorPool(ActorPool[GeneratorActor]):
             handles,
             role="generator",
             max_in_flight=config.max_in_flight,
-            call_timeout_s=TIMEOUTS_PER_CALL * config.timeout_s,
+            stall_timeout_s=config.stall_timeout_s,
+            min_actors=config.min_actors,
             startup_timeout_s=startup_timeout_s,
             log=log,
         )
@@ -102,11 +112,25 @@ class GeneratorPool(ActorPool[GeneratorActor]):
 
         Raises:
             ActorLost: the generator died or hung.
+            SlowRequest: the response took longer than its limit.
         """
         return await self.call(lambda handle: handle.generate.remote(demand))
 
     async def respond(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
-        """Respond to a prompt outside of the demand, with the newest weights."""
+        """Respond to a prompt outside of the demand, with the newest weights.
+
+        Raises:
+            ClusterError: the response took longer than its limit `MAX_SLOW` times.
+        """
+        for _ in range(MAX_SLOW - 1):
+            with contextlib.suppress(SlowRequest):
+                return await self._respond(prompt, sampling, seed)
+        try:
+            return await self._respond(prompt, sampling, seed)
+        except SlowRequest as error:
+            raise too_slow(error) from error
+
+    async def _respond(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
         return await self.call_until_done(
             lambda handle: handle.respond.remote(prompt, sampling, seed)
         )
@@ -144,10 +168,18 @@ class GeneratorPool(ActorPool[GeneratorActor]):
         assert self._newest is not None
         call = member.handle.update_weights.remote(self._newest, self._keep_in_flight)
         try:
-            return await asyncio.wait_for(call, self._call_timeout_s)
+            return await self._reply(member, call)
         except RayError as error:
             if not isinstance(cause_of(error), ObjectLostError):
                 raise
             # The weights were lost with the learner that published them. Its successor publishes
             # again, and until then no demand asks for a newer version than the one here.
             return 0.0
+
+
+def too_slow(error: SlowRequest) -> ClusterError:
+    """What ends a run in which one response was aborted again and again."""
+    return ClusterError(
+        f"{error}, {MAX_SLOW} times; raise timeout_s, or lower sampling.max_tokens or"
+        " engine.max_num_seqs, with which a response gets a larger share of the engine"
+    )

@@ -6,7 +6,8 @@
 
 A target is found by its key, a digest of teacher and sequence (`teacher/target_key.py`), so that
 whoever has the same sequence shares it. The store owns the payload: it survives the deaths of the
-scorer, the orchestrator and their nodes. A target that is lost is scored again under the same key.
+scorer, the orchestrator and their nodes. A target that is lost is scored again under the same key;
+so is the target of a store that fails, which is replaced (`cluster/store_calls.py`).
 
 Behind the stores there may be a library on disk (`teacher/target_library.py`): what a store does
 not hold, it takes from there before it reports a miss.
@@ -20,17 +21,18 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import ray
 from ray.actor import ActorProxy
 from ray.exceptions import RayError
 
-from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, one_line, pooled, spread
+from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, pooled, spread
 from distillm_ray.cluster.busy_clock import BusyClock
 from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.placement import RoleSpec
 from distillm_ray.cluster.pool import ActorPool, PooledActor
+from distillm_ray.cluster.store_calls import STORE_SILENCE_S, StoreCalls, StoreLost
 from distillm_ray.config import TargetsConfig, TeacherConfig
 from distillm_ray.errors import ClusterError
 from distillm_ray.teacher.target_key import TargetIdentity, target_key
@@ -39,9 +41,9 @@ from distillm_ray.teacher.target_store import StoreCounters, TargetStore
 from distillm_ray.types import Device, Rollout, ScoreReport, TeacherTargets
 
 TargetRef: TypeAlias = "ray.ObjectRef[TeacherTargets]"
+Reply = TypeVar("Reply")
 
 MAX_SCORING_ROUNDS = 3
-_STORE_TIMEOUT_S = 60.0
 _STORE_RETRIES = 5  # a store's calls may be repeated: each of them is idempotent
 _REQUESTS_PER_SCORER = 64  # queued at a scorer, so that its batches can fill
 
@@ -68,6 +70,11 @@ class ScorerActor(PooledActor):
     async def remark(self) -> str:
         """How the teacher runs packed rows, where that is slower than usual."""
         return self._scorer.remark
+
+    @ray.method
+    async def silent_s(self) -> float:
+        """Seconds since the running forward pass began; 0 if none runs."""
+        return self._scorer.silent_s
 
     @ray.method(num_returns=2)
     async def score(self, rollout: Rollout) -> tuple[ScoreReport, TeacherTargets]:
@@ -194,7 +201,7 @@ def flush_stores(stores: Sequence[ActorProxy[TargetStoreActor]]) -> tuple[str, .
     warnings: tuple[str, ...] = ()
     for index, call in enumerate(calls):
         with contextlib.suppress(RayError, ClusterError):
-            warnings += ask(call, f"target store {index}", timeout_s=_STORE_TIMEOUT_S).warnings
+            warnings += ask(call, f"target store {index}", timeout_s=STORE_SILENCE_S).warnings
     return warnings
 
 
@@ -215,19 +222,22 @@ class ScorerPool(ActorPool[ScorerActor]):
         stores: Sequence[ActorProxy[TargetStoreActor]],
         identity: TargetIdentity,
         *,
-        call_timeout_s: float,
+        stall_timeout_s: float,
         startup_timeout_s: float,
         log: AsyncLog,
+        min_actors: int = 1,
     ) -> None:
         super().__init__(
             handles,
             role="scorer",
             max_in_flight=_REQUESTS_PER_SCORER,
-            call_timeout_s=call_timeout_s,
+            stall_timeout_s=stall_timeout_s,
             startup_timeout_s=startup_timeout_s,
             log=log,
+            min_actors=min_actors,
         )
-        self._stores = stores
+        self._num_stores = len(stores)
+        self._stores = StoreCalls(stores, log=log)
         self._identity = identity
         self.scoring = BusyClock()
         self._under_way: dict[str, asyncio.Future[None]] = {}
@@ -239,7 +249,7 @@ class ScorerPool(ActorPool[ScorerActor]):
         once.
 
         Raises:
-            ClusterError: a store does not reply, or scorers fail too often.
+            ClusterError: a store or a scorer fails too often.
         """
         report = await self._score_unless(
             lambda store, key: store.has.remote(key, rollout.num_loss_tokens), rollout
@@ -265,46 +275,55 @@ class ScorerPool(ActorPool[ScorerActor]):
         while key in self._under_way:
             await asyncio.wait((self._under_way[key],))
         done = self._under_way[key] = asyncio.get_running_loop().create_future()
+        index = store_index(key, self._num_stores)
         try:
-            index = store_index(key, len(self._stores))
-            store = self._stores[index]
-            try:
-                if await asyncio.wait_for(is_there(store, key), _STORE_TIMEOUT_S):
-                    return None
-            except (RayError, TimeoutError) as error:
-                raise ClusterError(
-                    f"target store {index} did not reply within {_STORE_TIMEOUT_S:g} s:"
-                    f" {one_line(error)}"
-                ) from error
-            with self.scoring.running():
-                return await self.call_until_done(
-                    lambda handle: _score_and_store(handle, rollout, store, key)
-                )
+            while True:
+                with contextlib.suppress(StoreLost):
+                    if await self._stores.call(index, lambda store: is_there(store, key)):
+                        return None
+                    return await self._score_and_store(rollout, index, key)
         finally:
             del self._under_way[key]
             done.set_result(None)
 
+    async def _score_and_store(self, rollout: Rollout, index: int, key: str) -> ScoreReport:
+        """Only the report is awaited here; the payload does not pass through this process."""
+        with self.scoring.running():
+            report, payload_ref = await self.call_until_done(lambda handle: _score(handle, rollout))
+            shared = is_shared(rollout)
+            await self._stores.call(
+                index, lambda store: store.put.remote(key, payload_ref, report, shared)
+            )
+        return report
+
     async def flush(self) -> None:
         """Have the stores' libraries write what they have collected."""
-        await asyncio.gather(*(store.flush.remote() for store in self._stores))
+        await asyncio.gather(*(self._flush(index) for index in range(self._num_stores)))
+
+    async def _flush(self, index: int) -> None:
+        with contextlib.suppress(StoreLost):
+            await self._stores.call(index, lambda store: store.flush.remote())
 
     async def counters(self) -> list[StoreCounters]:
-        """What each store holds."""
-        return list(await asyncio.gather(*(store.counters.remote() for store in self._stores)))
+        """What each store holds; nothing where it is being replaced."""
+        return list(
+            await asyncio.gather(*(self._counters(index) for index in range(self._num_stores)))
+        )
+
+    async def _counters(self, index: int) -> StoreCounters:
+        try:
+            return await self._stores.call(index, lambda store: store.counters.remote())
+        except StoreLost:
+            return StoreCounters(nbytes=0, evictions=0)
 
 
-async def _score_and_store(
-    scorer: ActorProxy[ScorerActor],
-    rollout: Rollout,
-    store: ActorProxy[TargetStoreActor],
-    key: str,
-) -> ScoreReport:
-    """Only the report is awaited here; the payload does not pass through this process."""
+async def _score(
+    scorer: ActorProxy[ScorerActor], rollout: Rollout
+) -> tuple[ScoreReport, ray.ObjectRef[TeacherTargets]]:
+    """The report, and a reference to the payload."""
     # With num_returns=2 Ray returns a list of references, which its annotations do not know.
     report_ref, payload_ref = cast(Any, scorer.score.remote(rollout))
-    report: ScoreReport = await report_ref
-    await store.put.remote(key, payload_ref, report, is_shared(rollout))
-    return report
+    return await report_ref, payload_ref
 
 
 # ---- the learners' side --------------------------------------------------------------------------
@@ -357,28 +376,42 @@ class TargetReader:
             store.flush.remote()
 
     def _from_stores(self, keys: Sequence[str]) -> dict[str, TeacherTargets]:
-        """What the stores have, each asked once. A payload that cannot be read is dropped there."""
+        """What the stores have, each asked once. A payload that cannot be read is dropped there.
+
+        A store that does not reply has nothing: the orchestrator, which is then asked to have its
+        targets scored again, replaces it.
+        """
         by_store: dict[int, list[str]] = {}
         for key in keys:
             by_store.setdefault(store_index(key, len(self._stores)), []).append(key)
         calls = {index: self._stores[index].get.remote(part) for index, part in by_store.items()}
         found: dict[str, tuple[int, TargetRef]] = {}
         for index, call in calls.items():
-            for key, reference in ask(call, f"target store {index}").items():
+            for key, reference in self._reply(index, call, dict[str, TargetRef]()).items():
                 found[key] = index, reference
-        try:
-            payloads = ray.get(
-                [reference for _, reference in found.values()], timeout=CALL_TIMEOUT_S
-            )
-            return dict(zip(found, payloads, strict=True))
-        except RayError:  # a bulk get raises at the first lost payload: read them one by one
-            return self._one_by_one(found)
+        references = [reference for _, reference in found.values()]
+        ready, late = ray.wait(references, num_returns=len(references), timeout=CALL_TIMEOUT_S)
+        if not late:
+            with contextlib.suppress(RayError):  # raised at the first payload that is lost
+                payloads = ray.get(references, timeout=CALL_TIMEOUT_S)
+                return dict(zip(found, payloads, strict=True))
+        return self._one_by_one(found, set(ready))
 
-    def _one_by_one(self, found: dict[str, tuple[int, TargetRef]]) -> dict[str, TeacherTargets]:
+    def _one_by_one(
+        self, found: dict[str, tuple[int, TargetRef]], ready: set[TargetRef]
+    ) -> dict[str, TeacherTargets]:
         targets: dict[str, TeacherTargets] = {}
         for key, (index, reference) in found.items():
-            try:
-                targets[key] = ray.get(reference, timeout=CALL_TIMEOUT_S)
-            except RayError:
-                ask(self._stores[index].drop.remote([key]), f"target store {index}")
+            with contextlib.suppress(RayError):
+                if reference in ready:
+                    targets[key] = ray.get(reference, timeout=CALL_TIMEOUT_S)
+                    continue
+            self._reply(index, self._stores[index].drop.remote([key]), None)
         return targets
+
+    def _reply(self, index: int, call: ray.ObjectRef[Reply], otherwise: Reply) -> Reply:
+        """What a store replies, or `otherwise` if it fails or does not."""
+        try:
+            return ask(call, f"target store {index}", timeout_s=STORE_SILENCE_S)
+        except (ClusterError, RayError):
+            return otherwise

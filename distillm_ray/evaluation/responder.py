@@ -15,13 +15,12 @@ from ray.actor import ActorProxy
 from distillm_ray.cluster.actors import ask, release
 from distillm_ray.cluster.orchestrator import OrchestratorActor, start_orchestrator
 from distillm_ray.cluster.placement import RoleSpec
-from distillm_ray.cluster.rollout import TIMEOUTS_PER_CALL, start_generators
+from distillm_ray.cluster.rollout import start_generators
 from distillm_ray.config import (
     Config,
     GeneratorPoolConfig,
     ModelConfig,
     SamplingConfig,
-    VllmEngine,
 )
 from distillm_ray.data.decoding import decode
 from distillm_ray.models.directory import ModelFacts
@@ -49,12 +48,10 @@ class Responder:
     ) -> list[Rollout]:
         """One response for each prompt, in order, with its text.
 
-        The limit is a generator's limit for each wave of requests, and once more for a generator
-        that is replaced.
+        The limit follows from the waves of requests; a generator may be replaced meanwhile.
         """
-        waves = -(-len(prompts) // self._at_once)
         rollouts = self._ask(
-            self.orchestrator.respond.remote(prompts, sampling, seed), len(prompts), waves
+            self.orchestrator.respond.remote(prompts, sampling, seed), len(prompts), sampling
         )
         return [
             dataclasses.replace(rollout, text=decode(self.tokenizer, rollout))
@@ -80,7 +77,7 @@ class Responder:
 
         call = next_call()
         while call is not None:
-            ended = self._ask(call, in_flight, WAVES_IN_FLIGHT)
+            ended = self._ask(call, in_flight, sampling)
             in_flight -= len(ended)
             call = next_call()
             yield ended
@@ -88,18 +85,15 @@ class Responder:
     @property
     def _at_once(self) -> int:
         """How many prompts the pool responds to at a time."""
-        engine = self.pool.engine
-        each = engine.max_num_seqs if isinstance(engine, VllmEngine) else engine.max_batch_size
-        return each * self.pool.actors
+        return self.pool.batch_size * self.pool.actors
 
     def _ask(
-        self, call: ray.ObjectRef[list[Rollout]], num_prompts: int, waves: int
+        self, call: ray.ObjectRef[list[Rollout]], num_prompts: int, sampling: SamplingConfig
     ) -> list[Rollout]:
         return ask(
             call,
-            f"responses to {num_prompts} prompts in {waves} waves (timeout_s of the pool)",
-            timeout_s=TIMEOUTS_PER_CALL * self.pool.timeout_s * (waves + 1)
-            + self.startup_timeout_s,
+            f"responses to {num_prompts} prompts (timeout_s of the pool)",
+            timeout_s=self.pool.limit_s(num_prompts, sampling.limit) + self.startup_timeout_s,
             interrupt=self.interrupt,
         )
 

@@ -1,24 +1,29 @@
-"""Checkpoints on disk. Incomplete ones are ignored.
+"""Checkpoints on disk. Incomplete and damaged ones are left out.
 
     checkpoints/step-00000100/
-      learner/     DeepSpeed's files, each rank's random state, and the anchors of curricula
-      buffer.bin   the replay buffer as of draw 100
-      meta.json    CheckpointMeta
+      learner/       DeepSpeed's files, each rank's random state, and the anchors of curricula
+      buffer.bin     the replay buffer as of draw 100
+      meta.json      CheckpointMeta
+      manifest.json  size of each other file, in bytes
 
-Every rank writes into `step-00000100.partial`; rank 0 syncs it to disk and renames it. The module
-does not use `files.new_directory`, which assumes a single writer. The newest `keep` checkpoints
-and the best one by `validation.metric` are kept.
+Every rank writes into `step-00000100.partial`. When all have said what they wrote, rank 0 checks
+that it sees these files, syncs them to disk and renames the directory. The module does not use
+`files.new_directory`, which assumes a single writer. The newest `keep` checkpoints and the best one
+by `validation.metric` are kept.
+
+A checkpoint that lacks a file of its manifest, or has it in another size, is damaged: it is passed
+over for the one before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +36,12 @@ from distillm_ray.types import Validation
 LEARNER_FOLDER = "learner"
 BUFFER_FILE = "buffer.bin"
 META_FILE = "meta.json"
+MANIFEST_FILE = "manifest.json"
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
-_LOG = logging.getLogger(__name__)
-
 _PARTIAL_SUFFIX = ".partial"
+_VISIBLE_S = 60.0  # after which a network file system shows what another node has written
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,18 +108,17 @@ class CheckpointDirectory:
 
     def complete(self) -> list[Checkpoint]:
         """Return all complete checkpoints, oldest first."""
+        return [found for found in self._read() if isinstance(found, Checkpoint)]
+
+    def damaged(self) -> list[str]:
+        """Path and damage of each checkpoint that `complete` leaves out, oldest first."""
+        return [found for found in self._read() if isinstance(found, str)]
+
+    def _read(self) -> list[Checkpoint | str]:
         if not self._path.is_dir():
             return []
-        found = []
-        for path in sorted(self._path.iterdir(), key=lambda path: (len(path.name), path.name)):
-            if _COMPLETE.fullmatch(path.name) and (path / META_FILE).is_file():
-                try:
-                    meta = CheckpointMeta.from_json((path / META_FILE).read_text())
-                except (ValueError, KeyError, TypeError):
-                    _LOG.warning("%s is damaged and left out: %s cannot be read", path, META_FILE)
-                    continue
-                found.append(Checkpoint(path=path, meta=meta))
-        return found
+        paths = sorted(self._path.iterdir(), key=lambda path: (len(path.name), path.name))
+        return [_read(path) for path in paths if _COMPLETE.fullmatch(path.name)]
 
     def latest(self) -> Checkpoint | None:
         """Return the newest complete checkpoint."""
@@ -145,25 +150,66 @@ class CheckpointDirectory:
                 shutil.rmtree(leftover)
             (partial / LEARNER_FOLDER).mkdir(parents=True)
 
-    def commit(self, meta: CheckpointMeta, buffer_state: bytes) -> Checkpoint:
-        """Add buffer and meta data, sync, rename, and prune. Rank 0 only, after all ranks wrote.
+    def written(self, step: int) -> dict[str, int]:
+        """Sizes of the files that this rank sees in the partial directory, by relative path."""
+        return _sizes(self.partial_path(step))
+
+    def commit(
+        self, meta: CheckpointMeta, buffer_state: bytes, written: Sequence[Mapping[str, int]] = ()
+    ) -> Checkpoint:
+        """Add buffer, meta data and manifest, sync, rename, and prune. Rank 0 only.
 
         A complete checkpoint of the same step holds the same state and is kept instead.
 
+        Args:
+            written: for each rank what `written` returned, after all ranks had written.
+
         Raises:
-            RunDirectoryError: the disk is full; earlier checkpoints are untouched.
+            RunDirectoryError: the disk is full, or rank 0 does not see what another rank wrote;
+                earlier checkpoints are untouched.
         """
         partial = self.partial_path(meta.step)
         final = partial.with_suffix("")
+        self._await_files(meta.step, written)
         with self.removing_partial_on_failure(meta.step):
             (partial / BUFFER_FILE).write_bytes(buffer_state)
             (partial / META_FILE).write_text(meta.to_json())
-            if final.exists():
+            (partial / MANIFEST_FILE).write_text(json.dumps(_sizes(partial), indent=2))
+            if final.exists() and isinstance(_read(final), Checkpoint):
                 shutil.rmtree(partial)
             else:
+                if final.exists():
+                    shutil.rmtree(final)
                 rename_durably(partial, final)
         self._prune()
         return Checkpoint(path=final, meta=meta)
+
+    def _await_files(self, step: int, written: Sequence[Mapping[str, int]]) -> None:
+        """Wait until this rank sees the files that all ranks wrote.
+
+        Raises:
+            RunDirectoryError: it does not, so the directory is not shared.
+        """
+        deadline = time.monotonic() + _VISIBLE_S
+        while True:
+            seen = self.written(step)
+            absent = [
+                (rank, name)
+                for rank, sizes in enumerate(written)
+                for name, size in sizes.items()
+                if seen.get(name) != size
+            ]
+            if not absent:
+                return
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+        rank, name = absent[0]
+        raise RunDirectoryError(
+            f"run.directory must be a directory that all nodes with a learner share:"
+            f" {self.partial_path(step)} lacks {name} (or a part of it) on the node of rank 0, and"
+            f" rank {rank} has it; no checkpoint was written"
+        )
 
     @contextmanager
     def removing_partial_on_failure(self, step: int) -> Iterator[None]:
@@ -191,6 +237,27 @@ class CheckpointDirectory:
         for found in complete[: -self._keep]:
             if best is None or found.path != best.path:
                 shutil.rmtree(found.path)
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    """Bytes of every file below a directory, by its relative path."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+
+
+def _read(path: Path) -> Checkpoint | str:
+    """A checkpoint, or what is wrong with it."""
+    try:
+        expected: dict[str, int] = json.loads((path / MANIFEST_FILE).read_text())
+        sizes = _sizes(path)
+        for name, size in expected.items():
+            if (found := sizes.get(name)) != size:
+                there = "is missing" if found is None else f"has {found:,} bytes"
+                return f"{path} is damaged: {name} must have {size:,} bytes and {there}"
+        meta = CheckpointMeta.from_json((path / META_FILE).read_text())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{path} is damaged: {MANIFEST_FILE} or {META_FILE} cannot be read: {error}"
+    return Checkpoint(path=path, meta=meta)
 
 
 def _is_disk_full(error: OSError | RuntimeError) -> bool:

@@ -436,6 +436,8 @@ class TrainLoop:
         # It fails alone, reports to run control, and the driver ends the job.
         with checkpoints.removing_partial_on_failure(completed):
             self._learner.save(checkpoints.partial_path(completed) / LEARNER_FOLDER)
+        self._learner.barrier()  # a rank's last files are written after DeepSpeed's own barrier
+        written = self._learner.collect(checkpoints.written(completed))
         if self._speaks and self._links.targets is not None:
             self._links.targets.start_flush()
         with self._failing_together():
@@ -448,7 +450,8 @@ class TrainLoop:
                     validation=self._validation,
                     rouge_l=self._rouge_l if scored else None,
                 )
-                path = checkpoints.commit(meta, self._links.buffer.state(completed)).path
+                state = self._links.buffer.state(completed)
+                path = checkpoints.commit(meta, state, written).path
                 seconds = time.monotonic() - started
                 self._log(CheckpointRecord(step=completed, path=path.name, seconds=seconds))
 

@@ -15,11 +15,14 @@ def run(job: LearnerJob) -> None:
     import torch  # noqa: PLC0415
 
     from distillm_ray.batching import pack, plan_validation  # noqa: PLC0415
+    from distillm_ray.config_files import dump_config  # noqa: PLC0415
     from distillm_ray.data.decoding import decode  # noqa: PLC0415
     from distillm_ray.learner.checkpoint import CheckpointDirectory  # noqa: PLC0415
     from distillm_ray.learner.learner import Learner  # noqa: PLC0415
+    from distillm_ray.learner.shared_directory import check_shared  # noqa: PLC0415
     from distillm_ray.learner.teacher_head import teacher_head  # noqa: PLC0415
     from distillm_ray.learner.train_loop import TrainLoop  # noqa: PLC0415
+    from distillm_ray.log.records import EventRecord  # noqa: PLC0415
     from distillm_ray.models.dtypes import resolve_dtype  # noqa: PLC0415
     from distillm_ray.models.tokenizers import load_tokenizer  # noqa: PLC0415
     from distillm_ray.run_directory import CHECKPOINT_FOLDER  # noqa: PLC0415
@@ -39,6 +42,7 @@ def run(job: LearnerJob) -> None:
         seed=config.run.seed,
         compare_engine=not config.mixes_teacher,
     )
+    check_shared(config.run.directory, learner, dump_config(config))
     held_out = ray.get(job.validation)
     plans = ((),) * learner.num_ranks
     if held_out:
@@ -57,9 +61,13 @@ def run(job: LearnerJob) -> None:
     tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
+    links = Links.over(job.wires, config)
+    for damage in checkpoints.damaged() if learner.rank == 0 else ():
+        detail = f"{damage}; the run goes on from {start.path.name if start else 'the beginning'}"
+        links.log.add(EventRecord(name="damaged checkpoint", detail=detail))
     TrainLoop(
         learner,
-        Links.over(job.wires, config),
+        links,
         config,
         checkpoints,
         validation_batches=[pack(plan, None) for plan in plans[learner.rank]],

@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from distillm_ray.activity import Activity
 from distillm_ray.config import Config, Dtype, GeneratorPoolConfig, SamplingConfig
 from distillm_ray.models.directory import ModelFacts
 from distillm_ray.rollout.weight_gate import WeightGate
@@ -36,6 +37,14 @@ from distillm_ray.types import (
 )
 
 
+class SlowRequest(Exception):
+    """A request was aborted at its limit. Its engine works on."""
+
+
+def _no_sign() -> None:
+    """For requests that nobody watches."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
     """One prompt for an engine, fully specified."""
@@ -48,6 +57,7 @@ class Request:
     stop_token_ids: tuple[int, ...]
     seed: int
     version: int  # of the weights at submission
+    sign: Callable[[], None] = _no_sign  # to be called when its decoding starts, and while it lasts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -162,7 +172,9 @@ class Generator(ABC):
             )
         self.config = config
         self.job = job
-        self._gate = WeightGate(config.timeout_s)
+        self._gate = WeightGate(config.stall_timeout_s)
+        self._activity = Activity()
+        self._loading = False
 
     # ---- implemented by the engines ------------------------------------------------------------
 
@@ -178,7 +190,9 @@ class Generator(ABC):
     async def _respond(self, request: Request) -> Response:
         """Generate one response; many calls run concurrently.
 
-        Raises if the engine fails; never returns a partial response.
+        Calls `request.sign` in the event loop with its first token and at later ones. Cancelling
+        it takes the request out of the engine. Raises if the engine fails; never returns a partial
+        response.
         """
 
     @abstractmethod
@@ -197,16 +211,25 @@ class Generator(ABC):
         """The optimizer step of the weights in use."""
         return self._gate.version
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine made a token or ended a request; 0 if it has none.
+
+        It makes no tokens while it loads weights, which has a limit of its own.
+        """
+        return 0.0 if self._loading else self._activity.silent_s
+
     async def generate(self, demand: Demand) -> Rollout:
         """Generate a demanded rollout with weights of `demand.min_version` or newer.
 
-        Waits for those weights, then for the response, each for at most `rollout.timeout_s`. The
-        seed is a function of the run's seed, the ordinal and the attempt. Where the job names a
-        teacher, every token is sampled from the mixture with it, and the log-probabilities are the
+        Waits for those weights, then for its turn in the engine, then for the response. The seed is
+        a function of the run's seed, the ordinal and the attempt. Where the job names a teacher,
+        every token is sampled from the mixture with it, and the log-probabilities are the
         mixture's.
 
         Raises:
-            TimeoutError: names which of the two did not come.
+            TimeoutError: the weights did not come within `rollout.stall_timeout_s`.
+            SlowRequest: decoding took longer than `rollout.timeout_s`.
         """
         return await self._run(
             prompt_id=demand.prompt_id,
@@ -236,6 +259,7 @@ class Generator(ABC):
 
         Raises:
             ValueError: prompt and `sampling.max_tokens` exceed `max_model_len`.
+            SlowRequest: as in `generate`.
         """
         return await self._run(
             prompt_id=prompt.prompt_id,
@@ -260,15 +284,23 @@ class Generator(ABC):
                 with the old ones first.
 
         Raises:
-            TimeoutError: the update took longer than `rollout.timeout_s`.
+            TimeoutError: loading took longer than `rollout.stall_timeout_s`.
             RuntimeError: an earlier update failed. The engine's weights are unknown from then on,
                 every call raises this, and the generator must be replaced.
         """
         return await self._gate.update(
-            weights.version, lambda: self._load(weights.buckets), keep_in_flight=keep_in_flight
+            weights.version, lambda: self._take(weights.buckets), keep_in_flight=keep_in_flight
         )
 
     # ---- internals -----------------------------------------------------------------------------
+
+    async def _take(self, buckets: Sequence[Bucket]) -> None:
+        self._loading = True
+        try:
+            await self._load(buckets)
+        finally:
+            self._loading = False
+            self._activity.sign()
 
     async def _run(
         self,
@@ -297,14 +329,7 @@ class Generator(ABC):
                 seed=seed,
                 version=version,
             )
-            try:
-                async with asyncio.timeout(self.config.timeout_s):
-                    response = await self._respond(request)
-            except TimeoutError as error:
-                raise TimeoutError(
-                    f"{rollout_id} had no response after rollout.timeout_s ="
-                    f" {self.config.timeout_s:g} s"
-                ) from error
+            response = await self._within_limit(request)
         return Rollout(
             rollout_id=rollout_id,
             prompt_id=prompt_id,
@@ -317,6 +342,35 @@ class Generator(ABC):
             logprobs=response.logprobs,
             ordinal=ordinal,
         )
+
+    async def _within_limit(self, request: Request) -> Response:
+        """The response, whose decoding may take so long; the wait for its turn does not count.
+
+        Raises:
+            SlowRequest: it took longer.
+        """
+        limit_s = self.config.response_limit_s(request.max_tokens)
+        now = asyncio.get_running_loop().time
+        ended = False
+        try:
+            async with asyncio.timeout(None) as limit:
+
+                def sign() -> None:
+                    self._activity.sign()
+                    if limit.when() is None and not ended:
+                        limit.reschedule(now() + limit_s)
+
+                try:
+                    with self._activity.busy():
+                        return await self._respond(replace(request, sign=sign))
+                finally:
+                    ended = True
+        except TimeoutError as error:
+            raise SlowRequest(
+                f"{request.request_id} was aborted: decoding its response, of at most"
+                f" {request.max_tokens} tokens, took longer than {limit_s:g} s (timeout_s of the"
+                " pool, rollout.timeout_s in a run)"
+            ) from error
 
     def _max_tokens(self, prompt_id: str, num_prompt_tokens: int, sampling: SamplingConfig) -> int:
         """The length limit of the response.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,8 +54,13 @@ class SamplingProcessor(LogitsProcessor):
         device: torch.device,
         vocabulary_size: int,
         teacher: Lockstep | None,
+        sign: Callable[[], None],
     ) -> None:
-        """`teacher` follows the same batch; None if the requests have no `teacher_mix`."""
+        """`teacher` follows the same batch; None if the requests have no `teacher_mix`.
+
+        `sign` is called with every token of the batch.
+        """
+        self._sign = sign
         self._requests = requests
         self._vocabulary_size = vocabulary_size
         self._teacher = teacher
@@ -79,6 +84,7 @@ class SamplingProcessor(LogitsProcessor):
                 )
             ]
         ).unsqueeze(1)
+        self._sign()
         self.tokens.append(tokens_B1[:, 0])
         self.logprobs.append(log_probs_BV.gather(1, tokens_B1)[:, 0])
         return torch.full_like(scores, -math.inf).scatter(1, tokens_B1, 0.0)
@@ -121,11 +127,13 @@ class TransformersGenerator(Generator):
     _teacher: PreTrainedModel | None = None
     _mixes_lengths = True  # whether prompts of different lengths may share a batch
     _batcher: DynamicBatcher[Request, Response]
+    _loop: asyncio.AbstractEventLoop
 
     async def start(self) -> None:
         """Load the model; requests are accepted when this returns."""
         if self.job.device == "cpu":
             torch.set_num_threads(self.config.num_threads)
+        self._loop = asyncio.get_running_loop()
         self._batcher = DynamicBatcher(self._generate, self._fits)
         job = self.job
         self._model = await asyncio.to_thread(
@@ -300,6 +308,15 @@ class TransformersGenerator(Generator):
             and (self._mixes_lengths or len(batch[0].prompt_ids) == len(request.prompt_ids))
         )
 
+    def _sign(self, requests: Sequence[Request]) -> None:
+        """Called in the thread of the batch; the requests' own signs run in the event loop."""
+
+        def sign() -> None:
+            for request in requests:
+                request.sign()
+
+        self._loop.call_soon_threadsafe(sign)
+
     @property
     def _student(self) -> PreTrainedModel:
         assert self._model is not None, "call start() first"
@@ -328,7 +345,9 @@ class TransformersGenerator(Generator):
         device, vocabulary_size = model.device, self.job.vocabulary_size
         token_ids_BP, mask_BP = token_ids_BP.to(device), mask_BP.to(device)
         follower = None if teacher is None else Lockstep(teacher, mask_BP, vocabulary_size)
-        processor = SamplingProcessor(requests, device, vocabulary_size, follower)
+        processor = SamplingProcessor(
+            requests, device, vocabulary_size, follower, lambda: self._sign(requests)
+        )
         cast(Any, model).generate(
             inputs=token_ids_BP,
             attention_mask=mask_BP,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _WEIGHTS_PREFIX = "distillm-ray-weights-"
+_TOKENS_PER_SIGN = 32  # of a request, after its first one
 _YOUNG_S = 60.0  # the owner of a younger directory may not have locked it yet
 
 
@@ -124,32 +125,37 @@ class VllmGenerator(Generator):
             stop_token_ids=list(request.stop_token_ids),
             logprobs=0,  # of the sampled token only
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.DELTA,
+            stream_interval=_TOKENS_PER_SIGN,
         )
         # The salt separates the prefix cache's blocks by weight version. vLLM refuses to reset the
         # cache while requests are in flight.
         prompt = tokens_input(request.prompt_ids.tolist(), cache_salt=str(request.version))
         # A retried ordinal may run beside its own earlier request, and vLLM wants unique ids.
         request_id = f"{request.request_id}-{next(self._serial)}"
-        outputs = [output async for output in self._engine.generate(prompt, parameters, request_id)]
-        output = outputs[-1].outputs[0]
-        if output.finish_reason not in tuple(FinishReason) or not output.token_ids:
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        finish_reason: str | None = None
+        async for part in self._engine.generate(prompt, parameters, request_id):
+            request.sign()
+            output = part.outputs[0]
+            assert output.logprobs is not None
+            token_ids += output.token_ids
+            logprobs += [
+                entry[token].logprob
+                for entry, token in zip(output.logprobs, output.token_ids, strict=True)
+                if entry is not None
+            ]
+            finish_reason = output.finish_reason
+        if finish_reason not in tuple(FinishReason) or not token_ids:
             raise RuntimeError(
-                f"{request.request_id}: vLLM ended the request with {output.finish_reason!r} after"
-                f" {len(output.token_ids)} tokens"
+                f"{request.request_id}: vLLM ended the request with {finish_reason!r} after"
+                f" {len(token_ids)} tokens"
             )
-        assert output.logprobs is not None
         return Response(
-            token_ids=np.array(output.token_ids, dtype=np.int32),
-            logprobs=np.array(
-                [
-                    entry[token].logprob
-                    for entry, token in zip(output.logprobs, output.token_ids, strict=True)
-                    if entry is not None
-                ],
-                dtype=np.float32,
-            ),
-            finish_reason=FinishReason(output.finish_reason),
+            token_ids=np.array(token_ids, dtype=np.int32),
+            logprobs=np.array(logprobs, dtype=np.float32),
+            finish_reason=FinishReason(finish_reason),
         )
 
     async def _load(self, buckets: Sequence[Bucket]) -> None:

@@ -15,7 +15,11 @@ from contextlib import asynccontextmanager
 
 
 class WeightGate:
-    """Admits requests and weight updates; each waits for at most `timeout_s`."""
+    """Admits requests and weight updates.
+
+    Loading, and a request's wait for weights that nobody loads, take at most `timeout_s`. Draining
+    has no limit of its own: each request in flight has one.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self._version = 0
@@ -38,7 +42,7 @@ class WeightGate:
         version is older than the weights used: ages may be overstated, never understated.
 
         Raises:
-            TimeoutError: the weights did not arrive in time.
+            TimeoutError: nothing happened here for too long.
             RuntimeError: an update failed.
         """
         version = await self._enter(name, min_version)
@@ -56,7 +60,7 @@ class WeightGate:
         during the update; without, they finish first.
 
         Raises:
-            TimeoutError: draining and loading took too long.
+            TimeoutError: loading took too long.
             RuntimeError: an earlier update failed.
         """
         async with self._changed:
@@ -68,16 +72,16 @@ class WeightGate:
         start = time.monotonic()
         loaded = False
         try:
+            if not keep_in_flight:
+                async with self._changed:
+                    await self._changed.wait_for(lambda: self._in_flight == 0)
             async with asyncio.timeout(self._timeout_s):
-                if not keep_in_flight:
-                    async with self._changed:
-                        await self._changed.wait_for(lambda: self._in_flight == 0)
                 await load()
             loaded = True
         except TimeoutError as error:
             raise TimeoutError(
-                f"weights of version {version} were not in place after rollout.timeout_s ="
-                f" {self._timeout_s:g} s ({self._in_flight} requests in flight)"
+                f"weights of version {version} were not loaded after rollout.stall_timeout_s"
+                f" = {self._timeout_s:g} s ({self._in_flight} requests in flight)"
             ) from error
         finally:
             async with self._changed:
@@ -90,18 +94,18 @@ class WeightGate:
 
     async def _enter(self, name: str, min_version: int) -> int:
         try:
-            async with asyncio.timeout(self._timeout_s), self._changed:
-                await self._changed.wait_for(
-                    lambda: self._broken or (not self._updating and self._version >= min_version)
-                )
+            async with self._changed:
+                while not self._broken and (self._updating or self._version < min_version):
+                    # An update has its own limits; every change here starts the wait anew.
+                    async with asyncio.timeout(None if self._updating else self._timeout_s):
+                        await self._changed.wait()
                 self._check()
                 self._in_flight += 1
                 return self._version
         except TimeoutError as error:
             raise TimeoutError(
-                f"{name} waited rollout.timeout_s = {self._timeout_s:g} s for weights of version"
-                f" {min_version}; the generator has version {self._version}"
-                + (", and an update is running" if self._updating else "")
+                f"{name} waited rollout.stall_timeout_s = {self._timeout_s:g} s for weights of"
+                f" version {min_version}; the generator has version {self._version}"
             ) from error
 
     async def _leave(self) -> None:

@@ -81,6 +81,11 @@ class Scorer:
         """How the teacher runs packed rows, where that is slower than usual; else empty."""
         return "" if self._packed is None else self._packed.remark
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the running forward pass began; 0 if none runs."""
+        return self._batcher.silent_s
+
     async def stop(self) -> None:
         """Stop after the running forward pass; sequences that still wait are cancelled."""
         await self._batcher.stop()

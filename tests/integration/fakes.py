@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import ray
 from distillm_ray.cluster.pool import PooledActor
 from distillm_ray.config import SamplingConfig
 from distillm_ray.errors import ModelError
+from distillm_ray.rollout.generator import SlowRequest
 from distillm_ray.types import (
     Demand,
     HiddenTargets,
@@ -38,6 +40,11 @@ def rollout(name: str, num_tokens: int = 1, *, text: str = "", version: int = 0)
 class Trouble(PooledActor):
     """Fails as the text of its input says. The text of its responses is its process id."""
 
+    hung_since = 0.0
+
+    async def silent_s(self) -> float:
+        return time.monotonic() - self.hung_since if self.hung_since else 0.0
+
     async def obey(self, text: str) -> None:
         action, _, only_once = text.partition(" once ")  # the file marks that it did
         if only_once and os.path.exists(only_once):
@@ -49,7 +56,10 @@ class Trouble(PooledActor):
                 os._exit(1)
             case "raise":
                 raise RuntimeError("out of memory")
+            case "abort":
+                raise SlowRequest("too long")
             case "hang":
+                self.hung_since = time.monotonic()
                 await asyncio.sleep(1000)
             case "refuse":
                 raise ModelError("teacher.model: no good")

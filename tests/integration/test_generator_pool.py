@@ -14,6 +14,7 @@ from distillm_ray.cluster.pool import MAX_FAILURES, ActorLost
 from distillm_ray.cluster.rollout import GeneratorPool
 from distillm_ray.config import GeneratorPoolConfig, SamplingConfig
 from distillm_ray.errors import ClusterError, ModelError
+from distillm_ray.rollout.generator import SlowRequest
 from tests import make
 from tests.integration.actors import Actor, Events, remote, until
 from tests.integration.fakes import FakeGenerator, Publisher, demand
@@ -27,11 +28,10 @@ def pool_of(
     *handles: Actor,
     log: Events | None = None,
     max_in_flight: int = 4,
-    call_timeout_s: float = 60.0,
+    stall_timeout_s: float = 60.0,
     startup_timeout_s: float = 120.0,
 ) -> GeneratorPool:
-    # A call may take two time-outs: one for the weights, one for the response.
-    config = GeneratorPoolConfig(max_in_flight=max_in_flight, timeout_s=call_timeout_s / 2)
+    config = GeneratorPoolConfig(max_in_flight=max_in_flight, stall_timeout_s=stall_timeout_s)
     return GeneratorPool(
         handles,
         config,
@@ -67,13 +67,34 @@ async def test_an_actor_that_fails_is_replaced_and_gets_the_newest_weights(
 
 
 async def test_an_actor_that_hangs_is_killed_and_replaced() -> None:
-    pool = pool_of(remote(FakeGenerator), call_timeout_s=4.0)
+    pool = pool_of(remote(FakeGenerator), stall_timeout_s=2.0)
     await pool.start()
     before = await pool.generate(demand())
     with pytest.raises(ActorLost, match="generator 0: TimeoutError"):
         await pool.generate(demand("hang"))
     after = await pool.generate(demand())
     assert after.text != before.text
+
+
+async def test_a_call_that_its_actor_gave_up_is_the_only_thing_that_is_lost() -> None:
+    log = Events()
+    pool = pool_of(remote(FakeGenerator), log=log)
+    await pool.start()
+    before = await pool.generate(demand())
+    beside = asyncio.create_task(pool.generate(demand("hang")))
+    for _ in range(MAX_FAILURES + 1):
+        with pytest.raises(SlowRequest, match=r"^too long$"):
+            await pool.generate(demand("abort"))
+    assert (await pool.generate(demand())).text == before.text
+    assert (log.names, beside.done()) == ([], False)
+    beside.cancel()
+
+
+async def test_a_response_that_is_aborted_everywhere_ends_the_run_by_key() -> None:
+    pool = pool_of(remote(FakeGenerator))
+    await pool.start()
+    with pytest.raises(ClusterError, match=r"^too long, 3 times; raise timeout_s, or lower"):
+        await pool.respond(make.prompt(text="abort"), GREEDY, 0)
 
 
 async def test_a_kill_from_outside_loses_all_calls_but_counts_as_one_failure() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,11 +14,14 @@ import numpy as np
 import pytest
 import ray
 
+from distillm_ray.cluster import store_calls
+from distillm_ray.cluster import targets as cluster_targets
 from distillm_ray.cluster.learner import Links
 from distillm_ray.cluster.targets import ScorerPool, store_index
 from distillm_ray.errors import ClusterError, ModelError
 from distillm_ray.teacher.target_key import target_key
-from distillm_ray.types import HiddenTargets, Rollout, TeacherTargets
+from distillm_ray.teacher.target_store import StoreCounters
+from distillm_ray.types import HiddenTargets, Rollout, ScoreReport, TeacherTargets
 from tests.integration.actors import (
     IDENTITY,
     Actor,
@@ -37,14 +43,14 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 # ---- the orchestrator's side ---------------------------------------------------------------------
 
 
-def pool_of(scorers: list[Actor], stores: list[Actor]) -> ScorerPool:
+def pool_of(scorers: list[Actor], stores: list[Actor], *, log: Events | None = None) -> ScorerPool:
     return ScorerPool(
         scorers,
         stores,
         IDENTITY,
-        call_timeout_s=60.0,
+        stall_timeout_s=60.0,
         startup_timeout_s=120.0,
-        log=cast(Any, Events()),
+        log=cast(Any, log or Events()),
     )
 
 
@@ -92,6 +98,54 @@ async def test_calls_that_a_dying_scorer_loses_are_repeated() -> None:
     await asyncio.sleep(0.02)
     ray.kill(scorer, no_restart=False)
     assert await asyncio.wait_for(asyncio.gather(*calls), 60) == [3, 4, 5, 6]
+
+
+async def test_a_frozen_store_is_replaced_and_the_sequence_scored_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store_calls, "STORE_SILENCE_S", 2.0)
+    log, scorer, stores = Events(), remote(FakeScorer), remote_stores(1)
+    targets = pool_of([scorer], stores, log=log)
+    await targets.start()
+    assert await targets.ensure(rollout("a", 3)) == 5
+    process = await stores[0].__ray_call__.remote(lambda _: os.getpid())
+    os.kill(process, signal.SIGSTOP)
+    assert await asyncio.wait_for(targets.counters(), 60) == [StoreCounters(nbytes=0, evictions=0)]
+    monkeypatch.setattr(store_calls, "STORE_SILENCE_S", 60.0)
+    assert await asyncio.wait_for(targets.ensure(rollout("a", 3)), 60) == 5
+    assert (await stored(stores, rollout("a", 3))).shape == (3, HIDDEN_SIZE)
+    assert log.names == ["target store 0 failed"]
+
+
+class FullStore:
+    """Raises at its first `put`, in this process or the ones before."""
+
+    def __init__(self, marked: Path) -> None:
+        self.marked = marked
+        self.keys: list[str] = []
+
+    def has(self, key: str, num_rows: int) -> bool:
+        return key in self.keys
+
+    def put(self, key: str, payload: TeacherTargets, report: ScoreReport, shared: bool) -> bool:
+        if not self.marked.exists():
+            self.marked.touch()
+            raise OSError("no space left on device")
+        self.keys.append(key)
+        return True
+
+
+async def test_a_failing_put_replaces_the_store_and_is_not_held_against_the_scorer(
+    tmp_path: Path,
+) -> None:
+    log, scorer, store = Events(), remote(FakeScorer), remote(FullStore, tmp_path / "raised")
+    targets = pool_of([scorer], [store], log=log)
+    await targets.start()
+    assert await asyncio.wait_for(targets.ensure(rollout("a", 3)), 60) == 5
+    assert await targets.ensure(rollout("a", 3)) == 0
+    assert log.names == ["target store 0 failed"]
+    assert log.details == ["OSError: no space left on device"]
+    assert await scorer.count.remote() == 2, "the same process scored it again"
 
 
 async def test_another_text_under_the_same_id_has_targets_of_its_own() -> None:
@@ -148,6 +202,22 @@ def test_targets_lost_with_their_store_are_scored_again(tmp_path: Path) -> None:
     assert get(scorer.count.remote()) == 12 + lost
 
 
+def test_a_store_that_does_not_reply_to_a_learner_is_a_miss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_targets, "STORE_SILENCE_S", 2.0)
+    scorer, stores = remote(FakeScorer), remote_stores(2)
+    links, _ = start_links(small_config(tmp_path), [scorer], stores)
+    rollouts = [rollout(f"r{index}", 1 + index) for index in range(12)]
+    expected = {f"r{index}": 1 + index for index in range(12)}
+    assert lengths(fetch(links, rollouts)) == expected
+    process = get(stores[1].__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(process, signal.SIGSTOP)
+    timer = threading.Timer(5.0, ray.kill, (stores[1],), {"no_restart": False})
+    timer.start()  # the orchestrator would, after a minute
+    assert lengths(fetch(links, rollouts)) == expected
+
+
 def test_stores_that_cannot_hold_a_step_are_named_with_their_key(tmp_path: Path) -> None:
     stores = remote_stores(1, max_bytes=1000)
     links, _ = start_links(small_config(tmp_path), [remote(FakeScorer)], stores)
@@ -180,4 +250,4 @@ def test_a_scorer_that_hangs_is_replaced_after_teacher_timeout_s(tmp_path: Path)
     assert lengths(found) == {"r0": 3}
     assert hung.exists()
     failed = events(log)[0]
-    assert (failed.name, failed.detail) == ("scorer 0 failed", "TimeoutError:")
+    assert (failed.name, failed.detail) == ("scorer 0 failed", "TimeoutError: no progress for 2 s")
