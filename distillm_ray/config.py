@@ -625,8 +625,8 @@ class RolloutConfig(GeneratorPoolConfig):
     # are the student's alone.
     teacher_mix: Annotated[Number, Field(ge=0.0, lt=1.0)] = 0.0
     filter: FilterConfig = FilterConfig()
-    # Each publication of weights asks for the fresh samples of `sync_interval` steps, `lookahead` - 1
-    # steps before the first of them is trained on.
+    # Each publication of weights asks for the fresh samples of `sync_interval` steps, `lookahead`
+    # - 1 steps before the first of them is trained on.
     lookahead: Positive = 2
     sync_interval: Positive = 1
     max_staleness: NonNegative = 4  # in optimizer steps

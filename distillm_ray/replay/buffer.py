@@ -209,8 +209,7 @@ class ReplayBuffer:
     def wants_weights(self) -> bool:
         """Whether a generation can still start with newly published weights, at the current phi."""
         return self._schedule.phi > 0.0 and (
-            self._ordinals.num_open > 0
-            or self._window.end(self._completed) < self._total_steps
+            self._ordinals.num_open > 0 or self._window.end(self._completed) < self._total_steps
         )
 
     # ---- called by the learners -----------------------------------------------------------------
