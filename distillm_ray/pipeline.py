@@ -439,6 +439,11 @@ class Run:
             held_out_prompts=() if held_out.demonstrations else held_out.prompts[:limit],
             probe_prompts=held_out.prompts[: config.validation.probe_prompts],
         )
-        group = LearnerGroup(placement.learners(config, self.device), job, worker.run)
+        group = LearnerGroup(
+            placement.learners(config, self.device),
+            job,
+            worker.run,
+            lambda: _checkpointed(config),
+        )
         group.start()
         return group
