@@ -765,7 +765,7 @@ class LearnerConfig(ProcessConfig):
     max_skipped_steps: MayChange[NonNegative] = 10  # non-finite steps in a row before the run stops
     prefetch_steps: MayChange[Positive] = 1  # steps collated ahead of the training thread
     data_timeout_s: MayChange[Above0] = 1800.0  # waiting for one step's samples, while training
-    max_restarts: MayChange[NonNegative] = 3  # of the group, from the last checkpoint
+    max_restarts: MayChange[NonNegative] = 3  # in a row from the same checkpoint
 
     @property
     def known_steps(self) -> int | None:

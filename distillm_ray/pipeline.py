@@ -92,10 +92,12 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
         RunFailed: restarts did not fix it; the last checkpoint is intact.
     """
     watch = Watch(view)
+    weights = weights_in_transit(config, preflight)
     with watch.phase("connecting to Ray"):
-        connect(config)
+        connect(config, weights_bytes=weights)
         device = resolve_device(config)
-        placement.check(placement.train_phases(config, device), available())
+        phases = placement.train_phases(config, device, weights_bytes=weights)
+        placement.check(phases, available())
     tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
@@ -290,6 +292,7 @@ def _room_for_targets(config: Config, preflight: Preflight, splits: Splits, devi
 
     Raises:
         ConfigError: not even a step.
+        ClusterError: the object store of a node is too small.
     """
     if config.teacher is None or preflight.teacher is None or not config.loss.needs_teacher:
         return ""
@@ -304,7 +307,25 @@ def _room_for_targets(config: Config, preflight: Preflight, splits: Splits, devi
         vocabulary_size=preflight.vocabulary_size,
     )
     corpus = splits.corpus.pieces if splits.corpus else ()
-    return check_room(config, target_sizes(config, splits.train.demonstrations, corpus, each))
+    sizes = target_sizes(config, splits.train.demonstrations, corpus, each)
+    line = check_room(config, sizes)
+    phases = placement.train_phases(
+        config,
+        device,
+        weights_bytes=weights_in_transit(config, preflight),
+        batch_bytes=sizes.step * (config.learner.prefetch_steps + 1),
+    )
+    placement.check(phases, available())
+    return line
+
+
+def weights_in_transit(config: Config, preflight: Preflight) -> int:
+    """Bytes of published weights on one node: a version, and the one before it.
+
+    `auto` counts as float32, the larger one.
+    """
+    width = 2 if config.rollout.dtype == "bfloat16" else 4
+    return 2 * width * preflight.student.num_parameters
 
 
 def _check_metric(config: Config, splits: Splits) -> None:
@@ -418,6 +439,11 @@ class Run:
             held_out_prompts=() if held_out.demonstrations else held_out.prompts[:limit],
             probe_prompts=held_out.prompts[: config.validation.probe_prompts],
         )
-        group = LearnerGroup(placement.learners(config, self.device), job, worker.run)
+        group = LearnerGroup(
+            placement.learners(config, self.device),
+            job,
+            worker.run,
+            lambda: _checkpointed(config),
+        )
         group.start()
         return group

@@ -196,7 +196,7 @@ def joined(monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
     """The job uses the Ray of the test session, with 16 CPUs, instead of starting its own."""
     from distillm_ray import pipeline
 
-    monkeypatch.setattr(pipeline, "connect", lambda config: None)
+    monkeypatch.setattr(pipeline, "connect", lambda config, **_: None)
 
 
 @pytest.mark.integration
@@ -250,7 +250,7 @@ class TestWithRay:
         self, refused: Callable[..., str]
     ) -> None:
         message = refused("targets.max_bytes=9_000_000_000")
-        assert "targets.max_bytes is 9,000,000,000, the object stores of the cluster" in message
+        assert "targets.max_bytes is 9,000,000,000 in 1 store of 9,000,000,000, each" in message
 
 
 # ---- models -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from distillm_ray.cluster.actors import BufferLost
@@ -17,9 +18,12 @@ from distillm_ray.errors import ModelError, RunFailed
 from tests import make
 
 
-def group(config: Config, fit: Callable[[], None]) -> LearnerGroup:
+def group(
+    config: Config, fit: Callable[[], None], newest_checkpoint: Callable[[], int] = lambda: 0
+) -> LearnerGroup:
     """A learner group with a function in place of Ray Train."""
-    learners = LearnerGroup(cast(Any, None), cast(Any, SimpleNamespace(config=config)), print)
+    job = cast(Any, SimpleNamespace(config=config))
+    learners = LearnerGroup(cast(Any, None), job, print, newest_checkpoint)
     trainer = SimpleNamespace(fit=fit)
     cast(Any, learners)._trainer = lambda: trainer
     return learners
@@ -55,7 +59,10 @@ def test_a_failure_that_restarts_do_not_fix_ends_the_run_with_a_message(
 
 
 def test_a_user_error_of_a_rank_is_raised_unchanged(tmp_path: Path) -> None:
+    fits: list[int] = []
+
     def fit() -> None:
+        fits.append(1)
         raise WorkerGroupError("all", {0: RuntimeError("peer gone"), 1: ModelError("student: no")})
 
     learners = group(make.config(run={"directory": tmp_path}), fit)
@@ -63,3 +70,38 @@ def test_a_user_error_of_a_rank_is_raised_unchanged(tmp_path: Path) -> None:
     learners.join(60)
     with pytest.raises(ModelError, match=r"^student: no$"):
         learners.raise_failure()
+    assert len(fits) == 1, "a restart does not fix it"
+
+
+def test_failures_with_progress_in_between_end_no_run(tmp_path: Path) -> None:
+    """A machine is lost after every checkpoint, twenty times."""
+    checkpoint = 0
+
+    def fit() -> None:
+        nonlocal checkpoint
+        checkpoint += 100
+        if checkpoint < 2000:
+            raise WorkerGroupError("all", {0: RuntimeError("preempted")})
+
+    config = make.config(run={"directory": tmp_path}, learner={"max_restarts": 1})
+    learners = group(config, fit, lambda: checkpoint)
+    learners.start()
+    learners.join(60)
+    learners.raise_failure()
+    assert checkpoint == 2000
+
+
+def test_failures_at_the_same_checkpoint_end_the_run_at_the_limit(tmp_path: Path) -> None:
+    fits: list[int] = []
+
+    def fit() -> None:
+        fits.append(1)
+        raise RayActorError
+
+    config = make.config(run={"directory": tmp_path}, learner={"max_restarts": 2})
+    learners = group(config, fit, lambda: 100)
+    learners.start()
+    learners.join(60)
+    with pytest.raises(RunFailed, match=r"the same checkpoint learner\.max_restarts = 2 times"):
+        learners.raise_failure()
+    assert len(fits) == 3

@@ -40,7 +40,7 @@ def test_the_defaults_ask_for_one_cpu_a_role_and_no_gpu_on_a_cpu() -> None:
     roles = {role.role: (role.count, role.cpus, role.gpus) for role in asked.roles}
     assert roles == {"learner": (1, 1, 0), "generator": (1, 1, 0), "scorer": (1, 1, 0)}
     assert (asked.cpus, asked.gpus) == (3.0, 0.0)
-    assert asked.object_store_bytes == 2 * GIB
+    assert asked.store_use.target_bytes == 2 * GIB
 
 
 def test_on_gpus_a_pool_asks_for_its_tensor_parallel_ranks() -> None:
@@ -73,7 +73,7 @@ def test_a_run_without_teacher_or_generation_asks_for_neither() -> None:
     )
     asked = training(config, "cuda")
     assert [role.role for role in asked.roles] == ["learner"]
-    assert asked.object_store_bytes == 0
+    assert asked.store_use.target_bytes == 0
 
 
 def test_the_evaluation_at_the_end_needs_a_generator_even_without_rollouts() -> None:
@@ -124,13 +124,45 @@ def test_an_actor_is_not_split_over_nodes() -> None:
     assert "lower teacher.actors or teacher.num_cpus" in message
 
 
+def with_stores(*sizes: int) -> Available:
+    return Available(nodes=tuple(Node(cpus=8, object_store_bytes=size) for size in sizes))
+
+
 def test_targets_beyond_the_object_store_are_refused() -> None:
     config = make.config(targets={"max_bytes": 4 * GIB})
-    available = Available(nodes=(Node(cpus=8),), object_store_bytes=GIB)
-    message = refusal(config, "cpu", available)
-    assert "targets.max_bytes is 4,294,967,296" in message
-    assert "1,073,741,824 bytes; lower targets.max_bytes" in message
+    message = refusal(config, "cpu", with_stores(GIB))
+    assert "targets.max_bytes is 4,294,967,296 in 1 store of 4,294,967,296" in message
+    assert "hold 1,073,741,824 bytes; lower targets.max_bytes" in message
     check(train_phases(config, "cpu"), Available(nodes=(Node(cpus=8),)))
+
+
+def test_a_store_that_no_single_node_can_hold_is_refused_although_all_together_could() -> None:
+    nodes = with_stores(*(100 * GIB for _ in range(8)))
+    config = make.config(targets={"max_bytes": 600 * GIB})
+    assert "in 1 store of 644,245,094,400, each on one node" in refusal(config, "cpu", nodes)
+    for stores, fits in ((5, False), (6, True), (8, True)):
+        config = make.config(targets={"max_bytes": 600 * GIB, "stores": stores})
+        if fits:
+            check(train_phases(config, "cpu"), nodes)
+        else:
+            assert "raise targets.stores" in refusal(config, "cpu", nodes)
+
+
+def test_weights_and_batches_in_transit_need_room_on_every_node() -> None:
+    config = make.config(targets={"max_bytes": 10 * GIB})
+    nodes = with_stores(12 * GIB, 4 * GIB)
+
+    def problem(weights: int, batches: int) -> str:
+        phases = train_phases(config, "cpu", weights_bytes=weights, batch_bytes=batches)
+        try:
+            check(phases, nodes)
+        except ClusterError as error:
+            return str(error)
+        return ""
+
+    assert problem(GIB, GIB) == ""
+    assert "targets.max_bytes is 10,737,418,240" in problem(2 * GIB, GIB)
+    assert "5,368,709,120 on each node for weights and batches" in problem(4 * GIB, GIB)
 
 
 def test_show_prints_a_tree_that_loads_again_and_the_sums() -> None:
@@ -185,7 +217,7 @@ def test_every_phase_has_its_own_resources() -> None:
     assert [phase.gpus for phase in evaluate_phases(config, "cuda")] == [4, 7]
     assert [phase.gpus for phase in generate_phases(config, "cuda")] == [4.5]
     (phase,) = score_phases(config, "cuda")
-    assert (phase.gpus, phase.object_store_bytes) == (3, 0)
+    assert (phase.gpus, phase.store_use.target_bytes) == (3, 0)
 
 
 def test_a_later_phase_that_does_not_fit_is_refused_before_the_first() -> None:

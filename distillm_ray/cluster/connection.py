@@ -15,8 +15,11 @@ from distillm_ray.errors import ClusterError
 from distillm_ray.types import Device
 
 
-def connect(config: Config, *, namespace: str = "distillm-ray") -> None:
+def connect(config: Config, *, weights_bytes: int = 0, namespace: str = "distillm-ray") -> None:
     """Join the cluster at RAY_ADDRESS, which a Ray job sets, or start one on this machine.
+
+    Args:
+        weights_bytes: in transit during the run; sizes the object store of a new cluster.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
@@ -40,7 +43,7 @@ def connect(config: Config, *, namespace: str = "distillm-ray") -> None:
             # Without an address Ray would join the cluster that was started here last.
             "address": "local",
             "include_dashboard": False,
-            "object_store_memory": _local_store_bytes(config),
+            "object_store_memory": _local_store_bytes(config, weights_bytes),
         }
     try:
         knock(os.environ.get("RAY_ADDRESS", ""))
@@ -61,10 +64,15 @@ def connect(config: Config, *, namespace: str = "distillm-ray") -> None:
 def available() -> Available:
     """What the connected cluster offers."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    store = sum(node.get("object_store_memory", 0) for node in nodes)
     return Available(
-        nodes=tuple(Node(cpus=node.get("CPU", 0), gpus=node.get("GPU", 0)) for node in nodes),
-        object_store_bytes=int(store),
+        nodes=tuple(
+            Node(
+                cpus=node.get("CPU", 0),
+                gpus=node.get("GPU", 0),
+                object_store_bytes=int(node.get("object_store_memory", 0)),
+            )
+            for node in nodes
+        )
     )
 
 
@@ -75,6 +83,6 @@ def resolve_device(config: Config) -> Device:
     return "cuda" if available().gpus > 0 else "cpu"
 
 
-def _local_store_bytes(config: Config) -> int:
-    """Room for all targets, two versions of the weights, and the batches in transit."""
-    return config.targets.max_bytes + 2 * 2**30
+def _local_store_bytes(config: Config, weights_bytes: int) -> int:
+    """Room for all targets, the weights and the batches in transit."""
+    return config.targets.max_bytes + weights_bytes + 2 * 2**30

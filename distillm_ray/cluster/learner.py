@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -87,20 +86,56 @@ class LearnerJob:
     probe_prompts: tuple[Prompt, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restarts:
+    """Restarts of the group from the same checkpoint. A newer one sets the count back.
+
+    So a long run may lose any number of machines, and an error that a restart does not fix ends it.
+
+    Example:
+        >>> restarts = Restarts(limit=1)
+        >>> for step in (100, 200, 200):
+        ...     restarts = restarts.after_failure(step)
+        ...     print(restarts.count, restarts.exhausted)
+        1 False
+        1 False
+        2 True
+    """
+
+    limit: int
+    count: int = 0
+    step: int = -1  # of the newest checkpoint at the last failure
+
+    def after_failure(self, step: int) -> Restarts:
+        """With one more failure, when the newest checkpoint is that of `step`."""
+        return replace(self, count=self.count + 1 if step <= self.step else 1, step=step)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the group may not be restarted any more."""
+        return self.count > self.limit
+
+
 class LearnerGroup(threading.Thread):
     """Runs Ray Train's `fit`, which blocks, in a thread: the driver watches the run meanwhile.
 
-    Ray Train restarts ranks that fail; this class replaces its controller when that dies.
+    When ranks or Ray Train's controller fail, it runs `fit` again. Ray Train would count the
+    failures of the run's whole life.
     """
 
     def __init__(
-        self, spec: RoleSpec, job: LearnerJob, worker: Callable[[LearnerJob], None]
+        self,
+        spec: RoleSpec,
+        job: LearnerJob,
+        worker: Callable[[LearnerJob], None],
+        newest_checkpoint: Callable[[], int],
     ) -> None:
-        """Every rank runs `worker(job)`."""
+        """Every rank runs `worker(job)`. `newest_checkpoint` returns its step, 0 without one."""
         super().__init__(daemon=True, name="learners")
         self._spec = spec
         self._job = job
         self._worker = worker
+        self._newest_checkpoint = newest_checkpoint
         self._max_restarts = job.config.learner.max_restarts
         self._directory = job.config.run.directory
         self._failure: BaseException | None = None
@@ -108,13 +143,14 @@ class LearnerGroup(threading.Thread):
     def run(self) -> None:
         """Return when all ranks have ended; a failure is kept for `raise_failure`."""
         try:
-            trainer = self._trainer()
-            for restarts in itertools.count(1):
+            restarts = Restarts(limit=self._max_restarts)
+            while True:
                 try:
-                    trainer.fit()
+                    self._trainer().fit()
                     return
-                except RayActorError:
-                    if restarts > self._max_restarts:
+                except (TrainingFailedError, RayActorError) as error:
+                    restarts = restarts.after_failure(self._newest_checkpoint())
+                    if restarts.exhausted or _raised_by_user_error(error):
                         raise
         except BaseException as error:
             self._failure = error  # raised again in the driver's thread
@@ -149,7 +185,7 @@ class LearnerGroup(threading.Thread):
         path = self._directory / FAILURE_FILE
         path.write_text(str(failure), encoding="utf-8")
         raise RunFailed(
-            f"{what}. The learners went back to their checkpoint learner.max_restarts ="
+            f"{what}. The learners went back to the same checkpoint learner.max_restarts ="
             f" {self._max_restarts} times, which is the limit. {path} and the logs of the nodes"
             " have the details; the same command resumes from the last checkpoint"
         ) from failure
@@ -169,7 +205,7 @@ class LearnerGroup(threading.Thread):
             run_config=RunConfig(
                 name="learners",
                 storage_path=str((self._directory / "ray_train").resolve()),
-                failure_config=FailureConfig(max_failures=self._max_restarts),
+                failure_config=FailureConfig(max_failures=0),
                 worker_runtime_env={
                     "env_vars": {
                         "DS_ACCELERATOR": job.device,
@@ -183,7 +219,7 @@ class LearnerGroup(threading.Thread):
 def _run_worker(arguments: dict[str, Any]) -> None:
     """Run one rank; Ray Train passes its arguments as a dictionary.
 
-    A user's error also goes to run control: Ray Train would restart the group for it.
+    A user's error also goes to run control: other ranks may wait for this one in a collective.
     """
     job: LearnerJob = arguments["job"]
     try:
@@ -191,6 +227,15 @@ def _run_worker(arguments: dict[str, Any]) -> None:
     except UserError as error:
         ControlClient(job.wires.control).fail(str(error))
         raise
+
+
+def _raised_by_user_error(error: Exception) -> bool:
+    """Whether a rank ended with an error that a restart does not fix."""
+    if not isinstance(error, WorkerGroupError):
+        return False
+    return any(
+        isinstance(one.__cause__ or one, UserError) for one in error.worker_failures.values()
+    )
 
 
 def _first_line(error: BaseException) -> str:

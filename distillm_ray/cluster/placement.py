@@ -54,12 +54,28 @@ class RoleSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoreUse:
+    """What a run keeps in the object stores of its nodes."""
+
+    stores: int = 0  # target stores, each on one node
+    store_bytes: int = 0  # of one target store
+    # On any node, since learners and generators may be on each:
+    weights_bytes: int = 0  # published ones, and those before while generators still load them
+    batch_bytes: int = 0  # copies of targets of the steps that the learners of a node prepare
+
+    @property
+    def target_bytes(self) -> int:
+        """Of all target stores."""
+        return self.stores * self.store_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """Roles that run at the same time."""
 
     name: str
     roles: tuple[RoleSpec, ...]
-    object_store_bytes: int = 0  # for teacher targets
+    store_use: StoreUse = StoreUse()
 
     @property
     def cpus(self) -> float:
@@ -117,15 +133,23 @@ def held_out_loss(config: Config, device: Device) -> RoleSpec:
 # ---- the phases ----------------------------------------------------------------------------------
 
 
-def train_phases(config: Config, device: Device) -> tuple[Phase, ...]:
-    """The phases of `distillm-ray train`."""
+def train_phases(
+    config: Config, device: Device, *, weights_bytes: int = 0, batch_bytes: int = 0
+) -> tuple[Phase, ...]:
+    """The phases of `distillm-ray train`. For the sizes see `StoreUse`; 0: not known yet."""
     roles = [learners(config, device)]
     if config.wants_generators:
         roles.append(generators(config, device))
     if config.loss.needs_teacher:
         roles.append(scorers(config, device))
-    store = config.targets.max_bytes if config.loss.needs_teacher else 0
-    phases = [Phase(name="training", roles=tuple(roles), object_store_bytes=store)]
+    targets = config.targets
+    use = StoreUse(
+        stores=targets.stores if config.loss.needs_teacher else 0,
+        store_bytes=targets.max_bytes // targets.stores,
+        weights_bytes=weights_bytes if config.wants_generators else 0,
+        batch_bytes=batch_bytes,
+    )
+    phases = [Phase(name="training", roles=tuple(roles), store_use=use)]
     if config.evaluation.at_end:
         phases += evaluate_phases(config, device)
         if config.evaluates_teacher:
@@ -208,6 +232,7 @@ class Node:
 
     cpus: float
     gpus: float = 0.0
+    object_store_bytes: int | None = None  # None: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +240,6 @@ class Available:
     """What the cluster offers."""
 
     nodes: tuple[Node, ...]
-    object_store_bytes: int | None = None  # of all nodes; None: not known
 
     @property
     def cpus(self) -> float:
@@ -252,14 +276,41 @@ def _problems(phase: Phase, available: Available) -> list[str]:
             )
     if not problems:
         problems = _unplaceable(phase, available.nodes)
-    store = available.object_store_bytes
-    if store is not None and phase.object_store_bytes > store:
-        problems.append(
-            f"{phase.name}: targets.max_bytes is {phase.object_store_bytes:,}, the object stores of"
-            f" the cluster hold {store:,} bytes; lower targets.max_bytes, or start Ray with a"
-            " larger --object-store-memory"
-        )
-    return problems
+    return problems + _beyond_stores(phase, available.nodes)
+
+
+def _beyond_stores(phase: Phase, nodes: Sequence[Node]) -> list[str]:
+    """What the nodes' object stores cannot hold. Each target store is on one node."""
+    use = phase.store_use
+    room = [node.object_store_bytes for node in nodes if node.object_store_bytes is not None]
+    if not room or len(room) < len(nodes):
+        return []
+    # On the node of their store, learners read targets without a copy.
+    batch_bytes = use.batch_bytes if len(nodes) > 1 else 0
+    transit_bytes = use.weights_bytes + batch_bytes
+    free = [size - transit_bytes for size in room]
+    hold = f"the object stores of the nodes hold {', '.join(f'{size:,}' for size in room)} bytes"
+    transit = (
+        f"{transit_bytes:,} on each node for weights and batches in transit"
+        f" ({use.weights_bytes:,} and {batch_bytes:,})"
+    )
+    remedy = "start Ray with a larger --object-store-memory"
+    if min(free) < 0:
+        return [
+            f"{phase.name}: {transit}, {hold}; lower learner.batch_size or learner.prefetch_steps,"
+            f" or {remedy}"
+        ]
+    for _ in range(use.stores):
+        largest = free.index(max(free))
+        free[largest] -= use.store_bytes
+        if free[largest] < 0:
+            stores = "1 store" if use.stores == 1 else f"{use.stores} stores"
+            return [
+                f"{phase.name}: targets.max_bytes is {use.target_bytes:,} in {stores} of"
+                f" {use.store_bytes:,}, each on one node, besides {transit}; {hold}; lower"
+                f" targets.max_bytes, raise targets.stores up to the number of nodes, or {remedy}"
+            ]
+    return []
 
 
 def _unplaceable(phase: Phase, nodes: Sequence[Node]) -> list[str]:
@@ -341,7 +392,7 @@ def render_show(config: Config, device: Device) -> str:
     console = Console(width=130, color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(table)
-        store = max(phase.object_store_bytes for phase in phases)
+        store = max(phase.store_use.target_bytes for phase in phases)
         if store:
             console.print(
                 f"object store: {store / 2**30:.2f} GiB for teacher targets (targets.max_bytes),"
