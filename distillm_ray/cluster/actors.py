@@ -7,8 +7,9 @@ remote call. No actor is detached: when the driver ends, however it ends, its ac
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import ray
@@ -151,6 +152,21 @@ def ask(
         if isinstance(error.cause, UserError | BufferLost):
             raise error.cause from error
         raise
+
+
+async def reply(call: Awaitable[Result], what: str) -> Result:
+    """`ask` for asynchronous roles, within `CALL_TIMEOUT_S`.
+
+    Raises:
+        ClusterError: the limit has passed.
+    """
+    try:
+        return await asyncio.wait_for(call, CALL_TIMEOUT_S)
+    except TimeoutError as error:
+        raise ClusterError(
+            f"no reply within {CALL_TIMEOUT_S:g} s: {what}; the process hangs, or the cluster is"
+            " overloaded; see the log of the driver's node"
+        ) from error
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -17,7 +17,7 @@ import ray
 from ray.actor import ActorProxy
 
 from distillm_ray.batching import draw_facts, plan_step
-from distillm_ray.cluster.actors import CALL_TIMEOUT_S, BufferLost, ask, beside_driver
+from distillm_ray.cluster.actors import CALL_TIMEOUT_S, BufferLost, ask, beside_driver, reply
 from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.config import Config
 from distillm_ray.errors import RunDirectoryError
@@ -251,11 +251,11 @@ class ReplayProducer:
 
     async def add(self, rollout: Rollout) -> None:
         """Add a finished ordinal whose targets are stored."""
-        await self._actor.add.remote(self._incarnation, rollout)
+        await reply(self._actor.add.remote(self._incarnation, rollout), _WHAT)
 
     async def lose(self, ordinal: int) -> None:
         """Give an ordinal out again."""
-        await self._actor.lose.remote(self._incarnation, ordinal)
+        await reply(self._actor.lose.remote(self._incarnation, ordinal), _WHAT)
 
     async def restore(self, state: bytes | None, completed: int) -> int:
         """Go to a checkpoint's state, or to the beginning; returns the new incarnation."""
@@ -275,7 +275,7 @@ class ReplayProducer:
 
     async def counters(self) -> BufferCounters:
         """Sizes and totals."""
-        return await self._actor.counters.remote(self._incarnation)
+        return await reply(self._actor.counters.remote(self._incarnation), _WHAT)
 
 
 class ReplayConsumer:

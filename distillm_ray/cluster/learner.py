@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,11 @@ from distillm_ray.cluster.actors import BufferLost, thread_settings
 from distillm_ray.cluster.buffer import BufferActor, ReplayConsumer
 from distillm_ray.cluster.control import ControlActor, ControlClient
 from distillm_ray.cluster.log import LogActor, LogClient
-from distillm_ray.cluster.orchestrator import OrchestratorActor, OrchestratorClient
+from distillm_ray.cluster.orchestrator import (
+    OrchestratorActor,
+    OrchestratorClient,
+    collective_limit_s,
+)
 from distillm_ray.cluster.placement import RoleSpec
 from distillm_ray.cluster.targets import TargetReader, TargetStoreActor
 from distillm_ray.config import Config
@@ -192,6 +197,7 @@ class LearnerGroup(threading.Thread):
 
     def _trainer(self) -> TorchTrainer:
         spec, job = self._spec, self._job
+        num_prompts = max(len(job.held_out_prompts), len(job.probe_prompts))
         # Ray Train wants a resource for every worker.
         resources = {"CPU": spec.cpus, "GPU": spec.gpus}
         resources = {name: each for name, each in resources.items() if each} or {"CPU": 0.01}
@@ -201,7 +207,10 @@ class LearnerGroup(threading.Thread):
             scaling_config=ScalingConfig(
                 num_workers=spec.count, use_gpu=spec.gpus > 0, resources_per_worker=resources
             ),
-            torch_config=TorchConfig(backend="nccl" if job.device == "cuda" else "gloo"),
+            torch_config=TorchConfig(
+                backend="nccl" if job.device == "cuda" else "gloo",
+                timeout_s=math.ceil(collective_limit_s(job.config, num_prompts)),
+            ),
             run_config=RunConfig(
                 name="learners",
                 storage_path=str((self._directory / "ray_train").resolve()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ray
 from ray.actor import ActorProxy
 
-from distillm_ray.cluster.actors import ask, beside_driver
+from distillm_ray.cluster.actors import ask, beside_driver, reply
 from distillm_ray.config import Config
 from distillm_ray.log.health import HealthWatch
 from distillm_ray.log.metrics import MetricsLog
@@ -102,9 +102,9 @@ class AsyncLog:
     async def add(self, record: Record) -> None:
         """Append a record; it is in the file when this returns."""
         if self._actor is not None:
-            await self._actor.add.remote(record)
+            await reply(self._actor.add.remote(record), _WHAT)
 
     async def rewind(self, step: int) -> None:
         """Mark what came after `step` as superseded."""
         if self._actor is not None:
-            await self._actor.rewind.remote(step)
+            await reply(self._actor.rewind.remote(step), _WHAT)

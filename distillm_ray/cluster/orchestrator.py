@@ -18,11 +18,18 @@ from distillm_ray.cluster.rollout import (
     GeneratorPool,
     PublishedWeights,
 )
-from distillm_ray.cluster.targets import ScorerActor, ScorerPool, TargetStoreActor
+from distillm_ray.cluster.targets import (
+    MAX_SCORING_ROUNDS,
+    ScorerActor,
+    ScorerPool,
+    TargetStoreActor,
+)
 from distillm_ray.config import Config, GeneratorPoolConfig, SamplingConfig
 from distillm_ray.log.records import Counters
 from distillm_ray.teacher.target_key import TargetIdentity
 from distillm_ray.types import Bucket, DrawFacts, Prompt, Rollout, Source, TrainStep
+
+_SMALL_CALLS = 10  # to buffer, log and run control between two collectives of the learners
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -174,7 +181,7 @@ class OrchestratorClient:
         ask(
             self._actor.restore.remote(state, completed),
             "resetting buffer and generators to the checkpoint (run.startup_timeout_s)",
-            timeout_s=self._config.run.startup_timeout_s + CALL_TIMEOUT_S,
+            timeout_s=restore_limit_s(self._config),
         )
 
     def ensure_targets(self, rollouts: Sequence[Rollout]) -> None:
@@ -228,6 +235,11 @@ class OrchestratorClient:
 # ---- limits --------------------------------------------------------------------------------------
 
 
+def restore_limit_s(config: Config) -> float:
+    """Until buffer and generators are back at a checkpoint; generators may have to start again."""
+    return config.run.startup_timeout_s + CALL_TIMEOUT_S
+
+
 def publish_limit_s(config: Config) -> float:
     """Until the weights published before are in place.
 
@@ -247,3 +259,22 @@ def probe_limit_s(config: Config, num_prompts: int) -> float:
     ahead = config.rollout.lookahead * config.learner.batch_size
     responses_s = config.rollout.limit_s(num_prompts + ahead, config.longest_response)
     return publish_limit_s(config) + responses_s
+
+
+def collective_limit_s(config: Config, num_prompts: int) -> float:
+    """How long a rank may wait for another one in a collective.
+
+    Longer than all that rank 0 may wait for between two collectives, so that its own limit ends
+    first and says what did not come.
+
+    Args:
+        num_prompts: held-out prompts that the student responds to at a validation.
+    """
+    scoring_s = MAX_SCORING_ROUNDS * (config.learner.data_timeout_s + CALL_TIMEOUT_S)
+    return (
+        restore_limit_s(config)
+        + publish_limit_s(config)
+        + probe_limit_s(config, num_prompts)
+        + scoring_s
+        + _SMALL_CALLS * CALL_TIMEOUT_S
+    )

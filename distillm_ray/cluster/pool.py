@@ -145,8 +145,10 @@ class ActorPool(Generic[A]):
         """
         await asyncio.gather(*(self._start(member) for member in self._members))
         remark = ""
-        with contextlib.suppress(RayError):  # the next call to the member deals with its failure
-            remark = await self._members[0].handle.remark.remote()
+        # The next call to the member deals with its failure.
+        with contextlib.suppress(RayError, TimeoutError):
+            call = asyncio.ensure_future(self._members[0].handle.remark.remote())
+            remark = await asyncio.wait_for(call, _FROZEN_S)
         if remark:
             await self._log.add(EventRecord(name=f"{self._role}s", detail=remark))
 

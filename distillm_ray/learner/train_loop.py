@@ -19,7 +19,8 @@ because a rank that leaves the loop alone would leave the others in a collective
     for a step's batches        all ranks have theirs, or the run is    `learner.data_timeout_s`,
                                 asked to stop, or it has failed         counted while training only
     for the probe's responses   the generators have responded           the pool's (`orchestrator`)
-    for the other ranks         they reach the same collective          the process group's
+    for the other ranks         they reach the same collective          `collective_limit_s`, longer
+                                                                        than the waits of rank 0
 """
 
 from __future__ import annotations
