@@ -42,7 +42,8 @@ Role: TypeAlias = Literal["learner", "generator", "scorer"]
 ROLES: tuple[Role, ...] = ("learner", "generator", "scorer")
 
 COORDINATION_CORES = 0.15
-"""Cores that Ray, the driver and the coordinating actors keep busy on a machine."""
+"""Cores that Ray, the driver and the coordinating actors keep busy on a machine: 0.14 in a run of
+bench/throughput.py (DistiLLM, psi 0.2) on two busy cores."""
 
 _SCORER_QUEUE = 64  # sequences at one scorer, as in cluster/targets.py
 
