@@ -18,7 +18,7 @@ import torch
 from _speed import BATCH_SIZE, DATA, MAX_NEW_TOKENS, STUDENT, TEACHER
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
 
 BETA = 0.5  # the generalized Jensen-Shannon divergence of GKD's own experiments
 
@@ -41,7 +41,7 @@ def main() -> None:
     rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()]
     prompts = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     load = {"dtype": torch.bfloat16}  # the faster of its choices on this processor
-    student = AutoModelForCausalLM.from_pretrained(STUDENT, **load)
+    student: Any = AutoModelForCausalLM.from_pretrained(STUDENT, **load)
     teacher = AutoModelForCausalLM.from_pretrained(TEACHER, **load)
     tokenizer = AutoTokenizer.from_pretrained(STUDENT, padding_side="left")
     clock = Clock()

@@ -11,7 +11,7 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -288,6 +288,59 @@ def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    *,
+    stages: Annotated[
+        Path | None,
+        typer.Option(help="A file of stage times; measured here by default.", parser=_path),
+    ] = None,
+    save_stages: Annotated[
+        Path | None, typer.Option(help="Where to write the stage times.", parser=_path)
+    ] = None,
+    phi: Annotated[
+        float | None, typer.Option(help="The phi that the advice is for.", min=0.0, max=1.0)
+    ] = None,
+    cpus: Annotated[
+        float | None, typer.Option(help="CPUs that the advice may use; this machine's by default.")
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(help="GPUs that the advice may use; the config's by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What a step will take and cost, and how many of each role balance, before a run."""
+    with _user_errors():
+        tree = _load(config, overrides)
+        for name, amount in (("cpus", cpus), ("gpus", gpus)):
+            if amount is not None and not amount > 0:
+                raise UserError(f"--{name} must be above 0, got {amount:g}: no process would fit")
+        from distillm_ray.plan.stages import read_stages, write_stages
+
+        times = read_stages(stages) if stages is not None else None
+        _quiet()
+        from distillm_ray import preflight
+        from distillm_ray.data.files import check_files
+
+        tree = preflight.settled(tree, datetime.now())
+        preflight.check_engines(preflight.train_engines(tree))
+        checked = preflight.check_models(tree)
+        check_files(tree.data, require_responses=tree.draws_data)
+        from distillm_ray.plan.plan import make_plan
+        from distillm_ray.plan.table import render
+
+        with _progress() as say:
+            found = make_plan(tree, checked, times, say, phi=phi, cpus=cpus, gpus=gpus)
+        if save_stages is not None:
+            write_stages(save_stages, found.stages)
+        if as_json:
+            typer.echo(found.to_json())
+        else:
+            _print(render(found))
+
+
+@app.command()
 def plot(run: Annotated[Path, typer.Argument(help="A run directory.", parser=_path)]) -> None:
     """Figures, summary and table of a run."""
     with _user_errors():
@@ -386,6 +439,19 @@ def _view(config: Config) -> Iterator[ConsoleView]:
         yield view
     finally:
         view.stop()
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """What is being done: a line that changes on a terminal, else a line each. On stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: typer.echo(text, err=True)
+        return
+    with console.status("") as status:
+        yield status.update
 
 
 def _comparable(config: Config) -> tuple[Path, ...]:

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("report",),
     ("preflight", "watch"),
-    ("check", "checkpoint_export", "jobs", "local", "new_student", "pipeline", "scoring"),
+    ("check", "checkpoint_export", "jobs", "local", "new_student", "pipeline", "plan", "scoring"),
     ("doctor",),
     ("cli",),
 )
