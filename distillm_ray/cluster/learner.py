@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from distillm_ray.cluster.control import ControlActor, ControlClient
 from distillm_ray.cluster.log import LogActor, LogClient
 from distillm_ray.cluster.orchestrator import OrchestratorActor, OrchestratorClient
 from distillm_ray.cluster.placement import RoleSpec
+from distillm_ray.cluster.reporter import Reporter
 from distillm_ray.cluster.targets import TargetReader, TargetStoreActor
 from distillm_ray.config import Config
 from distillm_ray.errors import RunFailed, UserError
@@ -51,6 +52,7 @@ class Links:
     log: LogClient
     control: ControlClient
     targets: TargetReader | None = None  # None without a teacher
+    reporter: Reporter = field(default_factory=lambda: Reporter("learner"))
 
     @classmethod
     def over(cls, wires: Wires, config: Config) -> Links:

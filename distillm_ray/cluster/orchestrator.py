@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, beside_driver
 from distillm_ray.cluster.buffer import BufferActor, ReplayProducer
 from distillm_ray.cluster.log import AsyncLog, LogActor
 from distillm_ray.cluster.orchestrator_loop import Orchestrator
+from distillm_ray.cluster.process_meter import source_of
+from distillm_ray.cluster.reporter import Reporter
 from distillm_ray.cluster.rollout import (
     TIMEOUTS_PER_CALL,
     GeneratorActor,
@@ -20,6 +23,7 @@ from distillm_ray.cluster.rollout import (
 )
 from distillm_ray.cluster.targets import ScorerActor, ScorerPool, TargetStoreActor
 from distillm_ray.config import Config, GeneratorPoolConfig, SamplingConfig
+from distillm_ray.log.costs import Usage
 from distillm_ray.log.records import Counters
 from distillm_ray.teacher.target_key import TargetIdentity
 from distillm_ray.types import Bucket, DrawFacts, Prompt, Rollout, Source, TrainStep
@@ -50,6 +54,8 @@ class OrchestratorActor:
         peers: TrainingPeers | None,
     ) -> None:
         log = self._log = AsyncLog(peers.log if peers is not None else None)
+        self._reporter = Reporter("orchestrator", self._usages)
+        timeline = self._reporter.timeline
         startup_timeout_s = config.run.startup_timeout_s
         buffer = scorers = generator_pool = None
         if peers is not None:
@@ -63,6 +69,7 @@ class OrchestratorActor:
                 keep_in_flight=config.rollout.max_staleness > 0,
                 startup_timeout_s=startup_timeout_s,
                 log=log,
+                timeline=timeline,
             )
         if peers is not None and peers.scorers:
             assert config.teacher is not None
@@ -74,6 +81,7 @@ class OrchestratorActor:
                 call_timeout_s=config.teacher.timeout_s,
                 startup_timeout_s=startup_timeout_s,
                 log=log,
+                timeline=timeline,
             )
         self._loop = Orchestrator(
             buffer=buffer,
@@ -82,8 +90,11 @@ class OrchestratorActor:
             log=log,
             response_filter=config.rollout.filter,
             scores_rollouts=config.loss.compares(Source.STUDENT),
+            timeline=timeline,
         )
         self._reported = Counters()
+        if peers is not None:
+            self._reporter.start(peers.log)
 
     @ray.method
     async def start(self) -> None:
@@ -99,6 +110,8 @@ class OrchestratorActor:
     async def finish(self) -> None:
         """Make `run` return: the learners have ended."""
         await self._loop.finish()
+        if (report := self._reporter.send()) is not None:
+            await report
 
     @ray.method
     async def restore(self, state: bytes | None, completed: int) -> None:
@@ -127,6 +140,13 @@ class OrchestratorActor:
         """Log a step with what the other roles did since the last one."""
         record, self._reported = await self._loop.step_record(train, facts, since=self._reported)
         await self._log.add(record)
+
+    def _usages(self) -> list[Usage]:
+        """Readings of the pools. They are numbered by this process: another one begins at 0."""
+        return [
+            Usage(role=role, source=f"{source_of(os.getpid())} {role}s", cost=cost)
+            for role, cost in self._loop.costs().items()
+        ]
 
 
 def start_orchestrator(

@@ -31,8 +31,10 @@ from distillm_ray.cluster.busy_clock import BusyClock
 from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.placement import RoleSpec
 from distillm_ray.cluster.pool import ActorPool, PooledActor
+from distillm_ray.cluster.reporter import Reporting
 from distillm_ray.config import TargetsConfig, TeacherConfig
 from distillm_ray.errors import ClusterError
+from distillm_ray.log.timeline import Timeline
 from distillm_ray.teacher.target_key import TargetIdentity, target_key
 from distillm_ray.teacher.target_library import LibrarySettings, TargetLibrary, is_shared
 from distillm_ray.teacher.target_store import StoreCounters, TargetStore
@@ -75,7 +77,7 @@ class ScorerActor(PooledActor):
         return await self._scorer.score(rollout)
 
 
-class TargetStoreActor:
+class TargetStoreActor(Reporting):
     """A `TargetStore` of references that this process made by `ray.put`, and so owns.
 
     Args:
@@ -218,6 +220,7 @@ class ScorerPool(ActorPool[ScorerActor]):
         call_timeout_s: float,
         startup_timeout_s: float,
         log: AsyncLog,
+        timeline: Timeline | None = None,
     ) -> None:
         super().__init__(
             handles,
@@ -226,6 +229,7 @@ class ScorerPool(ActorPool[ScorerActor]):
             call_timeout_s=call_timeout_s,
             startup_timeout_s=startup_timeout_s,
             log=log,
+            timeline=timeline,
         )
         self._stores = stores
         self._identity = identity

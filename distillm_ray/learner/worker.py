@@ -26,6 +26,8 @@ def run(job: LearnerJob) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     config = job.config
+    links = Links.over(job.wires, config)
+    links.reporter.start(job.wires.log)
     device = torch.device("cpu")
     if job.device == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
@@ -57,9 +59,9 @@ def run(job: LearnerJob) -> None:
     tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
-    TrainLoop(
+    loop = TrainLoop(
         learner,
-        Links.over(job.wires, config),
+        links,
         config,
         checkpoints,
         validation_batches=[pack(plan, None) for plan in plans[learner.rank]],
@@ -68,4 +70,6 @@ def run(job: LearnerJob) -> None:
         probe_prompts=job.probe_prompts,
         held_out_prompts=job.held_out_prompts,
         decode=partial(decode, tokenizer),
-    ).run(start)
+    )
+    with links.reporter:
+        loop.run(start)
