@@ -132,9 +132,18 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
             ends = preflight.student.ends(splits.train.end_token_id)
             for line in write_first_rows(config.run.directory, splits, tokenizer, ends):
                 view.note(line)
-            run = Run(config, preflight, splits, resume_from, device, command=command)
-            watch.control = ControlClient(run.control)
-            return _work(run, watch, tokenizer)
+            run = Run(
+                config,
+                preflight,
+                splits,
+                resume_from,
+                device,
+                command=command,
+                started=watch.started_at,
+            )
+            watch.control, watch.log = ControlClient(run.control), LogClient(run.log)
+            with watch.reporter.start(run.log):
+                return _work(run, watch, tokenizer)
 
 
 def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
@@ -189,6 +198,7 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
         phase_seconds=watch.phase_seconds,
     )
     log = LogClient(run.log)
+    watch.reporter.send()  # calls of one process arrive in order
     log.add(record)
     watch.view.update(record)
     log.close()
@@ -361,21 +371,28 @@ class Run:
         device: Device,
         *,
         command: str,
+        started: float,
     ) -> None:
-        """Start all of them but the learners; models are loaded later, by `orchestrator.start`."""
+        """Start all of them but the learners; models are loaded later, by `orchestrator.start`.
+
+        `started`: the driver's start, in seconds since the epoch.
+        """
         self.config = config
         self.preflight = preflight
         self.splits = splits
         self.resume_from = resume_from
         self.device: Device = device
-        self.control = start_control()
         self.log = start_log(
             config,
             resume_step=resume_from.meta.step if resume_from else None,
             commit=package_commit(),
             command=command,
+            started=started,
         )
+        self.control = start_control()
+        self.control.report_to.remote(self.log, "control")
         self._buffer = start_buffer(config)
+        self._buffer.report_to.remote(self.log, "buffer")
         self.generators = []
         if config.wants_generators:
             end_token_id = splits.train.end_token_id
@@ -398,6 +415,8 @@ class Run:
                 library_settings(config, self._identity),
                 max_fetched=most_fetched(config),
             )
+            for store in self._stores:
+                store.report_to.remote(self.log, "target_store")
         peers = TrainingPeers(
             buffer=self._buffer,
             prompts=ray.put(splits.train.prompts),

@@ -19,6 +19,8 @@ from distillm_ray.cluster.control import ControlClient
 from distillm_ray.cluster.learner import LearnerGroup
 from distillm_ray.cluster.log import LogActor, LogClient
 from distillm_ray.cluster.orchestrator import OrchestratorActor
+from distillm_ray.cluster.process_meter import RayMeter
+from distillm_ray.cluster.reporter import Reporter
 from distillm_ray.errors import UserError
 from distillm_ray.report.console import ConsoleView
 from distillm_ray.types import TRAINING
@@ -44,6 +46,9 @@ class Watch:
         self.phase_seconds: dict[str, float] = {}
         self.control: ControlClient | None = None
         self.group: LearnerGroup | None = None
+        self.log: LogClient | None = None
+        self.reporter = Reporter("driver", RayMeter().usages)
+        self.started_at = time.time()  # seconds since the epoch
         self._phase = ""
         self._stop = threading.Event()
         self._started = time.monotonic()
@@ -55,12 +60,15 @@ class Watch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Show a phase, tell run control, and take its time. A stop request ends it."""
+        """Show a phase, tell run control and the log, and take its time. A stop request ends it."""
         self._phase = name
         self.view.start(name)
         self.interrupt()
+        if self.log is not None:
+            self.log.enter(name)
         started = time.monotonic()
-        yield
+        with self.reporter.timeline.slice("driver", "phases", name):
+            yield
         self.phase_seconds[name] = time.monotonic() - started
 
     def interrupt(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 from unittest.mock import AsyncMock
@@ -476,10 +475,9 @@ async def test_a_step_records_what_the_libraries_of_all_stores_gave_and_their_wa
 # ---- clocks -------------------------------------------------------------------------------------
 
 
-def test_a_busy_clock_counts_overlapping_work_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_clock_counts_overlapping_work_once() -> None:
     now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    clock = BusyClock()
+    clock = BusyClock(lambda: now[0])
     with clock.running():
         now[0] += 2
         with clock.running():

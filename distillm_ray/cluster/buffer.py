@@ -18,9 +18,11 @@ from ray.actor import ActorProxy
 
 from distillm_ray.batching import draw_facts, plan_step
 from distillm_ray.cluster.actors import CALL_TIMEOUT_S, BufferLost, ask, beside_driver, reply
-from distillm_ray.cluster.log import AsyncLog
+from distillm_ray.cluster.log import AsyncLog, LogActor
+from distillm_ray.cluster.reporter import Reporter, Reporting
 from distillm_ray.config import Config
 from distillm_ray.errors import RunDirectoryError
+from distillm_ray.log.costs import Role
 from distillm_ray.log.records import EventRecord
 from distillm_ray.loss.terms import loss_at
 from distillm_ray.replay.buffer import ReplayBuffer
@@ -38,7 +40,7 @@ from distillm_ray.types import (
 _WHAT = "the replay buffer"
 
 
-class BufferActor:
+class BufferActor(Reporting):
     """A `ReplayBuffer` behind a lock: a change wakes those whose wait it may end.
 
     A finished rollout wakes the ranks only where it completes the next step.
@@ -53,6 +55,7 @@ class BufferActor:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._reporter = Reporter("buffer")
         self._lock = asyncio.Lock()
         self._work_changed = asyncio.Condition(self._lock)  # demand or a sequence to score
         self._draw_changed = asyncio.Condition(self._lock)  # a step may be ready
@@ -70,6 +73,11 @@ class BufferActor:
                 " the last checkpoint"
             )
         return self._restored
+
+    @ray.method
+    def report_to(self, log: ActorProxy[LogActor], role: Role) -> None:
+        """Tell the log what this process uses and when it draws."""
+        self._reporter.start(log)
 
     # ---- called by the orchestrator --------------------------------------------------------------
 
@@ -209,12 +217,13 @@ class BufferActor:
 
     def _plan(self, step: int) -> StepPlan:
         if step not in self._plans:
-            self._plans[step] = plan_step(
-                self._buffer.draw(step),
-                num_ranks=self._config.learner.workers,
-                max_micro_batch_tokens=self._config.learner.max_micro_batch_tokens,
-                loss=loss_at(self._config.loss, step, num_steps=self._config.learner.num_steps),
-            )
+            with self._reporter.timeline.slice("buffer", "draws", f"draw {step}"):
+                self._plans[step] = plan_step(
+                    self._buffer.draw(step),
+                    num_ranks=self._config.learner.workers,
+                    max_micro_batch_tokens=self._config.learner.max_micro_batch_tokens,
+                    loss=loss_at(self._config.loss, step, num_steps=self._config.learner.num_steps),
+                )
             self._draw_changed.notify_all()  # the step after it may be ready as well
         return self._plans[step]
 
@@ -264,6 +273,8 @@ class ReplayProducer:
             self._incarnation, state, self._prompts, self._demonstrations, self._corpus
         )
         if died:
+            if self._log.actor is not None:
+                await self._actor.report_to.remote(self._log.actor, "buffer")
             await self._log.add(
                 EventRecord(
                     step=completed,

@@ -13,12 +13,13 @@ import ray
 from ray.actor import ActorProxy
 
 from distillm_ray.cluster.actors import ask, beside_driver
+from distillm_ray.cluster.reporter import Reporting
 from distillm_ray.types import RunStatus
 
 _WHAT = "run control"
 
 
-class ControlActor:
+class ControlActor(Reporting):
     """Holds a `RunStatus`.
 
     After a crash it starts empty. The driver repeats phase and stop request with every `update`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -25,6 +25,7 @@ from distillm_ray.cluster.orchestrator import (
     collective_limit_s,
 )
 from distillm_ray.cluster.placement import RoleSpec
+from distillm_ray.cluster.reporter import Reporter
 from distillm_ray.cluster.targets import TargetReader, TargetStoreActor
 from distillm_ray.config import Config
 from distillm_ray.errors import RunFailed, UserError
@@ -55,6 +56,7 @@ class Links:
     log: LogClient
     control: ControlClient
     targets: TargetReader | None = None  # None without a teacher
+    reporter: Reporter = field(default_factory=lambda: Reporter("learner"))
 
     @classmethod
     def over(cls, wires: Wires, config: Config) -> Links:

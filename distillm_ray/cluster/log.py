@@ -2,35 +2,67 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 import ray
 from ray.actor import ActorProxy
 
 from distillm_ray.cluster.actors import ask, beside_driver, reply
+from distillm_ray.cluster.process_meter import ProcessMeter
 from distillm_ray.config import Config
+from distillm_ray.log.costs import CostLedger, Usage
 from distillm_ray.log.health import HealthWatch
 from distillm_ray.log.metrics import MetricsLog
-from distillm_ray.log.records import Record, StepRecord
+from distillm_ray.log.records import COST_INTERVAL_S, CostRecord, DoneRecord, Record, StepRecord
 from distillm_ray.log.stopping import Standing, read_standing
+from distillm_ray.log.timeline import TIMELINE_FILE, Event, TimelineFile
 
 _WHAT = "the log"
 
 
 class LogActor:
-    """A `MetricsLog` on the driver's node, where the run directory is known to be reachable."""
+    """A `MetricsLog` on the driver's node, where the run directory is known to be reachable.
 
-    def __init__(self, config: Config, resume_step: int | None, commit: str, command: str) -> None:
+    It also keeps the books of what the roles cost, and writes the timeline.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        resume_step: int | None,
+        commit: str,
+        command: str,
+        started: float | None = None,
+    ) -> None:
+        """`started`: the driver's start, in seconds since the epoch; now by default."""
         self._config = config
         self._log = MetricsLog(
             config.run.directory, resume_step=resume_step, commit=commit, command=command
         )
         self._standing = read_standing(config)
         self._health = HealthWatch()
+        self._meter = ProcessMeter()
+        self._costs = CostLedger(time.monotonic())
+        self._phase = "starting"
+        resumed = resume_step is not None
+        self._timeline = TimelineFile(
+            config.run.directory / TIMELINE_FILE,
+            max_events=config.run.timeline_events,
+            started=time.time() if started is None else started,
+            attempt=f"resumed from step {resume_step}" if resumed else "run started",
+            resumed=resumed,
+        )
 
     @ray.method
     def add(self, record: Record) -> None:
         """Append a record."""
+        if isinstance(record, DoneRecord):
+            self._close_costs()
         self._log.add(record)
         if isinstance(record, StepRecord):
+            if self._costs.open_for(time.monotonic()) >= COST_INTERVAL_S:
+                self._close_costs()
             self._health, warnings = self._health.after(record)
             for warning in warnings:
                 self._log.add(warning)
@@ -39,6 +71,19 @@ class LogActor:
             metric=self._config.validation.metric,
             min_improvement=self._config.stop.min_improvement,
         )
+
+    @ray.method
+    def report(self, usages: Sequence[Usage], events: Sequence[Event]) -> None:
+        """Take what a process used and did."""
+        for usage in usages:
+            self._costs.account(usage)
+        self._timeline.add(events)
+
+    @ray.method
+    def enter(self, phase: str) -> None:
+        """The driver begins another phase."""
+        self._close_costs()
+        self._phase = phase
 
     @ray.method
     def rewind(self, step: int) -> None:
@@ -60,14 +105,26 @@ class LogActor:
     def close(self) -> None:
         """Flush everything to disk."""
         self._log.close()
+        self._timeline.close()
+
+    def _close_costs(self) -> None:
+        """Write what the roles have used since the last time."""
+        self._costs.account(self._meter.usage("log"))
+        seconds, roles = self._costs.close(time.monotonic())
+        self._log.add(CostRecord(phase=self._phase, seconds=seconds, roles=roles))
 
 
 def start_log(
-    config: Config, *, resume_step: int | None, commit: str, command: str
+    config: Config,
+    *,
+    resume_step: int | None,
+    commit: str,
+    command: str,
+    started: float | None = None,
 ) -> ActorProxy[LogActor]:
     """Start the actor; it opens or continues the log of the run directory."""
     actor = beside_driver(LogActor, concurrent=False)
-    return actor.remote(config, resume_step, commit, command)
+    return actor.remote(config, resume_step, commit, command, started)
 
 
 class LogClient:
@@ -79,6 +136,10 @@ class LogClient:
     def add(self, record: Record) -> None:
         """Append a record; it is in the file when this returns."""
         ask(self._actor.add.remote(record), _WHAT)
+
+    def enter(self, phase: str) -> None:
+        """The driver begins another phase."""
+        ask(self._actor.enter.remote(phase), _WHAT)
 
     def since(self, position: int) -> tuple[list[Record], int]:
         """Records added after `position`, and the position to ask for next."""
@@ -97,14 +158,14 @@ class AsyncLog:
     """The actor as asynchronous roles call it; without an actor, records are dropped."""
 
     def __init__(self, actor: ActorProxy[LogActor] | None) -> None:
-        self._actor = actor
+        self.actor = actor
 
     async def add(self, record: Record) -> None:
         """Append a record; it is in the file when this returns."""
-        if self._actor is not None:
-            await reply(self._actor.add.remote(record), _WHAT)
+        if self.actor is not None:
+            await reply(self.actor.add.remote(record), _WHAT)
 
     async def rewind(self, step: int) -> None:
         """Mark what came after `step` as superseded."""
-        if self._actor is not None:
-            await reply(self._actor.rewind.remote(step), _WHAT)
+        if self.actor is not None:
+            await reply(self.actor.rewind.remote(step), _WHAT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, beside_driver
 from distillm_ray.cluster.buffer import BufferActor, ReplayProducer
 from distillm_ray.cluster.log import AsyncLog, LogActor
 from distillm_ray.cluster.orchestrator_loop import Orchestrator
+from distillm_ray.cluster.process_meter import source_of
+from distillm_ray.cluster.reporter import Reporter
 from distillm_ray.cluster.response_stream import ResponseStream
 from distillm_ray.cluster.rollout import (
     GeneratorActor,
@@ -25,6 +28,7 @@ from distillm_ray.cluster.targets import (
     TargetStoreActor,
 )
 from distillm_ray.config import Config, GeneratorPoolConfig, SamplingConfig
+from distillm_ray.log.costs import Usage
 from distillm_ray.log.records import Counters
 from distillm_ray.teacher.target_key import TargetIdentity
 from distillm_ray.types import Bucket, DrawFacts, Prompt, Rollout, Source, TrainStep
@@ -57,6 +61,8 @@ class OrchestratorActor:
         peers: TrainingPeers | None,
     ) -> None:
         log = self._log = AsyncLog(peers.log if peers is not None else None)
+        self._reporter = Reporter("orchestrator", self._usages)
+        timeline = self._reporter.timeline
         startup_timeout_s = config.run.startup_timeout_s
         buffer = scorers = generator_pool = None
         if peers is not None:
@@ -70,6 +76,7 @@ class OrchestratorActor:
                 keep_in_flight=config.rollout.max_staleness > 0,
                 startup_timeout_s=startup_timeout_s,
                 log=log,
+                timeline=timeline,
             )
         if peers is not None and peers.scorers:
             assert config.teacher is not None
@@ -82,6 +89,7 @@ class OrchestratorActor:
                 startup_timeout_s=startup_timeout_s,
                 log=log,
                 min_actors=config.teacher.min_actors,
+                timeline=timeline,
             )
         self._loop = Orchestrator(
             buffer=buffer,
@@ -90,9 +98,12 @@ class OrchestratorActor:
             log=log,
             response_filter=config.rollout.filter,
             scores_rollouts=config.loss.compares(Source.STUDENT),
+            timeline=timeline,
         )
         self._stream = ResponseStream()
         self._reported = Counters()
+        if peers is not None:
+            self._reporter.start(peers.log)
 
     @ray.method
     async def start(self) -> None:
@@ -108,6 +119,8 @@ class OrchestratorActor:
     async def finish(self) -> None:
         """Make `run` return: the learners have ended."""
         await self._loop.finish()
+        if (report := self._reporter.send()) is not None:
+            await report
 
     @ray.method
     async def restore(self, state: bytes | None, completed: int) -> None:
@@ -151,6 +164,13 @@ class OrchestratorActor:
         """Log a step with what the other roles did since the last one."""
         record, self._reported = await self._loop.step_record(train, facts, since=self._reported)
         await self._log.add(record)
+
+    def _usages(self) -> list[Usage]:
+        """Readings of the pools. They are numbered by this process: another one begins at 0."""
+        return [
+            Usage(role=role, source=f"{source_of(os.getpid())} {role}s", cost=cost)
+            for role, cost in self._loop.costs().items()
+        ]
 
 
 def start_orchestrator(

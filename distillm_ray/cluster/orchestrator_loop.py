@@ -26,6 +26,7 @@ schedule has promised its slot.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from typing import Any
@@ -37,7 +38,9 @@ from distillm_ray.cluster.pool import ActorLost
 from distillm_ray.cluster.rollout import MAX_SLOW, GeneratorPool, PublishedWeights, too_slow
 from distillm_ray.cluster.targets import ScorerPool
 from distillm_ray.config import FilterConfig, SamplingConfig
+from distillm_ray.log.costs import Role, RoleCost
 from distillm_ray.log.records import BufferSizes, Counters, EventRecord, StepRecord
+from distillm_ray.log.timeline import Timeline
 from distillm_ray.rollout.generator import SlowRequest
 from distillm_ray.rollout.responses import (
     MAX_REJECTED,
@@ -56,6 +59,7 @@ class Orchestrator:
         generators: None where nothing generates.
         scorers: None where no term of the loss compares with a teacher.
         scores_rollouts: whether any compares the student's responses with it.
+        timeline: gets a slice for each ordinal.
     """
 
     def __init__(
@@ -67,7 +71,9 @@ class Orchestrator:
         log: AsyncLog,
         response_filter: FilterConfig,
         scores_rollouts: bool = True,
+        timeline: Timeline | None = None,
     ) -> None:
+        self._timeline = timeline or Timeline()
         self._optional_buffer = buffer
         self._optional_generators = generators
         self._scorers = scorers
@@ -183,6 +189,19 @@ class Orchestrator:
             sync_seconds=self._sync_seconds,
         )
 
+    def costs(self) -> dict[Role, RoleCost]:
+        """What the pools know of their roles. May be called in another thread."""
+        costs: dict[Role, RoleCost] = {}
+        counts = self._counts
+        if self._optional_generators is not None:
+            tokens = counts["generated_tokens"] + counts["probe_tokens"]
+            own = self._optional_generators.cost()
+            costs["generator"] = dataclasses.replace(own, tokens=tokens)
+        if self._scorers is not None:
+            own = self._scorers.cost()
+            costs["scorer"] = dataclasses.replace(own, tokens=counts["scored_tokens"])
+        return costs
+
     async def step_record(
         self, train: TrainStep, facts: DrawFacts, *, since: Counters
     ) -> tuple[StepRecord, Counters]:
@@ -243,6 +262,11 @@ class Orchestrator:
 
     async def _fulfil(self, demand: Demand) -> None:
         """Generate, filter, score and shelve one ordinal, or return it to the buffer."""
+        name = f"ordinal {demand.ordinal}"
+        with self._timeline.slice("orchestrator", "ordinals", name, apart=True):
+            await self._work_on(demand)
+
+    async def _work_on(self, demand: Demand) -> None:
         try:
             with self._generating.running():
                 rollout = await self._generators.generate(demand)

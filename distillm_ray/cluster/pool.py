@@ -37,9 +37,13 @@ from ray.actor import ActorProxy
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from distillm_ray.cluster.actors import cause_of, kill, one_line
+from distillm_ray.cluster.busy_clock import BusyClock
 from distillm_ray.cluster.log import AsyncLog
+from distillm_ray.cluster.reporter import Reporting
 from distillm_ray.errors import ClusterError, UserError
+from distillm_ray.log.costs import Role, RoleCost
 from distillm_ray.log.records import EventRecord
+from distillm_ray.log.timeline import Timeline
 
 MAX_FAILURES = 3
 _RESTART_POLL_S = 0.2
@@ -53,7 +57,7 @@ class ActorLost(Exception):
     """An actor died or hung during a call; its pool is already replacing it."""
 
 
-class PooledActor:
+class PooledActor(Reporting):
     """An actor of a pool. Its process may be replaced under the same handle."""
 
     @ray.method
@@ -95,6 +99,7 @@ class Member(Generic[A]):
     killed: str = ""  # the process that was killed last, which may still reply for a while
     looked: float = 0.0  # when it was last seen to get on, on the monotonic clock
     ready: asyncio.Event = field(default_factory=asyncio.Event)
+    busy: BusyClock = field(default_factory=BusyClock)
 
     @property
     def missing(self) -> bool:
@@ -116,15 +121,18 @@ class ActorPool(Generic[A]):
         self,
         handles: Sequence[ActorProxy[A]],
         *,
-        role: str,
+        role: Role,
         max_in_flight: int,
         stall_timeout_s: float,
         startup_timeout_s: float,
         log: AsyncLog,
         min_actors: int = 1,
+        timeline: Timeline | None = None,
     ) -> None:
         self._min_actors = min_actors
-        self._role = role
+        self._role: Role = role
+        self._timeline = timeline or Timeline()
+        self._queue = BusyClock()
         self._members = [
             Member(name=f"{role} {index}", handle=handle) for index, handle in enumerate(handles)
         ]
@@ -163,7 +171,8 @@ class ActorPool(Generic[A]):
         """
         member, life = await self._acquire()
         try:
-            result = await self._reply(member, invoke(member.handle))
+            with member.busy.running(), self._timeline.call(self._role, member.name, "busy"):
+                result = await self._reply(member, invoke(member.handle))
         except (RayError, TimeoutError) as error:
             if isinstance(cause := cause_of(error), self.aborted):
                 raise cause from error
@@ -203,6 +212,13 @@ class ActorPool(Generic[A]):
             except ActorLost:
                 continue
 
+    def cost(self) -> RoleCost:
+        """How long the members were busy, and how long calls waited for one."""
+        return RoleCost(
+            busy_seconds=sum(member.busy.seconds for member in self._members),
+            queue_seconds=self._queue.call_seconds,
+        )
+
     async def restart(self) -> None:
         """Replace every member by a new process, in the state after `start`.
 
@@ -236,6 +252,8 @@ class ActorPool(Generic[A]):
                             await asyncio.sleep(_RESTART_POLL_S)
                             continue
                         up = True
+                        if self._log.actor is not None:
+                            await member.handle.report_to.remote(self._log.actor, self._role)
                         latest = "its process is up, but its start has not returned"
                         await member.handle.start.remote()
                         latest = "it has not taken the newest weights"
@@ -280,7 +298,11 @@ class ActorPool(Generic[A]):
             turn: asyncio.Future[Place[A]] = asyncio.get_running_loop().create_future()
             enqueue(turn)
             try:
-                member, life = await turn
+                with (
+                    self._queue.running(),
+                    self._timeline.count(self._role, f"{self._role}s, queue"),
+                ):
+                    member, life = await turn
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled() and turn.exception() is None:
                     self._release(turn.result()[0])

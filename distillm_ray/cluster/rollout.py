@@ -17,6 +17,7 @@ from distillm_ray.cluster.placement import RoleSpec
 from distillm_ray.cluster.pool import ActorPool, Member, PooledActor
 from distillm_ray.config import GeneratorPoolConfig, SamplingConfig
 from distillm_ray.errors import ClusterError
+from distillm_ray.log.timeline import Timeline
 from distillm_ray.rollout.engines import make_generator
 from distillm_ray.rollout.generator import GeneratorJob, SlowRequest
 from distillm_ray.types import Bucket, Demand, Prompt, Rollout, Weights
@@ -93,6 +94,7 @@ class GeneratorPool(ActorPool[GeneratorActor]):
         keep_in_flight: bool,
         startup_timeout_s: float,
         log: AsyncLog,
+        timeline: Timeline | None = None,
     ) -> None:
         """`keep_in_flight`: requests continue while weights change; else they finish first."""
         super().__init__(
@@ -103,6 +105,7 @@ class GeneratorPool(ActorPool[GeneratorActor]):
             min_actors=config.min_actors,
             startup_timeout_s=startup_timeout_s,
             log=log,
+            timeline=timeline,
         )
         self._keep_in_flight = keep_in_flight
         self._newest: PublishedWeights | None = None
@@ -167,8 +170,10 @@ class GeneratorPool(ActorPool[GeneratorActor]):
     async def _bring(self, member: Member[GeneratorActor]) -> float:
         assert self._newest is not None
         call = member.handle.update_weights.remote(self._newest, self._keep_in_flight)
+        name = f"version {self._newest.version}"
         try:
-            return await self._reply(member, call)
+            with self._timeline.slice("generator", f"{member.name}, weights", name):
+                return await self._reply(member, call)
         except RayError as error:
             if not isinstance(cause_of(error), ObjectLostError):
                 raise

@@ -32,9 +32,11 @@ from distillm_ray.cluster.busy_clock import BusyClock
 from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.placement import RoleSpec
 from distillm_ray.cluster.pool import ActorPool, PooledActor
+from distillm_ray.cluster.reporter import Reporting
 from distillm_ray.cluster.store_calls import STORE_SILENCE_S, StoreCalls, StoreLost
 from distillm_ray.config import TargetsConfig, TeacherConfig
 from distillm_ray.errors import ClusterError
+from distillm_ray.log.timeline import Timeline
 from distillm_ray.teacher.target_key import TargetIdentity, target_key
 from distillm_ray.teacher.target_library import LibrarySettings, TargetLibrary, is_shared
 from distillm_ray.teacher.target_store import StoreCounters, TargetStore
@@ -82,7 +84,7 @@ class ScorerActor(PooledActor):
         return await self._scorer.score(rollout)
 
 
-class TargetStoreActor:
+class TargetStoreActor(Reporting):
     """A `TargetStore` of references that this process made by `ray.put`, and so owns.
 
     Args:
@@ -226,6 +228,7 @@ class ScorerPool(ActorPool[ScorerActor]):
         startup_timeout_s: float,
         log: AsyncLog,
         min_actors: int = 1,
+        timeline: Timeline | None = None,
     ) -> None:
         super().__init__(
             handles,
@@ -235,6 +238,7 @@ class ScorerPool(ActorPool[ScorerActor]):
             startup_timeout_s=startup_timeout_s,
             log=log,
             min_actors=min_actors,
+            timeline=timeline,
         )
         self._num_stores = len(stores)
         self._stores = StoreCalls(stores, log=log)

@@ -142,30 +142,36 @@ class TrainLoop:
         rule = self._rule_that_ends()
         with self._prefetcher(completed) as prefetcher:
             while completed < total_steps and not rule:
-                prepared = self._await_batches(prefetcher, completed)
+                with self._noted("wait"):
+                    prepared = self._await_batches(prefetcher, completed)
                 if prepared is None:
                     break
                 self._check_itself(prepared, completed)
-                train = self._learner.train_step(
-                    prepared.batches, completed, wait_seconds=prepared.wait_seconds
-                )
+                with self._doing(f"step {completed + 1}"):
+                    train = self._learner.train_step(
+                        prepared.batches, completed, wait_seconds=prepared.wait_seconds
+                    )
                 completed += 1
                 self._after_step(prepared, train)
                 rule = self._rule_that_ends()
                 is_best = False
                 at_end = completed == total_steps or bool(rule)
                 if completed % self._config.validation.interval == 0 or at_end:
-                    self._validate(completed)
+                    with self._doing("validate"):
+                        self._validate(completed)
                     is_best = self._is_best(completed)
                     rule = rule or self._rule_that_ends()
                     at_end = at_end or bool(rule)
                 if completed % self._config.checkpoint.interval == 0 or at_end or is_best:
-                    self._save(completed)
+                    with self._doing("checkpoint"):
+                        self._save(completed)
                     saved = completed
         if saved < completed:
-            self._save(completed)
+            with self._doing("checkpoint"):
+                self._save(completed)
         if completed == total_steps or rule:
-            self._finish(completed, rule if completed < total_steps else "")
+            with self._doing("export"):
+                self._finish(completed, rule if completed < total_steps else "")
         return completed
 
     # ---- the end ---------------------------------------------------------------------------------
@@ -210,7 +216,8 @@ class TrainLoop:
         if start is None:
             if self._speaks:
                 self._links.orchestrator.restore(None, 0)
-            self._validate(0)
+            with self._doing("validate"):
+                self._validate(0)
             return 0
         completed = start.meta.step
         self._learner.load(start.learner_path)
@@ -271,7 +278,9 @@ class TrainLoop:
         self._checked_itself = True
         batches = prepared.batches
         compared = next((one for one in batches if one.targets is not None), batches[0])
-        detail = describe_self_check(self._learner.self_check(compared))
+        with self._doing("self-check"):
+            largest = self._learner.self_check(compared)
+        detail = describe_self_check(largest)
         self._log(EventRecord(step=completed, name="self-check", detail=detail))
 
     def _after_step(self, prepared: PreparedStep, train: TrainStep) -> None:
@@ -279,6 +288,7 @@ class TrainLoop:
         self._phi = prepared.phi
         self._publish_if_due(completed)
         if self._speaks:
+            self._links.reporter.tokens += train.tokens
             assert prepared.facts is not None, "only the rank that speaks gets the facts"
             self._links.buffer.advance(completed)
             self._links.orchestrator.report_step(train, prepared.facts)
@@ -309,6 +319,14 @@ class TrainLoop:
         if not wanted:
             return
         started = time.monotonic()
+        with self._doing(f"publish version {completed}"):
+            nbytes = self._hand_over(completed)
+        self._published = completed
+        seconds = time.monotonic() - started
+        self._log(PublishRecord(step=completed, nbytes=nbytes, seconds=seconds))
+
+    def _hand_over(self, version: int) -> int:
+        """Gather the weights and tell the orchestrator where they are; returns their bytes."""
         references = []
         nbytes = 0
         for bucket in self._learner.gather_weights(self._publish_dtype):
@@ -317,19 +335,17 @@ class TrainLoop:
                 references.append(self._links.orchestrator.put(bucket))
         if self._speaks:
             self._links.orchestrator.publish(
-                Weights(version=completed, buckets=tuple(references), nbytes=nbytes)
+                Weights(version=version, buckets=tuple(references), nbytes=nbytes)
             )
-        self._published = completed
-        seconds = time.monotonic() - started
-        self._log(PublishRecord(step=completed, nbytes=nbytes, seconds=seconds))
+        return nbytes
 
     def _validate(self, completed: int) -> None:
         """Compute the held-out loss, adapt the schedule, and let the student respond to probes."""
-        started = time.monotonic()
         scoring = self._config.validation.metric == "rouge_l"
         self._rouge_l = math.nan
         if (self._held_out_prompts or scoring) and self._published != completed:
             self._publish(completed, wanted=True)
+        started = time.monotonic()  # a publish has its own record
         probing = (
             not self._held_out_prompts
             and self._published == completed
@@ -498,6 +514,21 @@ class TrainLoop:
         )
 
     # ---- helpers ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _doing(self, name: str) -> Iterator[None]:
+        """Work of this rank: it counts as busy, and is noted."""
+        with self._links.reporter.busy.running(), self._noted(name):
+            yield
+
+    @contextmanager
+    def _noted(self, name: str) -> Iterator[None]:
+        """A slice of the timeline, where this rank speaks."""
+        if not self._speaks:
+            yield
+            return
+        with self._links.reporter.timeline.slice("learner", "rank 0", name):
+            yield
 
     def _log(self, record: Record) -> None:
         if self._speaks:

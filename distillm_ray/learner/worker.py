@@ -29,6 +29,8 @@ def run(job: LearnerJob) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     config = job.config
+    links = Links.over(job.wires, config)
+    links.reporter.start(job.wires.log)
     device = torch.device("cpu")
     if job.device == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
@@ -61,11 +63,10 @@ def run(job: LearnerJob) -> None:
     tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
-    links = Links.over(job.wires, config)
     for damage in checkpoints.damaged() if learner.rank == 0 else ():
         detail = f"{damage}; the run goes on from {start.path.name if start else 'the beginning'}"
         links.log.add(EventRecord(name="damaged checkpoint", detail=detail))
-    TrainLoop(
+    loop = TrainLoop(
         learner,
         links,
         config,
@@ -76,4 +77,6 @@ def run(job: LearnerJob) -> None:
         probe_prompts=job.probe_prompts,
         held_out_prompts=job.held_out_prompts,
         decode=partial(decode, tokenizer),
-    ).run(start)
+    )
+    with links.reporter:
+        loop.run(start)

@@ -2,7 +2,8 @@
 
 A resumed run repeats the steps after its checkpoint. The lines of their first attempt stay in the
 file, marked `"superseded": true`: the objects without that mark describe the run as it is, and the
-marked ones show what the crash cost. Starts and events are never marked, because they did happen.
+marked ones show what the crash cost. Starts, events and costs are never marked, because they did
+happen.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from distillm_ray.log.totals import Totals
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _TAIL_LENGTH = 4096  # newest records kept in memory for a live view
-_NEVER_SUPERSEDED = ("start", "event")
+_NEVER_SUPERSEDED = ("start", "event", "cost")
 
 
 class MetricsLog:

@@ -19,10 +19,14 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter
 
+from distillm_ray.log.costs import Role, RoleCost
 from distillm_ray.types import DrawFacts, Mix, TrainStep
 
 UNKNOWN_STEP = -1
 """Step of an event whose sender does not follow the steps; the log replaces it by the newest."""
+
+COST_INTERVAL_S = 10.0
+"""Shortest time between two cost records of a phase: ten roles take a kilobyte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +204,22 @@ class ProbeRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CostRecord:
+    """What every role has used since the record before, all of it in one phase of the driver.
+
+    Written with the first step after COST_INTERVAL_S, and at the end of every phase. It is never
+    superseded: what was lost to a restart was paid for.
+    """
+
+    kind: Literal["cost"] = "cost"
+    step: int = UNKNOWN_STEP
+    time: float = 0.0
+    phase: str
+    seconds: float  # wall-clock
+    roles: dict[Role, RoleCost] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventRecord:
     """An incident outside of the steps, such as a restarted actor or a lost ordinal."""
 
@@ -229,6 +249,7 @@ Record: TypeAlias = (
     | PublishRecord
     | CheckpointRecord
     | ProbeRecord
+    | CostRecord
     | EventRecord
     | DoneRecord
 )

@@ -7,7 +7,9 @@ import math
 import re
 from collections.abc import Iterator
 
+from distillm_ray.log.costs import WORKERS
 from distillm_ray.log.records import (
+    CostRecord,
     EventRecord,
     ProbeRecord,
     PublishRecord,
@@ -68,7 +70,27 @@ def scalars(record: Record, totals: Totals) -> Iterator[tuple[str, float]]:
             values = {"validation/loss": record.loss, "schedule/phi_next": record.phi}
         case PublishRecord():
             values = {"publish/seconds": record.seconds, "publish/bytes": record.nbytes}
+        case CostRecord():
+            values = dict(_costs(record, totals))
     yield from ((name, value) for name, value in values.items() if math.isfinite(value))
+
+
+def _costs(record: CostRecord, totals: Totals) -> Iterator[tuple[str, float]]:
+    """Of the period that the record covers; `cost/cpu_seconds` of the run so far."""
+    yield "cost/cpu_seconds", sum(cost.cpu_seconds for cost in totals.costs.values())
+    if any(cost.gpu_seconds for cost in totals.costs.values()):
+        yield "cost/gpu_seconds", sum(cost.gpu_seconds for cost in totals.costs.values())
+    if record.seconds <= 0:
+        return
+    for role, cost in record.roles.items():
+        yield f"cost/busy_cores/{role}", cost.cpu_seconds / record.seconds
+        if cost.gpu_seconds:
+            yield f"cost/gpus/{role}", cost.gpu_seconds / record.seconds
+        if role in WORKERS:
+            yield f"cost/busy_share/{role}", cost.busy_share
+            yield f"cost/queue/{role}", cost.queue_seconds / record.seconds
+            yield f"cost/tokens_per_second/{role}", cost.tokens / record.seconds
+            yield f"cost/tokens_per_cpu_second/{role}", cost.tokens_per_cpu_second
 
 
 def _response_shares(record: StepRecord) -> dict[str, float]:

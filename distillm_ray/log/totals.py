@@ -7,8 +7,17 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from distillm_ray.log.records import Counters, PublishRecord, Record, StepRecord
-from distillm_ray.types import Mix
+from distillm_ray.log.costs import Role, RoleCost, added
+from distillm_ray.log.records import (
+    CheckpointRecord,
+    CostRecord,
+    Counters,
+    PublishRecord,
+    Record,
+    StepRecord,
+    ValidationRecord,
+)
+from distillm_ray.types import TRAINING, Mix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +32,18 @@ class Totals:
     infinite_tokens: int = 0
     learn_seconds: float = 0.0
     wait_seconds: float = 0.0
+    publish_seconds: float = 0.0  # of the learners, as those of the next two
+    validate_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
     publishes: int = 0
     mix: Mix = field(default_factory=Mix)  # sequences trained on
     untargeted_sequences: int = 0  # trained on without the teacher
     untargeted_tokens: int = 0
     work: Counters = field(default_factory=Counters)
     has_targets: bool = False  # the teacher scored a sequence, or a store held targets
+    training_seconds: float = 0.0  # wall-clock that `training_costs` cover
+    training_costs: dict[Role, RoleCost] = field(default_factory=dict)
+    costs: dict[Role, RoleCost] = field(default_factory=dict)  # of all phases
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Totals:
@@ -41,10 +56,30 @@ class Totals:
     def plus(self, record: Record) -> Totals:
         """The sums with one more record."""
         match record:
-            case PublishRecord():
-                return dataclasses.replace(self, publishes=self.publishes + 1)
+            case PublishRecord(seconds=seconds):
+                return dataclasses.replace(
+                    self,
+                    publishes=self.publishes + 1,
+                    publish_seconds=self.publish_seconds + seconds,
+                )
+            case ValidationRecord(seconds=seconds):
+                return dataclasses.replace(self, validate_seconds=self.validate_seconds + seconds)
+            case CheckpointRecord(seconds=seconds):
+                return dataclasses.replace(
+                    self, checkpoint_seconds=self.checkpoint_seconds + seconds
+                )
+            case CostRecord(phase=phase, seconds=seconds, roles=roles):
+                totals = dataclasses.replace(self, costs=added(self.costs, roles))
+                if phase != TRAINING:
+                    return totals
+                return dataclasses.replace(
+                    totals,
+                    training_seconds=self.training_seconds + seconds,
+                    training_costs=added(self.training_costs, roles),
+                )
             case StepRecord(mix=mix, work=work):
-                return Totals(
+                return dataclasses.replace(
+                    self,
                     steps=self.steps + 1,
                     last_step=record.step,
                     skipped_steps=self.skipped_steps + record.skipped,
@@ -53,7 +88,6 @@ class Totals:
                     infinite_tokens=self.infinite_tokens + record.infinite_tokens,
                     learn_seconds=self.learn_seconds + record.learn_seconds,
                     wait_seconds=self.wait_seconds + record.wait_seconds,
-                    publishes=self.publishes,
                     mix=Mix(
                         fresh=self.mix.fresh + mix.fresh,
                         replay=self.mix.replay + mix.replay,

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from distillm_ray.log.records import (
     CheckpointRecord,
+    CostRecord,
     DoneRecord,
     EventRecord,
     ProbeRecord,
@@ -126,6 +127,9 @@ def line(record: Record, total_steps: int) -> str:
         case ProbeRecord(samples=samples):
             shown = [_exchange(sample) for sample in samples[:1]]
             return ": ".join([f"responses after step {record.step}", *shown])
+        case CostRecord(phase=phase, seconds=seconds, roles=roles):
+            used = sum(cost.cpu_seconds for cost in roles.values())
+            return f"{phase}: {used:.1f} CPU-seconds in {seconds:.1f} s"
         case StartRecord(resumed=resumed):
             return f"resumed from step {record.step}" if resumed else "run started"
         case EventRecord(name=name, detail=detail):
@@ -315,7 +319,7 @@ class ConsoleView:
                 if not (is_due or skipped or step == self.view.total_steps):
                     return
                 self._step_line_at = now
-            case PublishRecord():
+            case PublishRecord() | CostRecord():
                 return
         self._print(line(record, self.view.total_steps))
 

@@ -20,7 +20,9 @@ from distillm_ray.evaluation.results import (
     ModelScores,
     read_evaluation,
 )
+from distillm_ray.log.costs import WORKERS
 from distillm_ray.log.metrics import FILE_NAME
+from distillm_ray.log.timeline import TIMELINE_FILE
 from distillm_ray.report.console import duration, percent
 from distillm_ray.report.plots import draw_all, draw_overview
 from distillm_ray.report.scores_table import scores_table
@@ -89,6 +91,8 @@ def render_report(
     if run.evaluation is not None:
         parts.append(_scores(run.evaluation, others or {}))
     parts.append(_seconds(summary))
+    if summary.totals.training_seconds:
+        parts.append(_costs(summary))
     parts.append(_places(run.directory))
     parts.extend(Text(f"note: {note}", style="yellow") for note in summary.notes)
     return Group(*parts)
@@ -140,12 +144,49 @@ def _seconds(summary: Summary) -> Table:
         ("scoring", work.score_seconds, scored),
         ("learning", totals.learn_seconds, learned),
         ("waiting (learner)", totals.wait_seconds, ""),
-        ("loading new weights", work.sync_seconds, published),
+        ("publishing", totals.publish_seconds, published),
+        ("validating", totals.validate_seconds, ""),
+        ("checkpointing", totals.checkpoint_seconds, ""),
+        ("loading new weights", work.sync_seconds, ""),
     ):
         table.add_row(name, f"{seconds:.1f}", done)
     table.add_section()
     wall = summary.wall_seconds
     table.add_row("wall-clock", f"{wall:.1f}", f"{duration(wall)} in all")
+    return table
+
+
+def _costs(summary: Summary) -> Table:
+    """What each role used while the learners trained."""
+    totals = summary.totals
+    wall, costs = totals.training_seconds, totals.training_costs
+    used = sum(cost.cpu_seconds for cost in costs.values())
+    devices = sum(cost.gpu_seconds for cost in costs.values())
+    all_phases = sum(cost.cpu_seconds for cost in totals.costs.values())
+    a_step = f", {used / totals.steps:.2f} a step" if totals.steps else ""
+    table = Table(
+        title=f"where time and cost went in {duration(wall)} of training",
+        caption=f"{used:,.1f} CPU-seconds in training{a_step}; {all_phases:,.1f} in all phases",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("role")
+    numbers = ("processes", "CPU-seconds", *(("GPU-seconds",) if devices else ()))
+    for name in (*numbers, "busy", "queue", "tokens", "tokens/s", "tokens/CPU-s"):
+        table.add_column(name, justify="right")
+    for role, cost in costs.items():
+        row = [f"{cost.seconds / wall:.0f}", f"{cost.cpu_seconds:,.1f}"]
+        if devices:
+            row.append(f"{cost.gpu_seconds:,.1f}")
+        if role in WORKERS:
+            row += [
+                percent(cost.busy_share),
+                "" if role == "learner" else f"{cost.queue_seconds / wall:.1f}",
+                f"{cost.tokens:,}",
+                f"{cost.tokens / wall:,.0f}",
+                f"{cost.tokens_per_cpu_second:,.0f}" if cost.cpu_seconds else "-",
+            ]
+        table.add_row(role.replace("_", " "), *row)
     return table
 
 
@@ -157,6 +198,7 @@ def _places(directory: Path) -> Table:
         ("plots", directory / PLOTS_FOLDER),
         ("samples", directory / SAMPLES_FILE),
         ("summary", directory / SUMMARY_FILE),
+        ("timeline", directory / TIMELINE_FILE),
     ):
         if place.exists():
             table.add_row(name, Text(str(place)))
