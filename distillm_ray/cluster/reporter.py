@@ -52,7 +52,8 @@ class Reporter:
         self._meter = ProcessMeter(alone=is_driver)
         self._gpus = 0.0 if is_driver else _gpus_held()
         self._started_at = time.monotonic()
-        threading.Thread(target=self._run, daemon=True, name="reporter").start()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="reporter")
+        self._thread.start()
         return self
 
     def __enter__(self) -> Self:
@@ -67,8 +68,10 @@ class Reporter:
         self.close()
 
     def close(self) -> None:
-        """Report for the last time, without waiting for the log."""
+        """Report for the last time, without waiting for the log. No call to Ray comes later."""
         self._ended.set()
+        if self._log is not None:
+            self._thread.join()
         self.send()
 
     def send(self) -> ray.ObjectRef[None] | None:
