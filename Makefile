@@ -37,7 +37,7 @@ bench-setup: $(INSTALLED) ## make .venv-bench: .venv plus the libraries that ben
 	  > "$$(.venv-bench/bin/python -c $(SITE_PACKAGES))/venv.pth"
 	$(BIN)/uv pip install --python .venv-bench --no-deps -r requirements/bench.lock
 
-bench: bench-setup ## measure speed and cost of every method, and of TRL beside ours (two hours)
+bench: bench-setup ## measure speed and cost of every method, and of TRL beside ours (takes hours)
 	$(BIN)/python bench/throughput.py
 	$(BIN)/python bench/peers.py
 
@@ -59,7 +59,7 @@ test-quick: $(INSTALLED) ## run the tests that start no Ray, vLLM or DeepSpeed
 test-kernels: bench-setup ## run the kernels generated for a GPU in an interpreter on a CPU
 	TRITON_INTERPRET=1 .venv-bench/bin/python -m pytest tests/gpu/test_generated_kernels.py $(PYTEST_ARGS)
 
-quickstart: $(INSTALLED) ## distil SmolLM2-135M into a student of half its size
+quickstart: $(INSTALLED) ## distil SmolLM2-135M into 22 of its thirty layers
 	$(BIN)/python scripts/prepare_quickstart.py
 	$(BIN)/distillm-ray train configs/quickstart.yaml
 

@@ -60,9 +60,10 @@ def main() -> None:
                 flush=True,
             )
     show(f"medians of {repetitions}", found, against=TRL)
-    draw(found, RESULTS / "peers.png")
+    stem = f"peers{'_quick' if arguments.quick else ''}"
+    draw(found, RESULTS / f"{stem}.png")
     write(
-        f"peers{'_quick' if arguments.quick else ''}",
+        stem,
         {
             "steps": steps,
             "runs": {name: [asdict(run) for run in runs] for name, runs in found.items()},

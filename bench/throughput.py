@@ -9,7 +9,8 @@ fixed phi here, so that every step of the window asks for the same share of stud
 the share that is generated for it. The library's two rows are the first run on an empty target
 library and a second one, with another seed over the same rows.
 
-Finished runs are kept in runs/bench/throughput; the same command continues. `--again` begins anew.
+Finished runs are kept in runs/bench/throughput, by commit; the same command continues. `--again`
+begins anew. `--only` prints its rows and writes no result.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import shutil
 import time
 from dataclasses import asdict
 
-from _common import REPOSITORY, RESULTS, write
+from _common import REPOSITORY, RESULTS, commit, write
 from _speed import WARM_UP, Measured, draw, prepare, ratio, run_ours, show, write_config
 
 FOLDER = REPOSITORY / "runs" / "bench" / "throughput"
@@ -41,11 +42,12 @@ def distillm(phi: float) -> tuple[str, ...]:
 LIBRARY = f"targets.library={FOLDER / 'library'}"
 # Every run over the same 8 x steps rows, in another order.
 ROWS = "data.train=[{rows}]"
+FIRST_ON_LIBRARY, SECOND_ON_LIBRARY = "KD, 1st on a library", "KD, 2nd on a library"
 RUNS: dict[str, tuple[str, ...]] = {
     "SFT": ("method=sft", "teacher=null"),
     "KD": ("method=kd",),
-    "KD, 1st on a library": ("method=kd", LIBRARY, ROWS),
-    "KD, 2nd on a library": ("method=kd", LIBRARY, ROWS, "run.seed=1"),
+    FIRST_ON_LIBRARY: ("method=kd", LIBRARY, ROWS),
+    SECOND_ON_LIBRARY: ("method=kd", LIBRARY, ROWS, "run.seed=1"),
     "DistiLLM, psi 0.1": distillm(0.2),
     "DistiLLM, psi 0.2": distillm(0.4),
     "DistiLLM, psi 0.25": distillm(0.5),
@@ -70,9 +72,12 @@ def main() -> None:
     arguments = parser.parse_args()
     names = QUICK if arguments.quick else tuple(RUNS)
     if arguments.only:
-        names = tuple(name.strip() for name in arguments.only.split(";"))
-        if unknown := [name for name in names if name not in RUNS]:
+        chosen = [name.strip() for name in arguments.only.split(";")]
+        if unknown := [name for name in chosen if name not in RUNS]:
             parser.error(f"--only: {unknown} is none of {'; '.join(RUNS)}")
+        names = tuple(name for name in RUNS if name in chosen)
+    if SECOND_ON_LIBRARY in names and FIRST_ON_LIBRARY not in names:
+        parser.error(f"--only: {SECOND_ON_LIBRARY} needs {FIRST_ON_LIBRARY}, which fills it")
     if arguments.steps % 4 or arguments.steps <= WARM_UP:
         parser.error(f"--steps must be a multiple of 4 above {WARM_UP}")
     if arguments.again:
@@ -85,12 +90,12 @@ def main() -> None:
     repetitions = 1 if arguments.quick else arguments.repetitions
     found: dict[str, list[Measured]] = {name: [] for name in names}
     for repetition in range(repetitions):
-        if not (FOLDER / f"round-{repetition}.done").exists():
-            shutil.rmtree(FOLDER / "library", ignore_errors=True)
         for number, name in enumerate(names):
             stem = "".join(c if c.isalnum() else "-" for c in name)
-            result = FOLDER / f"{repetition}-{arguments.steps}-{stem}.json"
+            result = FOLDER / commit() / f"{repetition}-{arguments.steps}-{stem}.json"
             if not result.exists():
+                if name == FIRST_ON_LIBRARY:
+                    shutil.rmtree(FOLDER / "library", ignore_errors=True)
                 overrides = [one.format(rows=rows) if one == ROWS else one for one in RUNS[name]]
                 measured = run_ours(config, result.with_suffix(""), overrides)
                 result.write_text(json.dumps(asdict(measured)))
@@ -101,21 +106,20 @@ def main() -> None:
                 f" {name}: {measured.seconds:.2f} s, {measured.cpu_seconds:.2f} CPU-s a step",
                 flush=True,
             )
-        (FOLDER / f"round-{repetition}.done").touch()
     show(f"medians of {repetitions}", found, against=BASELINE)
-    if BASELINE in found:
-        draw(found, RESULTS / "throughput.png")
+    if arguments.only:
+        return
+    stem = f"throughput{'_quick' if arguments.quick else ''}"
+    draw(found, RESULTS / f"{stem}.png")
     write(
-        f"throughput{'_quick' if arguments.quick else ''}",
+        stem,
         {
             "steps": arguments.steps,
             "warm_up": WARM_UP,
             "runs": {name: [asdict(run) for run in runs] for name, runs in found.items()},
             "speed_against_strict_gkd": {
                 name: ratio(found[BASELINE], runs, "seconds") for name, runs in found.items()
-            }
-            if BASELINE in found
-            else None,
+            },
         },
     )
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from distillm_ray import __version__
 from distillm_ray.config import Config, SamplingConfig
-from distillm_ray.data.splits import Dataset, load_splits
+from distillm_ray.data.splits import Dataset, splits_of
 from distillm_ray.data.tokenizing import map_files
 from distillm_ray.errors import ModelError
 from distillm_ray.log.commit import package_commit
@@ -77,11 +77,9 @@ def check(config: Config, preflight: Preflight, say: Say) -> None:
     tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
-    splits = load_splits(
-        config.data,
+    splits = splits_of(
+        config,
         tokenizer,
-        config.run.seed,
-        responses_needed_by=config.responses_needed_by,
         map_files=partial(map_files, max_rows=MAX_ROWS),
         vocabulary_size=preflight.vocabulary_size,
     )

@@ -21,7 +21,7 @@ from distillm_ray.data import partial_responses, ray_data
 from distillm_ray.data.files import check_files
 from distillm_ray.data.partial_responses import PartialResponses
 from distillm_ray.data.response_rows import response_row
-from distillm_ray.data.splits import Dataset, load_dataset, load_splits
+from distillm_ray.data.splits import Dataset, load_dataset, splits_of
 from distillm_ray.data.template_difference import template_difference
 from distillm_ray.data.templates import Renderer
 from distillm_ray.errors import DataError, RunDirectoryError
@@ -63,11 +63,9 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
     device = _connect(config, placement.evaluate_phases, view)
     tokenizer = _tokenizer(directory, config)
     view.start("reading data")
-    splits = load_splits(
-        config.data,
+    splits = splits_of(
+        config,
         tokenizer,
-        config.run.seed,
-        responses_needed_by=config.responses_needed_by,
         map_files=ray_data.map_files,
         vocabulary_size=facts.vocabulary_size,
         with_corpus=False,

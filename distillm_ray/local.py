@@ -40,7 +40,7 @@ from torch import nn
 from distillm_ray.batching import draw_facts, pack, plan_step, plan_validation
 from distillm_ray.config import Config, FilterConfig, LearnerConfig
 from distillm_ray.config_files import dump_config
-from distillm_ray.data.splits import Splits, load_splits
+from distillm_ray.data.splits import Splits, splits_of
 from distillm_ray.errors import ConfigError, RunDirectoryError, UserError
 from distillm_ray.files import write_atomically
 from distillm_ray.learner.held_out_loss import cross_entropy_sum, own_text_sum
@@ -123,11 +123,9 @@ def train(
     tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
-    splits = load_splits(
-        config.data,
+    splits = splits_of(
+        config,
         tokenizer,
-        config.run.seed,
-        responses_needed_by=config.responses_needed_by,
         vocabulary_size=preflight.vocabulary_size,
     )
     config = config.with_rows(len(splits.train.prompts))

@@ -43,7 +43,7 @@ from distillm_ray.config import Config
 from distillm_ray.config_files import dump_config
 from distillm_ray.data import ray_data
 from distillm_ray.data.fingerprint import keep_or_compare
-from distillm_ray.data.splits import Splits, load_splits
+from distillm_ray.data.splits import Splits, splits_of
 from distillm_ray.errors import ConfigError, RunFailed, UserError
 from distillm_ray.evaluation.responder import Responder
 from distillm_ray.evaluation.results import (
@@ -105,11 +105,9 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
         try:
             with watch.phase("reading data"):
                 splits = watch.wait_for(
-                    lambda: load_splits(
-                        config.data,
+                    lambda: splits_of(
+                        config,
                         tokenizer,
-                        config.run.seed,
-                        responses_needed_by=config.responses_needed_by,
                         map_files=ray_data.map_files,
                         vocabulary_size=preflight.vocabulary_size,
                     )
@@ -225,11 +223,9 @@ def evaluate_missing(config: Config, preflight: Preflight, view: ConsoleView) ->
         try:
             with watch.phase("reading data"):
                 splits = watch.wait_for(
-                    lambda: load_splits(
-                        config.data,
+                    lambda: splits_of(
+                        config,
                         tokenizer,
-                        config.run.seed,
-                        responses_needed_by=config.responses_needed_by,
                         map_files=ray_data.map_files,
                         vocabulary_size=preflight.vocabulary_size,
                         with_corpus=False,
@@ -463,6 +459,9 @@ class Run:
             job,
             worker.run,
             lambda: _checkpointed(config),
+            lambda reason: LogClient(self.log).add(
+                EventRecord(name="learners restart", detail=reason)
+            ),
         )
         group.start()
         return group

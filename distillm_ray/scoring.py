@@ -25,7 +25,7 @@ from distillm_ray.cluster.targets import ScorerPool, flush_stores, start_scorers
 from distillm_ray.config import Config
 from distillm_ray.data import ray_data
 from distillm_ray.data.files import check_files
-from distillm_ray.data.splits import Splits, load_splits
+from distillm_ray.data.splits import Splits, splits_of
 from distillm_ray.data.templates import Renderer
 from distillm_ray.errors import DataError, RunDirectoryError
 from distillm_ray.models.tokenizers import load_tokenizer
@@ -65,11 +65,9 @@ def score(config: Config, view: ConsoleView) -> list[str]:
     device = resolve_device(config)
     placement.check(placement.score_phases(config, device), available())
     view.start("reading data")
-    splits = load_splits(
-        config.data,
+    splits = splits_of(
+        config,
         tokenizer,
-        config.run.seed,
-        responses_needed_by=config.responses_needed_by,
         map_files=ray_data.map_files,
         vocabulary_size=found.vocabulary_size,
     )

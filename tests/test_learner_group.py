@@ -19,11 +19,14 @@ from tests import make
 
 
 def group(
-    config: Config, fit: Callable[[], None], newest_checkpoint: Callable[[], int] = lambda: 0
+    config: Config,
+    fit: Callable[[], None],
+    newest_checkpoint: Callable[[], int] = lambda: 0,
+    say: Callable[[str], None] = print,
 ) -> LearnerGroup:
     """A learner group with a function in place of Ray Train."""
     job = cast(Any, SimpleNamespace(config=config))
-    learners = LearnerGroup(cast(Any, None), job, print, newest_checkpoint)
+    learners = LearnerGroup(cast(Any, None), job, print, newest_checkpoint, say)
     trainer = SimpleNamespace(fit=fit)
     cast(Any, learners)._trainer = lambda: trainer
     return learners
@@ -84,11 +87,14 @@ def test_failures_with_progress_in_between_end_no_run(tmp_path: Path) -> None:
             raise WorkerGroupError("all", {0: RuntimeError("preempted")})
 
     config = make.config(run={"directory": tmp_path}, learner={"max_restarts": 1})
-    learners = group(config, fit, lambda: checkpoint)
+    said: list[str] = []
+    learners = group(config, fit, lambda: checkpoint, said.append)
     learners.start()
     learners.join(60)
     learners.raise_failure()
     assert checkpoint == 2000
+    assert len(said) == 19
+    assert said[0] == "rank 0 of the learners failed: RuntimeError: preempted; back to step 100"
 
 
 def test_failures_at_the_same_checkpoint_end_the_run_at_the_limit(tmp_path: Path) -> None:

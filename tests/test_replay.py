@@ -541,6 +541,29 @@ def test_a_draw_waits_for_the_window_the_validation_and_the_draws_before_it() ->
         buffer.ready(12)
 
 
+def test_a_run_that_ends_early_may_validate_after_the_next_draw_which_its_state_undoes() -> None:
+    run = Run(phi=0.6, validation_interval=9, lookahead=3)
+    undisturbed = play(run)
+    buffer = run.buffer()
+    play(run, buffer, stop=2)
+    finish_all(buffer)
+    buffer.draw(2)  # made ahead, while step 1 was trained on
+    buffer.report(run.validation(2))
+    again = run.buffer()
+    again.restore(buffer.state(2))
+    assert again.last_validation == 2
+    rest = play(run, again, start=2)
+    assert [slots(draw) for draw in rest] == [slots(draw) for draw in undisturbed[2:]]
+
+
+def test_a_validation_on_schedule_comes_before_the_draw_that_it_decides() -> None:
+    run = Run(phi=0.6, validation_interval=2, lookahead=3)
+    buffer = run.buffer()
+    play(run, buffer, stop=2)
+    with pytest.raises(ValueError, match="waits for the validation after 2 completed steps"):
+        buffer.draw(2)
+
+
 def test_a_rise_of_phi_demands_the_additional_ordinals_at_once() -> None:
     run = Run(increment=0.5, losses=(1.0, 2.0), validation_interval=2, lookahead=4, total_steps=40)
     run = replace(run, phi=0.0, batch_size=8, min_size=8, capacity=8)

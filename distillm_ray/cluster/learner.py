@@ -136,13 +136,18 @@ class LearnerGroup(threading.Thread):
         job: LearnerJob,
         worker: Callable[[LearnerJob], None],
         newest_checkpoint: Callable[[], int],
+        say: Callable[[str], None],
     ) -> None:
-        """Every rank runs `worker(job)`. `newest_checkpoint` returns its step, 0 without one."""
+        """Every rank runs `worker(job)`.
+
+        `newest_checkpoint` returns its step, 0 without one. `say` gets the reason of each restart.
+        """
         super().__init__(daemon=True, name="learners")
         self._spec = spec
         self._job = job
         self._worker = worker
         self._newest_checkpoint = newest_checkpoint
+        self._say = say
         self._max_restarts = job.config.learner.max_restarts
         self._directory = job.config.run.directory
         self._failure: BaseException | None = None
@@ -159,6 +164,7 @@ class LearnerGroup(threading.Thread):
                     restarts = restarts.after_failure(self._newest_checkpoint())
                     if restarts.exhausted or _raised_by_user_error(error):
                         raise
+                    self._say(f"{_what_failed(error)}; back to step {restarts.step}")
         except BaseException as error:
             self._failure = error  # raised again in the driver's thread
 
@@ -174,27 +180,19 @@ class LearnerGroup(threading.Thread):
             case None:
                 return
             case WorkerGroupError() as failure:
-                causes = {
-                    rank: error.__cause__ or error
-                    for rank, error in failure.worker_failures.items()
-                }
-                for cause in causes.values():
+                for cause in _causes(failure).values():
                     if isinstance(cause, UserError):
                         raise cause from failure
-                rank, cause = next(iter(causes.items()))
-                what = f"rank {rank} of the learners failed: {_first_line(cause)}"
-                if isinstance(cause, BufferLost):
-                    what = "the replay buffer died, possibly out of memory"
             case TrainingFailedError() | RayActorError() as failure:
-                what = f"the controller of the learners failed: {_first_line(failure)}"
+                pass
             case other:
                 raise other
         path = self._directory / FAILURE_FILE
         path.write_text(str(failure), encoding="utf-8")
         raise RunFailed(
-            f"{what}. The learners went back to the same checkpoint learner.max_restarts ="
-            f" {self._max_restarts} times, which is the limit. {path} and the logs of the nodes"
-            " have the details; the same command resumes from the last checkpoint"
+            f"{_what_failed(failure)}. The learners went back to the same checkpoint"
+            f" learner.max_restarts = {self._max_restarts} times, which is the limit. {path} and the"
+            " logs of the nodes have the details; the same command resumes from the last checkpoint"
         ) from failure
 
     def _trainer(self) -> TorchTrainer:
@@ -240,13 +238,26 @@ def _run_worker(arguments: dict[str, Any]) -> None:
         raise
 
 
+def _causes(error: WorkerGroupError) -> dict[int, BaseException]:
+    """What each rank that failed ended with."""
+    return {rank: one.__cause__ or one for rank, one in error.worker_failures.items()}
+
+
 def _raised_by_user_error(error: Exception) -> bool:
     """Whether a rank ended with an error that a restart does not fix."""
     if not isinstance(error, WorkerGroupError):
         return False
-    return any(
-        isinstance(one.__cause__ or one, UserError) for one in error.worker_failures.values()
-    )
+    return any(isinstance(cause, UserError) for cause in _causes(error).values())
+
+
+def _what_failed(error: Exception) -> str:
+    """Who failed and how, on one line."""
+    if not isinstance(error, WorkerGroupError):
+        return f"the controller of the learners failed: {_first_line(error)}"
+    rank, cause = next(iter(_causes(error).items()))
+    if isinstance(cause, BufferLost):
+        return "the replay buffer died, possibly out of memory"
+    return f"rank {rank} of the learners failed: {_first_line(cause)}"
 
 
 def _first_line(error: BaseException) -> str:

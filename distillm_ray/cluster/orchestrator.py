@@ -276,7 +276,7 @@ def probe_limit_s(config: Config, num_prompts: int) -> float:
 
     They wait for the published weights, and stand in line behind the demand.
     """
-    ahead = config.rollout.lookahead * config.learner.batch_size
+    ahead = config.rollout.open_steps * config.learner.batch_size
     responses_s = config.rollout.limit_s(num_prompts + ahead, config.longest_response)
     return publish_limit_s(config) + responses_s
 

@@ -27,6 +27,9 @@ from distillm_ray.log.timeline import Timeline
 INTERVAL_S = 2.0
 """Between two reports. A reading takes a millisecond, most of it in Ray's call."""
 
+CLOSING_S = 10.0
+"""The longest wait for a report in progress."""
+
 
 class Reporter:
     """Sends readings and slices of this process every INTERVAL_S, from `start` on.
@@ -71,7 +74,7 @@ class Reporter:
         """Report for the last time, without waiting for the log. No call to Ray comes later."""
         self._ended.set()
         if self._log is not None:
-            self._thread.join()
+            self._thread.join(CLOSING_S)
         self.send()
 
     def send(self) -> ray.ObjectRef[None] | None:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from distillm_ray.config import DataConfig
+from distillm_ray.config import Config, DataConfig
 from distillm_ray.data.corpus import Corpus, load_corpus
 from distillm_ray.data.files import DataFile, Split, find_files
 from distillm_ray.data.problems import NUM_SHOWN, RowProblem, listed, refused, remedy
@@ -113,6 +113,26 @@ class Splits:
                 " prompts, word for word: the validation loss will look better than it is"
             )
         return lines
+
+
+def splits_of(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocabulary_size: int,
+    map_files: MapFiles = map_files,
+    with_corpus: bool = True,
+) -> Splits:
+    """`load_splits` for a whole config."""
+    return load_splits(
+        config.data,
+        tokenizer,
+        config.run.seed,
+        responses_needed_by=config.responses_needed_by,
+        map_files=map_files,
+        vocabulary_size=vocabulary_size,
+        with_corpus=with_corpus,
+    )
 
 
 def load_splits(

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 
 from distillm_ray.config import AdaptiveSchedule, Config, FixedSchedule, PairedSchedule
-from distillm_ray.data.splits import Splits, load_splits
+from distillm_ray.data.splits import Splits, splits_of
 from distillm_ray.data.tokenizing import map_files
 from distillm_ray.errors import UserError
 from distillm_ray.models.tokenizers import load_tokenizer
@@ -241,11 +241,9 @@ def read_splits(config: Config, preflight: Preflight) -> Splits:
     tokenizer = load_tokenizer(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
-    return load_splits(
-        config.data,
+    return splits_of(
+        config,
         tokenizer,
-        config.run.seed,
-        responses_needed_by=config.responses_needed_by,
         map_files=partial(map_files, max_rows=MAX_ROWS),
         vocabulary_size=preflight.vocabulary_size,
     )
