@@ -191,8 +191,9 @@ class LearnerGroup(threading.Thread):
         path.write_text(str(failure), encoding="utf-8")
         raise RunFailed(
             f"{_what_failed(failure)}. The learners went back to the same checkpoint"
-            f" learner.max_restarts = {self._max_restarts} times, which is the limit. {path} and the"
-            " logs of the nodes have the details; the same command resumes from the last checkpoint"
+            f" learner.max_restarts = {self._max_restarts} times, which is the limit. {path} and"
+            " the logs of the nodes have the details; the same command resumes from the last"
+            " checkpoint"
         ) from failure
 
     def _trainer(self) -> TorchTrainer:
