@@ -27,7 +27,8 @@ from rich.table import Table
 from distillm_ray import preflight
 from distillm_ray.config_files import load_config
 from distillm_ray.plan.plan import outcome_of, read_splits, run_data
-from distillm_ray.plan.simulation import ROLES, Counts, Outcome
+from distillm_ray.plan.servers import ROLES
+from distillm_ray.plan.simulation import Counts, Outcome
 from distillm_ray.plan.stages import Stages, read_stages
 
 CONFIG = Path("configs/quickstart.yaml")

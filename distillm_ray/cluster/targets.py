@@ -47,7 +47,7 @@ Reply = TypeVar("Reply")
 
 MAX_SCORING_ROUNDS = 3
 _STORE_RETRIES = 5  # a store's calls may be repeated: each of them is idempotent
-_REQUESTS_PER_SCORER = 64  # queued at a scorer, so that its batches can fill
+REQUESTS_PER_SCORER = 64  # queued at a scorer, so that its batches can fill
 
 
 # ---- actors --------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class ScorerPool(ActorPool[ScorerActor]):
         super().__init__(
             handles,
             role="scorer",
-            max_in_flight=_REQUESTS_PER_SCORER,
+            max_in_flight=REQUESTS_PER_SCORER,
             stall_timeout_s=stall_timeout_s,
             startup_timeout_s=startup_timeout_s,
             log=log,

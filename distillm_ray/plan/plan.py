@@ -17,7 +17,8 @@ from distillm_ray.errors import UserError
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.plan.advice import Advice, Budget, advise, overrides, resources
 from distillm_ray.plan.probe import ProbeData, measure
-from distillm_ray.plan.simulation import ROLES, Counts, Machine, Outcome, RunData, simulate
+from distillm_ray.plan.servers import ROLES
+from distillm_ray.plan.simulation import Counts, Machine, Outcome, RunData, simulate
 from distillm_ray.plan.stages import Stages
 from distillm_ray.preflight import Preflight
 from distillm_ray.types import Device

@@ -19,14 +19,15 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
 from distillm_ray.batching import plan_step
+from distillm_ray.cluster.targets import REQUESTS_PER_SCORER
 from distillm_ray.config import Config, TransformersEngine, VllmEngine
 from distillm_ray.loss.terms import loss_at
-from distillm_ray.plan.stages import GenerationTimes, ScoringTimes, Stages
+from distillm_ray.plan.servers import ROLES, Generator, Rank, Role, Scorer, Server
+from distillm_ray.plan.stages import Stages
 from distillm_ray.replay.build import build_buffer
 from distillm_ray.types import (
     Demand,
@@ -38,14 +39,9 @@ from distillm_ray.types import (
     Validation,
 )
 
-Role: TypeAlias = Literal["learner", "generator", "scorer"]
-ROLES: tuple[Role, ...] = ("learner", "generator", "scorer")
-
 COORDINATION_CORES = 0.15
 """Cores that Ray, the driver and the coordinating actors keep busy on a machine: 0.14 in a run of
 bench/throughput.py (DistiLLM, psi 0.2) on two busy cores."""
-
-_SCORER_QUEUE = 64  # sequences at one scorer, as in cluster/targets.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,181 +180,6 @@ def simulate(
     return _Simulation(config, data, stages, counts, machine).run(warm_up)
 
 
-# ---- the servers ---------------------------------------------------------------------------------
-
-
-class _Server(Protocol):
-    """A process with work. Work is measured in seconds at full speed."""
-
-    role: Role
-    threads: int
-
-    @property
-    def remaining(self) -> float:
-        """Until something happens in it; infinite where it has nothing to do."""
-        ...
-
-    def work(self, seconds: float) -> None:
-        """Do so much of it, at most what remains, and report what is done."""
-        ...
-
-
-class _Rank:
-    """One rank of the learner: one piece of work after the other."""
-
-    role: Role = "learner"
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self._left = 0.0
-
-    def give(self, seconds: float) -> None:
-        self._left += seconds
-
-    @property
-    def idle(self) -> bool:
-        return self._left == 0.0
-
-    @property
-    def remaining(self) -> float:
-        return self._left or math.inf
-
-    def work(self, seconds: float) -> None:
-        self._left = 0.0 if seconds >= self._left * (1.0 - 1e-12) else self._left - seconds
-
-
-class _Generator:
-    """An engine that gives every request in flight a token at a time."""
-
-    role: Role = "generator"
-
-    def __init__(
-        self,
-        times: GenerationTimes,
-        threads: int,
-        *,
-        max_requests: int,
-        keep_in_flight: bool,
-        finished: Callable[[Demand, int], None],
-    ) -> None:
-        self.threads = threads
-        self._times = times
-        self._max_requests = max_requests
-        self._keep_in_flight = keep_in_flight
-        self._finished = finished
-        self._waiting: deque[tuple[Demand, int]] = deque()
-        self._loads = 0  # weights that wait to be taken
-        self._blocking = 0.0  # reading prompts and weights, while no token is written
-        self._left: dict[int, float] = {}  # tokens, by ordinal
-        self._requests: dict[int, tuple[Demand, int]] = {}
-
-    @property
-    def num_requests(self) -> int:
-        return len(self._waiting) + len(self._left)
-
-    def request(self, demand: Demand, num_tokens: int) -> None:
-        self._waiting.append((demand, num_tokens))
-        self._admit()
-
-    def load(self) -> None:
-        self._loads += 1
-        self._admit()
-
-    def _admit(self) -> None:
-        if self._loads and (self._keep_in_flight or not self._left):
-            self._blocking += self._loads * self._times.load
-            self._loads = 0
-        if self._loads:
-            return
-        while self._waiting and len(self._left) < self._max_requests:
-            demand, num_tokens = self._waiting.popleft()
-            self._left[demand.ordinal] = float(num_tokens)
-            self._requests[demand.ordinal] = demand, num_tokens
-            self._blocking += self._times.prompt_token * len(demand.prompt_ids)
-
-    @property
-    def _token_seconds(self) -> float:
-        """An engine's step with what is in flight now."""
-        return self._times.engine_step + self._times.token * len(self._left)
-
-    @property
-    def remaining(self) -> float:
-        if self._blocking:
-            return self._blocking
-        return min(self._left.values()) * self._token_seconds if self._left else math.inf
-
-    def work(self, seconds: float) -> None:
-        if self._blocking:
-            done = seconds >= self._blocking * (1.0 - 1e-12)
-            self._blocking = 0.0 if done else self._blocking - seconds
-            return
-        tokens = seconds / self._token_seconds
-        ended = [ordinal for ordinal, left in self._left.items() if left - tokens < 1e-9 * left]
-        for ordinal in self._left:
-            self._left[ordinal] -= tokens
-        for ordinal in ended:
-            del self._left[ordinal]
-        self._admit()
-        for ordinal in ended:
-            self._finished(*self._requests.pop(ordinal))
-
-
-class _Scorer:
-    """Forward passes over as many whole sequences as fit."""
-
-    role: Role = "scorer"
-
-    def __init__(
-        self,
-        times: ScoringTimes,
-        threads: int,
-        *,
-        max_tokens: int,
-        finished: Callable[[Rollout], None],
-    ) -> None:
-        self.threads = threads
-        self._times = times
-        self._max_tokens = max_tokens
-        self._finished = finished
-        self._queue: deque[Rollout] = deque()
-        self._batch: list[Rollout] = []
-        self._left = 0.0
-
-    @property
-    def num_requests(self) -> int:
-        return len(self._queue) + len(self._batch)
-
-    def request(self, rollout: Rollout) -> None:
-        self._queue.append(rollout)
-
-    def begin(self) -> None:
-        """Start a pass over what is queued, unless one is running."""
-        if self._batch or not self._queue:
-            return
-        tokens = 0
-        left: deque[Rollout] = deque()
-        for rollout in self._queue:
-            if self._batch and tokens + rollout.num_tokens > self._max_tokens:
-                left.append(rollout)
-            else:
-                self._batch.append(rollout)
-                tokens += rollout.num_tokens
-        self._queue = left
-        self._left = self._times.batch + self._times.token * tokens
-
-    @property
-    def remaining(self) -> float:
-        return self._left if self._batch else math.inf
-
-    def work(self, seconds: float) -> None:
-        self._left -= seconds
-        if self._left > 1e-12 * seconds:
-            return
-        batch, self._batch = self._batch, []
-        for rollout in batch:
-            self._finished(rollout)
-
-
 # ---- the run -------------------------------------------------------------------------------------
 
 
@@ -385,12 +206,12 @@ class _Simulation:
         self._validation_seconds = (
             data.validation_tokens * stages.learning.validation_token / counts.learners
         )
-        self._ranks = [_Rank(config.learner.num_threads) for _ in range(counts.learners)]
-        self._generators: list[_Generator] = []
+        self._ranks = [Rank(config.learner.num_threads) for _ in range(counts.learners)]
+        self._generators: list[Generator] = []
         if stages.generation is not None:
             self._lengths = stages.generation.response_tokens
             self._generators = [
-                _Generator(
+                Generator(
                     stages.generation,
                     config.rollout.num_threads,
                     max_requests=_requests_at_once(config),
@@ -399,10 +220,10 @@ class _Simulation:
                 )
                 for _ in range(counts.generators)
             ]
-        self._scorers: list[_Scorer] = []
+        self._scorers: list[Scorer] = []
         if stages.scoring is not None and config.teacher is not None:
             self._scorers = [
-                _Scorer(
+                Scorer(
                     stages.scoring,
                     config.teacher.num_threads,
                     max_tokens=config.teacher.max_batch_tokens,
@@ -410,7 +231,7 @@ class _Simulation:
                 )
                 for _ in range(counts.scorers)
             ]
-        self._servers: list[_Server] = [*self._ranks, *self._generators, *self._scorers]
+        self._servers: list[Server] = [*self._ranks, *self._generators, *self._scorers]
         self._to_generate: deque[Demand] = deque()
         self._to_score: deque[Rollout] = deque()
         self._targets: set[str] = set()  # ids of the sequences that have been scored
@@ -602,7 +423,7 @@ class _Simulation:
             generator.request(demand, int(rng.choice(self._lengths)))
         while self._to_score:
             scorer = min(self._scorers, key=lambda one: one.num_requests)
-            if scorer.num_requests >= _SCORER_QUEUE:
+            if scorer.num_requests >= REQUESTS_PER_SCORER:
                 break
             scorer.request(self._to_score.popleft())
 

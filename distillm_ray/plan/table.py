@@ -7,7 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from distillm_ray.plan.plan import Plan
-from distillm_ray.plan.simulation import ROLES, Counts, Outcome
+from distillm_ray.plan.servers import ROLES
+from distillm_ray.plan.simulation import Counts, Outcome
 
 
 def render(plan: Plan) -> RenderableType:
