@@ -88,6 +88,8 @@ class Roles:
         self.wants_from_validation: int | None = None
         self.missing_step: int | None = None
         self.fail_targets = False
+        self.reporting: int | None = None  # a step whose record is on its way to the log
+        self.fail_report_of: int | None = None
         self.drawn: list[int] = []
 
     @property
@@ -169,6 +171,12 @@ class Roles:
 
     def report_step(self, train: TrainStep, facts: DrawFacts) -> None:
         self.calls.append(("step", train.step))
+        self.reporting = train.step
+
+    def finish_report(self) -> None:
+        if self.reporting is not None and self.reporting == self.fail_report_of:
+            raise ClusterError("the replay buffer died")
+        self.reporting = None
 
     # ---- log and run control
 
@@ -505,6 +513,17 @@ def test_a_checkpoint_is_committed_after_the_slowest_rank_has_written(tmp_path: 
         assert (one.learner_path / "random-00001.pt").read_bytes() == b"late"
         manifest = json.loads((one.path / "manifest.json").read_text())
         assert manifest["learner/random-00001.pt"] == 4
+
+
+def test_a_step_that_did_not_reach_the_log_is_in_no_checkpoint(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    roles = Roles(config)
+    roles.fail_report_of = 4
+    with pytest.raises(ClusterError, match="the replay buffer died"):
+        run(roles, FakeLearner(), config)
+    latest = CheckpointDirectory(tmp_path / "checkpoints", keep=2).latest()
+    assert latest is not None
+    assert latest.meta.step == 2, "a restart from step 4 would never log step 4"
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:

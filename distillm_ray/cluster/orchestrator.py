@@ -245,11 +245,19 @@ class OrchestratorClient:
         """Log a step; the orchestrator adds what the other roles did.
 
         The call's result is read at the next step, so that the log delays no step. A failed call
-        raises there.
+        raises there, or in `finish_report`.
+        """
+        self.finish_report()
+        self._last_report = self._actor.report_step.remote(train, facts)
+
+    def finish_report(self) -> None:
+        """Wait until the step reported last is in the log.
+
+        A checkpoint must not be committed before: a restart from it would never log that step.
         """
         if self._last_report is not None:
             ask(self._last_report, "the log of the last step")
-        self._last_report = self._actor.report_step.remote(train, facts)
+            self._last_report = None
 
 
 # ---- limits --------------------------------------------------------------------------------------

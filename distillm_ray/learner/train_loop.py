@@ -10,6 +10,7 @@ The order of the parts matters:
 - Weights are published before `advance`, which opens the demand that may ask for them, and before
   the validation, so that the generators already work while it runs.
 - A checkpoint holds the state as of draw `completed`. Batches prefetched beyond it are dropped.
+- A checkpoint is committed when the log has every step before it.
 
 Rank 0 alone talks to the other roles. What it decides by their replies it tells the other ranks,
 because a rank that leaves the loop alone would leave the others in a collective.
@@ -181,7 +182,10 @@ class TrainLoop:
         stop = self._config.stop
         if not stop.is_set:
             return ""
-        rule = why_stop(stop, self._links.log.standing()) if self._speaks else ""
+        rule = ""
+        if self._speaks:
+            self._links.orchestrator.finish_report()
+            rule = why_stop(stop, self._links.log.standing())
         (ends,) = self._learner.any_of(bool(rule))
         return rule or "a rule of stop" if ends else ""
 
@@ -468,6 +472,7 @@ class TrainLoop:
                     rouge_l=self._rouge_l if scored else None,
                 )
                 state = self._links.buffer.state(completed)
+                self._links.orchestrator.finish_report()
                 path = checkpoints.commit(meta, state, written).path
                 seconds = time.monotonic() - started
                 self._log(CheckpointRecord(step=completed, path=path.name, seconds=seconds))
