@@ -32,7 +32,7 @@ from distillm_ray.config import (
     SkewKL,
     StudentConfig,
 )
-from distillm_ray.config_files import load_config
+from distillm_ray.config.files import load_config
 from distillm_ray.data import tokenizing
 from distillm_ray.data.splits import load_splits
 from distillm_ray.learner.learner import Learner

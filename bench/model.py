@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distillm_ray import preflight
-from distillm_ray.config_files import load_config
+from distillm_ray.config.files import load_config
 from distillm_ray.plan.plan import outcome_of, read_splits, run_data
 from distillm_ray.plan.servers import ROLES
 from distillm_ray.plan.simulation import Counts, Outcome

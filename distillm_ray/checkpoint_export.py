@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distillm_ray.config import Config, StudentConfig
-from distillm_ray.config_files import load_config
+from distillm_ray.config.files import load_config
 from distillm_ray.data.templates import Renderer
 from distillm_ray.errors import RunDirectoryError
 from distillm_ray.files import check_writable

@@ -176,7 +176,7 @@ def score(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Fill the target library ahead of runs: the teacher scores all training data once."""
     with _user_errors():
         tree = _load(config, overrides)
-        from distillm_ray.config import why_not_scored
+        from distillm_ray.config.remarks import why_not_scored
 
         if reason := why_not_scored(tree):
             raise UserError(reason)
@@ -246,7 +246,7 @@ def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     with _user_errors():
         tree = _load(config, overrides)
         if tree.run.mode == "local":
-            from distillm_ray.config_files import dump_config
+            from distillm_ray.config.files import dump_config
 
             typer.echo(dump_config(tree))
             typer.echo(
@@ -425,7 +425,7 @@ def _user_errors() -> Iterator[None]:
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:
-    from distillm_ray.config_files import load_config
+    from distillm_ray.config.files import load_config
 
     return load_config(path, overrides or [])
 

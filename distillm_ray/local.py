@@ -39,7 +39,7 @@ from torch import nn
 
 from distillm_ray.batching import draw_facts, pack, plan_step, plan_validation
 from distillm_ray.config import Config, FilterConfig, LearnerConfig
-from distillm_ray.config_files import dump_config
+from distillm_ray.config.files import dump_config
 from distillm_ray.data.splits import Splits, splits_of
 from distillm_ray.errors import ConfigError, RunDirectoryError, UserError
 from distillm_ray.files import write_atomically

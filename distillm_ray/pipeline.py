@@ -40,7 +40,7 @@ from distillm_ray.cluster.orchestrator import TrainingPeers, start_orchestrator
 from distillm_ray.cluster.rollout import start_generators
 from distillm_ray.cluster.targets import flush_stores, start_scorers, start_stores
 from distillm_ray.config import Config
-from distillm_ray.config_files import dump_config
+from distillm_ray.config.files import dump_config
 from distillm_ray.data import ray_data
 from distillm_ray.data.fingerprint import keep_or_compare
 from distillm_ray.data.splits import Splits, splits_of

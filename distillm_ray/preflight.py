@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from distillm_ray.config import Config, GeneratorPoolConfig, VllmEngine
-from distillm_ray.config_files import load_config
+from distillm_ray.config.files import load_config
 from distillm_ray.data.files import check_files
 from distillm_ray.errors import ConfigError, RunDirectoryError
 from distillm_ray.evaluation.results import STUDENT_AFTER, TEACHER, read_evaluation

@@ -17,10 +17,9 @@ PACKAGE = Path(__file__).parent.parent / "distillm_ray"
 # From the bottom to the top. A name is a module of the package, or a folder and all that is in it.
 # Rooms of one layer do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("activity", "errors", "methods", "strict_yaml", "types"),
+    ("activity", "errors", "methods", "types"),
     ("config", "files", "directory_lock", "dynamic_batching", "packing", "text_metrics"),
-    ("config_errors", "log", "run_directory"),
-    ("config_files",),
+    ("log", "run_directory"),
     ("models", "weights"),
     ("data", "loss", "replay", "rollout", "teacher"),
     ("batching",),

@@ -19,9 +19,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from distillm_ray import config_files
 from distillm_ray.cli import EXIT_USER_ERROR, app
-from distillm_ray.config_files import dump_config, load_config
+from distillm_ray.config import files as config_files
+from distillm_ray.config.files import dump_config, load_config
 from distillm_ray.run_directory import held
 from tests.integration.tiny import make_config
 

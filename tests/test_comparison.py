@@ -9,7 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from distillm_ray.cli import app
-from distillm_ray.config_files import dump_config
+from distillm_ray.config.files import dump_config
 from distillm_ray.errors import RunDirectoryError
 from distillm_ray.evaluation.results import Evaluation, ModelScores, Score
 from distillm_ray.log.metrics import MetricsLog

@@ -25,7 +25,7 @@ from distillm_ray.config import (
     SkewKL,
     TransformersEngine,
 )
-from distillm_ray.config_files import dump_config, load_config, parse_config
+from distillm_ray.config.files import dump_config, load_config, parse_config
 from distillm_ray.errors import ConfigError
 from tests import make
 
@@ -730,7 +730,7 @@ def test_rollouts_are_wanted_if_phi_can_be_above_zero(schedule: Any, wanted: boo
 
 def test_reading_a_config_imports_no_heavy_library() -> None:
     code = (
-        "import sys, distillm_ray.config_files as _;"
+        "import sys, distillm_ray.config.files as _;"
         "print([n for n in ('torch', 'ray', 'vllm', 'transformers', 'deepspeed', 'matplotlib')"
         " if n in sys.modules])"
     )

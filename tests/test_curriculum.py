@@ -26,7 +26,7 @@ from distillm_ray.config import (
     SkewReverseKL,
     Term,
 )
-from distillm_ray.config_files import load_config, parse_config
+from distillm_ray.config.files import load_config, parse_config
 from distillm_ray.errors import ConfigError
 from distillm_ray.learner.held_out_loss import own_text_term
 from distillm_ray.learner.step_statistics import StepStatistics

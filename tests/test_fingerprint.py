@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from distillm_ray.config import DataConfig
-from distillm_ray.config_files import dump_config
+from distillm_ray.config.files import dump_config
 from distillm_ray.data.fingerprint import keep_or_compare
 from distillm_ray.data.splits import Splits, load_splits
 from distillm_ray.errors import DataError

@@ -18,7 +18,7 @@ import yaml
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from distillm_ray.config_files import dump_config, load_config, parse_config
+from distillm_ray.config.files import dump_config, load_config, parse_config
 from distillm_ray.errors import ConfigError
 from tests import make
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from distillm_ray import local, preflight
 from distillm_ray.cli import EXIT_USER_ERROR, app
 from distillm_ray.config import Config
-from distillm_ray.config_files import dump_config, load_config
+from distillm_ray.config.files import dump_config, load_config
 from distillm_ray.errors import ConfigError, RunDirectoryError, UserError
 from distillm_ray.log.records import DoneRecord, StepRecord, ValidationRecord
 from distillm_ray.log.totals import Totals

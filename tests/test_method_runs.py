@@ -11,7 +11,7 @@ from statistics import mean
 import pytest
 
 from distillm_ray import local, preflight
-from distillm_ray.config_files import load_config
+from distillm_ray.config.files import load_config
 from distillm_ray.log.records import EventRecord, StepRecord
 from distillm_ray.methods import METHODS
 from distillm_ray.report.console import ConsoleView

@@ -22,7 +22,7 @@ from distillm_ray.config import (
     SkewKL,
     SkewReverseKL,
 )
-from distillm_ray.config_files import load_config
+from distillm_ray.config.files import load_config
 from distillm_ray.errors import ConfigError
 from distillm_ray.methods import METHODS, MethodName
 from tests import make

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from distillm_ray.config import CrossEntropy, ForwardKL, PolicyGradient, ReverseKL, Term
-from distillm_ray.config_files import parse_config
+from distillm_ray.config.files import parse_config
+from distillm_ray.config.remarks import remarks_on
 from distillm_ray.errors import ConfigError
 from distillm_ray.loss.divergences import reverse_kl
 from distillm_ray.loss.fused import fused_loss
@@ -307,7 +308,7 @@ def test_samples_of_another_distribution_than_the_students_are_remarked() -> Non
 
     def remarks(terms: list[dict[str, str]], **sampling: float) -> tuple[str, ...]:
         tree = make.tree(loss={"terms": terms}, schedule=schedule, rollout={"sampling": sampling})
-        return parse_config(tree, name="x").remarks
+        return remarks_on(parse_config(tree, name="x"))
 
     assert remarks(terms) == ()
     assert remarks(terms[:1], temperature=0.5) == ()
@@ -320,7 +321,7 @@ def test_terms_that_take_a_mixtures_samples_for_the_students_are_remarked() -> N
     def remarks(method: str, mix: float = 0.2, **sections: Any) -> tuple[str, ...]:
         rollout = {"engine": {"type": "transformers"}, "teacher_mix": mix}
         tree = make.tree(**{**METHODS[method], "rollout": rollout, **sections})
-        return parse_config(tree, name="x").remarks
+        return remarks_on(parse_config(tree, name="x"))
 
     assert remarks("minillm") == ()
     assert remarks("opd", mix=0.0) == ()

@@ -20,7 +20,7 @@ from distillm_ray.config import (
     TransformersEngine,
     VllmEngine,
 )
-from distillm_ray.config_files import dump_config
+from distillm_ray.config.files import dump_config
 from distillm_ray.errors import ConfigError, RunDirectoryError
 from distillm_ray.evaluation.results import STUDENT_AFTER, Evaluation, ModelScores
 from distillm_ray.learner.checkpoint import CheckpointDirectory, CheckpointMeta

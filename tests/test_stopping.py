@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from distillm_ray.config import Config, StopConfig
-from distillm_ray.config_files import dump_config, load_config
+from distillm_ray.config.files import dump_config, load_config
+from distillm_ray.config.remarks import remarks_on
 from distillm_ray.errors import ConfigError, RunDirectoryError
 from distillm_ray.learner.checkpoint import CheckpointDirectory, CheckpointMeta
 from distillm_ray.log.metrics import MetricsLog
@@ -239,6 +240,6 @@ def test_a_checkpoint_is_judged_by_a_validation_of_its_own_step_only() -> None:
     ],
 )
 def test_a_key_without_effect_is_told(tree: dict[str, Any], key: str) -> None:
-    (remark,) = make.config(**tree).remarks
+    (remark,) = remarks_on(make.config(**tree))
     assert remark.startswith(f"warning: {key}") and " has no effect: " in remark
-    assert make.config().remarks == ()
+    assert remarks_on(make.config()) == ()

@@ -30,7 +30,7 @@ from distillm_ray.config import (
     Term,
     Text,
 )
-from distillm_ray.config_files import parse_config
+from distillm_ray.config.files import parse_config
 from distillm_ray.errors import ConfigError
 from distillm_ray.loss import fused
 from distillm_ray.loss.divergences import define, divergence_of_log_probabilities, log_probabilities

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distillm_ray.config import Config, PoolConfig, ProcessConfig
-from distillm_ray.config_files import dump_config
+from distillm_ray.config.files import dump_config
 from distillm_ray.errors import ClusterError
 from distillm_ray.types import Device
 

@@ -1,7 +1,7 @@
 """Which keys may differ when a run is resumed from its checkpoint.
 
 A resumed run draws the slots, prompts and replayed ids of the undisturbed one. Every key that this
-promise, or the meaning of the run's numbers, depends on is fixed; `config.py` marks the others.
+promise, or the meaning of the run's numbers, depends on is fixed; `config/` marks the others.
 """
 
 from __future__ import annotations

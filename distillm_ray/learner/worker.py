@@ -15,7 +15,7 @@ def run(job: LearnerJob) -> None:
     import torch  # noqa: PLC0415
 
     from distillm_ray.batching import pack, plan_validation  # noqa: PLC0415
-    from distillm_ray.config_files import dump_config  # noqa: PLC0415
+    from distillm_ray.config.files import dump_config  # noqa: PLC0415
     from distillm_ray.data.decoding import decode  # noqa: PLC0415
     from distillm_ray.learner.checkpoint import CheckpointDirectory  # noqa: PLC0415
     from distillm_ray.learner.learner import Learner  # noqa: PLC0415

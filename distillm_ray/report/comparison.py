@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from distillm_ray.config_files import load_config
+from distillm_ray.config.files import load_config
 from distillm_ray.errors import RunDirectoryError
 from distillm_ray.evaluation.results import STUDENT_AFTER, ModelScores
 from distillm_ray.files import check_writable

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distillm_ray.config import Config
+from distillm_ray.config.remarks import remarks_on
 from distillm_ray.data.splits import Splits
 from distillm_ray.data.template_difference import template_difference
 from distillm_ray.models.tokenizers import load_tokenizer
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def opening_lines(config: Config, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Lines for the screen; `tokenizer` is the student's."""
-    lines = [*splits.describe(), *config.remarks]
+    lines = [*splits.describe(), *remarks_on(config)]
     if config.learner.epochs is not None:
         lines.append(
             f"{config.learner.num_steps} steps: learner.epochs = {config.learner.epochs:g} times"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distillm_ray.config_files import load_config
+from distillm_ray.config.files import load_config
 from distillm_ray.data.splits import load_dataset
 from distillm_ray.models.tokenizers import load_tokenizer
 from tests.integration.tiny import (

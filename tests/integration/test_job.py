@@ -42,7 +42,7 @@ CONNECT_SCRIPT = """
 from pathlib import Path
 import ray
 from distillm_ray.cluster.connection import connect
-from distillm_ray.config_files import load_config
+from distillm_ray.config.files import load_config
 connect(load_config(Path({config!r}), ["targets.max_bytes=1000000"]))
 print(ray.get_runtime_context().gcs_address)
 """

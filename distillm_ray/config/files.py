@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from distillm_ray.config import Config, expanded_path
-from distillm_ray.config_errors import choices_in, explain
+from distillm_ray.config.errors import choices_in, explain
+from distillm_ray.config.strict_yaml import REFUSALS, dump_yaml, message_of, parse_yaml, shown
 from distillm_ray.errors import ConfigError
 from distillm_ray.methods import METHODS
-from distillm_ray.strict_yaml import REFUSALS, dump_yaml, message_of, parse_yaml, shown
 
 MOST_BYTES = 2**18
 """Of a config file. A larger one is another kind of file, named by mistake."""

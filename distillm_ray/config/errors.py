@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from distillm_ray.config import Config
-from distillm_ray.strict_yaml import shown
+from distillm_ray.config.strict_yaml import shown
 
 
 def explain(item: Any) -> str:

@@ -1,0 +1,138 @@
+"""Models, the processes that run them, and what one process of a role asks of its node."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction as FractionOf
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from distillm_ray.config.fields import (
+    LARGEST_INTEGER,
+    Above0,
+    AbsolutePath,
+    Amount,
+    Dtype,
+    Fraction,
+    Integer,
+    MayChange,
+    NonNegative,
+    Number,
+    Positive,
+    Section,
+)
+
+
+class ModelConfig(Section):
+    """A Hugging Face directory with safetensors, and how it is loaded."""
+
+    model: AbsolutePath
+    dtype: Dtype = "auto"
+    trust_remote_code: bool = False
+
+
+class ProcessConfig(Section):
+    """What one process of a role asks of its node."""
+
+    num_cpus: MayChange[Annotated[Amount, Field(le=LARGEST_INTEGER)]] = 1.0
+    num_gpus: MayChange[Amount | None] = None  # None: as many as the role needs, 0 without GPUs
+    num_threads: MayChange[Positive] = Field(
+        default_factory=lambda values: max(1, int(values.get("num_cpus", 1))),
+        validate_default=False,
+    )  # CPU threads; default: num_cpus
+
+
+class PoolConfig(ProcessConfig):
+    """A pool of identical processes."""
+
+    actors: MayChange[Positive] = 1
+    min_actors: MayChange[Positive] = 1  # fewer that work or can be restarted end the run
+    tensor_parallel: MayChange[Positive] = 1  # GPUs that one model is split over
+
+    @model_validator(mode="after")
+    def _minimum_is_reachable(self) -> PoolConfig:
+        if self.min_actors > self.actors:
+            raise ValueError(
+                f"min_actors must be at most actors, got {self.min_actors} > {self.actors}: the run"
+                " would end before it starts; lower min_actors or raise actors"
+            )
+        return self
+
+
+class TeacherConfig(ModelConfig, PoolConfig):
+    """The frozen teacher, and the pool of scorers that runs it."""
+
+    max_batch_tokens: MayChange[Positive] = 8192  # packed into one forward pass
+    timeout_s: MayChange[Above0] = 600.0  # of one forward pass; then the scorer is replaced
+
+
+class LoraConfig(Section):
+    """Train low-rank adapters and keep the student's own weights frozen (peft)."""
+
+    rank: Positive = 16
+    alpha: Above0 = 32.0
+    dropout: Annotated[Number, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+class StudentConfig(ModelConfig):
+    """The model that learns."""
+
+    lora: LoraConfig | None = None
+    gradient_checkpointing: MayChange[bool] = False
+
+
+class TargetsConfig(Section):
+    """What the teacher targets of a token are, and the stores and the library that keep them."""
+
+    type: Literal["hidden", "top_k", "logits"] = "hidden"
+    k: Positive = 64  # type: top_k
+    stores: MayChange[Positive] = 1
+    max_bytes: MayChange[Positive] = 2 * 2**30  # of all stores together
+    # A directory in which targets outlive the run, shared by runs and by all nodes.
+    library: MayChange[AbsolutePath | None] = None
+    library_max_bytes: MayChange[Positive] = 50 * 2**30  # on disk, all teachers together
+
+
+class LearnerConfig(ProcessConfig):
+    """The Ray Train group and its DeepSpeed engine."""
+
+    workers: MayChange[Positive] = 1  # with zero_stage 0 only
+    zero_stage: MayChange[Annotated[Integer, Field(ge=0, le=3)]] = 1  # between 1 and 2 only
+    steps: MayChange[Positive | None] = None  # optimizer steps; with epochs: at most
+    epochs: MayChange[Above0 | None] = None  # passes over data.train, if every slot were of it
+    epoch_rows: MayChange[Positive | None] = None  # filled in when the data is read
+    batch_size: Positive  # sequences of the global batch
+    max_micro_batch_tokens: MayChange[Positive] = 8192  # of one packed row
+    learning_rate: MayChange[Above0] = 1e-5
+    min_learning_rate_ratio: MayChange[Fraction] = 0.1  # the cosine ends here
+    warmup_steps: MayChange[NonNegative] = 0
+    weight_decay: MayChange[Amount] = 0.0  # of matrices; biases and norms do not decay
+    adam_betas: MayChange[tuple[Number, Number]] = (0.9, 0.95)
+    adam_epsilon: MayChange[Above0] = 1e-8
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: to compare runs without Adam's rounding
+    max_gradient_norm: MayChange[Above0] = 1.0
+    max_skipped_steps: MayChange[NonNegative] = 10  # non-finite steps in a row before the run stops
+    prefetch_steps: MayChange[Positive] = 1  # steps collated ahead of the training thread
+    data_timeout_s: MayChange[Above0] = 1800.0  # waiting for one step's samples, while training
+    max_restarts: MayChange[NonNegative] = 3  # in a row from the same checkpoint
+
+    @property
+    def known_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None before the rows of an epoch are known."""
+        if self.epochs is None:
+            return self.steps
+        if self.epoch_rows is None:
+            return None
+        # As written: 1.1 is a little more than 11/10 in binary, which would add a step.
+        epochs = FractionOf(str(self.epochs))
+        steps = math.ceil(epochs * self.epoch_rows / self.batch_size)
+        return min(steps, self.steps or steps)
+
+    @property
+    def num_steps(self) -> int:
+        """`known_steps` once the data is read (`Config.with_rows`)."""
+        steps = self.known_steps
+        assert steps is not None, "the steps of an epoch are not known before the data"
+        return steps
