@@ -12,12 +12,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
-from _common import REPOSITORY
+from _common import REPOSITORY, commit
 from _processes import Accounting
 from _runs import product
 from matplotlib.figure import Figure
@@ -101,6 +101,17 @@ def write_config(path: Path, *, steps: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def kept(folder: Path, name: str, measure: Callable[[Path], Measured]) -> Measured:
+    """What `measure` finds for a directory of its own, or found before at the same commit."""
+    stem = "".join(character if character.isalnum() else "-" for character in name)
+    result = folder / commit() / f"{stem}.json"
+    if not result.exists():
+        result.parent.mkdir(parents=True, exist_ok=True)
+        measured = measure(result.with_suffix(""))
+        result.write_text(json.dumps(asdict(measured)))
+    return Measured(**json.loads(result.read_text()))
 
 
 def run_ours(config: Path, directory: Path, overrides: Sequence[str]) -> Measured:

@@ -10,16 +10,21 @@ transformers' generate(); GKD asynchronously; DistiLLM with a rollout rate of 0.
 
 TRL's experimental asynchronous trainer hands weights to its vLLM server through NCCL, which a
 machine without a GPU does not have.
+
+Finished runs are kept in runs/bench/peers, by commit; the same command continues. `--again` begins
+anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 from _common import REPOSITORY, RESULTS, write
-from _speed import Measured, draw, prepare, ratio, run_ours, run_trl, show, write_config
+from _speed import Measured, draw, kept, prepare, ratio, run_ours, run_trl, show, write_config
 from throughput import BURSTS, GKD, STRICT, distillm
 
 FOLDER = REPOSITORY / "runs" / "bench" / "peers"
@@ -41,7 +46,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one repetition of 8 steps")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help="a multiple of 4")
+    parser.add_argument("--again", action="store_true", help="forget the runs that are finished")
     arguments = parser.parse_args()
+    if arguments.again:
+        shutil.rmtree(FOLDER, ignore_errors=True)
     steps = 8 if arguments.quick else arguments.steps
     repetitions = 1 if arguments.quick else arguments.repetitions
     prepare()
@@ -49,11 +57,13 @@ def main() -> None:
     found: dict[str, list[Measured]] = {name: [] for name in (TRL, *OURS)}
     for repetition in range(repetitions):
         for name, runs in found.items():
-            directory = FOLDER / "".join(c if c.isalnum() else "-" for c in name)
-            if name == TRL:
-                runs.append(run_trl(directory.with_suffix(".log"), steps=steps))
-            else:
-                runs.append(run_ours(config, directory, OURS[name]))
+
+            def measure(directory: Path, name: str = name) -> Measured:
+                if name == TRL:
+                    return run_trl(directory.with_suffix(".log"), steps=steps)
+                return run_ours(config, directory, OURS[name])
+
+            runs.append(kept(FOLDER, f"{repetition}-{steps}-{name}", measure))
             print(
                 f"{time.strftime('%H:%M')} round {repetition + 1}, {name}:"
                 f" {runs[-1].seconds:.2f} s, {runs[-1].cpu_seconds:.2f} CPU-s a step",

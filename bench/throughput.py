@@ -16,13 +16,13 @@ begins anew. `--only` prints its rows and writes no result.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from dataclasses import asdict
+from pathlib import Path
 
-from _common import REPOSITORY, RESULTS, commit, write
-from _speed import WARM_UP, Measured, draw, prepare, ratio, run_ours, show, write_config
+from _common import REPOSITORY, RESULTS, write
+from _speed import WARM_UP, Measured, draw, kept, prepare, ratio, run_ours, show, write_config
 
 FOLDER = REPOSITORY / "runs" / "bench" / "throughput"
 BURSTS = ("rollout.lookahead=2", "rollout.sync_interval=4", "rollout.max_staleness=4")
@@ -91,15 +91,14 @@ def main() -> None:
     found: dict[str, list[Measured]] = {name: [] for name in names}
     for repetition in range(repetitions):
         for number, name in enumerate(names):
-            stem = "".join(c if c.isalnum() else "-" for c in name)
-            result = FOLDER / commit() / f"{repetition}-{arguments.steps}-{stem}.json"
-            if not result.exists():
+
+            def measure(directory: Path, name: str = name) -> Measured:
                 if name == FIRST_ON_LIBRARY:
                     shutil.rmtree(FOLDER / "library", ignore_errors=True)
                 overrides = [one.format(rows=rows) if one == ROWS else one for one in RUNS[name]]
-                measured = run_ours(config, result.with_suffix(""), overrides)
-                result.write_text(json.dumps(asdict(measured)))
-            measured = Measured(**json.loads(result.read_text()))
+                return run_ours(config, directory, overrides)
+
+            measured = kept(FOLDER, f"{repetition}-{arguments.steps}-{name}", measure)
             found[name].append(measured)
             print(
                 f"{time.strftime('%H:%M')} round {repetition + 1}, {number + 1} of {len(names)},"
