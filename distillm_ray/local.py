@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
+import psutil
 import torch
 from torch import nn
 
@@ -153,7 +154,10 @@ def train(
 
             view.start(TRAINING)
             if store is None:
-                store = TargetStore(config.targets.max_bytes, max_fetched=most_fetched(config))
+                limit = config.targets.max_bytes
+                if limit == "auto":
+                    limit = psutil.virtual_memory().available // 2
+                store = TargetStore(limit, max_fetched=most_fetched(config))
             completed = distil(config, preflight, splits, store, record, runner)
             seconds = time.monotonic() - started
             record(DoneRecord(step=completed, status="complete", seconds=seconds))

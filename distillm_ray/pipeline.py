@@ -68,7 +68,13 @@ from distillm_ray.report.rows import write_first_rows
 from distillm_ray.rollout.generator import student_job
 from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
 from distillm_ray.teacher.target_library import library_settings
-from distillm_ray.teacher.target_sizes import bytes_per_token, check_room, target_sizes
+from distillm_ray.teacher.target_sizes import (
+    TargetSizes,
+    bytes_per_token,
+    check_room,
+    target_sizes,
+    with_room,
+)
 from distillm_ray.teacher.target_store import most_fetched
 from distillm_ray.types import TRAINING, Device
 from distillm_ray.watch import Stopped, Watch
@@ -117,8 +123,9 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                 _check_metric(config, splits)
                 for line in opening_lines(config, splits, tokenizer):
                     view.note(line)
-                if line := _room_for_targets(config, preflight, splits, device):
-                    view.note(line)
+                if (sizes := _target_sizes(config, preflight, splits, device)) is not None:
+                    config = _with_room(config, preflight, sizes, device)
+                    view.note(check_room(config, sizes))
         except Stopped:
             return Ended(status="stopped", step=_checkpointed(config))
         config.run.directory.mkdir(parents=True, exist_ok=True)
@@ -293,15 +300,12 @@ def _evaluate(
         )
 
 
-def _room_for_targets(config: Config, preflight: Preflight, splits: Splits, device: Device) -> str:
-    """What the target stores will hold; empty without a teacher.
-
-    Raises:
-        ConfigError: not even a step.
-        ClusterError: the object store of a node is too small.
-    """
+def _target_sizes(
+    config: Config, preflight: Preflight, splits: Splits, device: Device
+) -> TargetSizes | None:
+    """How large the teacher targets are; None without a teacher."""
     if config.teacher is None or preflight.teacher is None or not config.loss.needs_teacher:
-        return ""
+        return None
     dtype = config.teacher.dtype
     if dtype == "auto" and (device == "cuda" or resolve_dtype(dtype, device) == torch.bfloat16):
         # Of a CPU cluster, the driver's processor stands for all; scorers alone know for certain.
@@ -313,16 +317,29 @@ def _room_for_targets(config: Config, preflight: Preflight, splits: Splits, devi
         vocabulary_size=preflight.vocabulary_size,
     )
     corpus = splits.corpus.pieces if splits.corpus else ()
-    sizes = target_sizes(config, splits.train.demonstrations, corpus, each)
-    line = check_room(config, sizes)
-    phases = placement.train_phases(
-        config,
-        device,
-        weights_bytes=weights_in_transit(config, preflight),
-        batch_bytes=sizes.step * (config.learner.prefetch_steps + 1),
-    )
-    placement.check(phases, available())
-    return line
+    return target_sizes(config, splits.train.demonstrations, corpus, each)
+
+
+def _with_room(config: Config, preflight: Preflight, sizes: TargetSizes, device: Device) -> Config:
+    """The config with a size for its target stores.
+
+    Raises:
+        ClusterError: the object store of a node is too small.
+    """
+
+    def phases(config: Config) -> tuple[placement.Phase, ...]:
+        return placement.train_phases(
+            config,
+            device,
+            weights_bytes=weights_in_transit(config, preflight),
+            batch_bytes=sizes.step * (config.learner.prefetch_steps + 1),
+        )
+
+    offered = available()
+    training = phases(config)[0]
+    config = with_room(config, sizes, placement.room_for_targets(training, offered.nodes))
+    placement.check(phases(config), offered)
+    return config
 
 
 def weights_in_transit(config: Config, preflight: Preflight) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from distillm_ray.cluster.placement import (
     Available,
@@ -15,6 +17,7 @@ from distillm_ray.cluster.placement import (
     evaluate_phases,
     generate_phases,
     render_show,
+    room_for_targets,
     score_phases,
     train_phases,
 )
@@ -40,7 +43,7 @@ def test_the_defaults_ask_for_one_cpu_a_role_and_no_gpu_on_a_cpu() -> None:
     roles = {role.role: (role.count, role.cpus, role.gpus) for role in asked.roles}
     assert roles == {"learner": (1, 1, 0), "generator": (1, 1, 0), "scorer": (1, 1, 0)}
     assert (asked.cpus, asked.gpus) == (3.0, 0.0)
-    assert asked.store_use.target_bytes == 2 * GIB
+    assert asked.store_use.stores == 1
 
 
 def test_on_gpus_a_pool_asks_for_its_tensor_parallel_ranks() -> None:
@@ -163,6 +166,37 @@ def test_weights_and_batches_in_transit_need_room_on_every_node() -> None:
     assert problem(GIB, GIB) == ""
     assert "targets.max_bytes is 10,737,418,240" in problem(2 * GIB, GIB)
     assert "5,368,709,120 on each node for weights and batches" in problem(4 * GIB, GIB)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 10_000), min_size=1, max_size=6),
+    stores=st.integers(1, 5),
+    weights=st.integers(0, 500),
+    batches=st.integers(0, 500),
+)
+def test_the_room_for_targets_is_the_largest_that_fits_into_nine_tenths(
+    sizes: list[int], stores: int, weights: int, batches: int
+) -> None:
+    nodes = with_stores(*sizes).nodes
+
+    def phase(limit: int | str) -> Phase:
+        config = make.config(targets={"max_bytes": limit, "stores": stores})
+        return train_phases(config, "cpu", weights_bytes=weights, batch_bytes=batches)[0]
+
+    used = with_stores(*(size * 9 // 10 for size in sizes))
+    transit = weights + (batches if len(sizes) > 1 else 0)
+    assume(all(size * 9 // 10 >= transit for size in sizes))
+    room = room_for_targets(phase("auto"), nodes)
+    assert room is not None and room % stores == 0
+    if room:
+        check((phase(room),), used)
+    with pytest.raises(ClusterError):
+        check((phase(room + stores),), used)
+
+
+def test_the_room_for_targets_is_not_known_where_a_node_does_not_say() -> None:
+    phase = train_phases(make.config(), "cpu")[0]
+    assert room_for_targets(phase, (Node(cpus=8), Node(cpus=8, object_store_bytes=GIB))) is None
 
 
 def test_show_prints_a_tree_that_loads_again_and_the_sums() -> None:

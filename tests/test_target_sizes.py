@@ -13,6 +13,7 @@ from distillm_ray.teacher.target_sizes import (
     bytes_per_token,
     check_room,
     target_sizes,
+    with_room,
 )
 from distillm_ray.types import Rollout
 from tests import make
@@ -78,6 +79,39 @@ def test_what_no_term_compares_with_the_teacher_needs_no_room() -> None:
         loss={"terms": [{"type": "cross_entropy"}]},
     )
     assert (found.step, found.replay, found.data) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("room", "is_known", "limit"),
+    [
+        (5000, True, 2 * 480),
+        (300, True, 300),
+        (None, True, 2 * 480),
+        (5000, False, 5000),
+        (0, True, 1),
+    ],
+)
+def test_auto_is_twice_what_is_expected_as_far_as_there_is_room(
+    room: int | None, is_known: bool, limit: int
+) -> None:
+    config = make.config(targets={"max_bytes": "auto"})
+    found = TargetSizes(
+        token=10, step=40, open_steps=80, replay=100, data=300, num_data=3, is_known=is_known
+    )
+    assert with_room(config, found, room).targets.limit == limit
+
+
+def test_auto_without_any_figure_is_two_gibibytes() -> None:
+    found = TargetSizes(
+        token=10, step=40, open_steps=80, replay=100, data=0, num_data=0, is_known=False
+    )
+    assert with_room(make.config(), found, None).targets.limit == 2 * 2**30
+
+
+def test_a_number_stays_as_it_is() -> None:
+    config = make.config(targets={"max_bytes": 7})
+    found = TargetSizes(token=10, step=40, open_steps=80, replay=0, data=300, num_data=3)
+    assert with_room(config, found, 5000) == config
 
 
 def test_stores_that_cannot_hold_a_step_are_refused_with_the_remedy() -> None:

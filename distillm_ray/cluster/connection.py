@@ -83,6 +83,8 @@ def resolve_device(config: Config) -> Device:
     return "cuda" if available().gpus > 0 else "cpu"
 
 
-def _local_store_bytes(config: Config, weights_bytes: int) -> int:
-    """Room for all targets, the weights and the batches in transit."""
-    return config.targets.max_bytes + weights_bytes + 2 * 2**30
+def _local_store_bytes(config: Config, weights_bytes: int) -> int | None:
+    """Room for all targets, the weights and the batches in transit; None: Ray's own choice."""
+    if config.targets.max_bytes == "auto":
+        return None
+    return config.targets.limit + weights_bytes + 2 * 2**30

@@ -68,7 +68,7 @@ class Links:
                 wires.stores,
                 wires.identity,
                 orchestrator.ensure_targets,
-                max_bytes=config.targets.max_bytes,
+                max_bytes=config.targets.limit,
             )
         return cls(
             buffer=ReplayConsumer(wires.buffer),

@@ -136,7 +136,10 @@ def held_out_loss(config: Config, device: Device) -> RoleSpec:
 def train_phases(
     config: Config, device: Device, *, weights_bytes: int = 0, batch_bytes: int = 0
 ) -> tuple[Phase, ...]:
-    """The phases of `distillm-ray train`. For the sizes see `StoreUse`; 0: not known yet."""
+    """The phases of `distillm-ray train`. For the sizes see `StoreUse`; 0: not known yet.
+
+    That of a target store is not known while `targets.max_bytes` is `auto`.
+    """
     roles = [learners(config, device)]
     if config.wants_generators:
         roles.append(generators(config, device))
@@ -145,7 +148,7 @@ def train_phases(
     targets = config.targets
     use = StoreUse(
         stores=targets.stores if config.loss.needs_teacher else 0,
-        store_bytes=targets.max_bytes // targets.stores,
+        store_bytes=0 if targets.max_bytes == "auto" else targets.limit // targets.stores,
         weights_bytes=weights_bytes if config.wants_generators else 0,
         batch_bytes=batch_bytes,
     )
@@ -279,20 +282,51 @@ def _problems(phase: Phase, available: Available) -> list[str]:
     return problems + _beyond_stores(phase, available.nodes)
 
 
+def room_for_targets(phase: Phase, nodes: Sequence[Node]) -> int | None:
+    """Bytes that the phase's target stores can hold together; None: the nodes do not say.
+
+    Each store is on one node, beside weights and batches in transit. A tenth of a node's object
+    store stays free for everything else.
+    """
+    room, count = _object_stores(nodes), phase.store_use.stores
+    if room is None or count == 0:
+        return None
+    free = [size * 9 // 10 - _transit_bytes(phase, nodes) for size in room]
+    # The best size of a store fills some node without a rest.
+    sizes = {size // share for size in free for share in range(1, count + 1)}
+    fitting = [
+        size for size in sizes if size > 0 and sum(max(one, 0) // size for one in free) >= count
+    ]
+    return count * max(fitting, default=0)
+
+
+def _object_stores(nodes: Sequence[Node]) -> list[int] | None:
+    """Bytes of each node's object store; None if a node does not say."""
+    room = [node.object_store_bytes for node in nodes if node.object_store_bytes is not None]
+    return room if room and len(room) == len(nodes) else None
+
+
+def _batch_bytes(phase: Phase, nodes: Sequence[Node]) -> int:
+    """On the node of their store, learners read targets without a copy."""
+    return phase.store_use.batch_bytes if len(nodes) > 1 else 0
+
+
+def _transit_bytes(phase: Phase, nodes: Sequence[Node]) -> int:
+    """Of each node's object store, for weights and batches."""
+    return phase.store_use.weights_bytes + _batch_bytes(phase, nodes)
+
+
 def _beyond_stores(phase: Phase, nodes: Sequence[Node]) -> list[str]:
     """What the nodes' object stores cannot hold. Each target store is on one node."""
-    use = phase.store_use
-    room = [node.object_store_bytes for node in nodes if node.object_store_bytes is not None]
-    if not room or len(room) < len(nodes):
+    use, room = phase.store_use, _object_stores(nodes)
+    if room is None:
         return []
-    # On the node of their store, learners read targets without a copy.
-    batch_bytes = use.batch_bytes if len(nodes) > 1 else 0
-    transit_bytes = use.weights_bytes + batch_bytes
+    transit_bytes = _transit_bytes(phase, nodes)
     free = [size - transit_bytes for size in room]
     hold = f"the object stores of the nodes hold {', '.join(f'{size:,}' for size in room)} bytes"
     transit = (
         f"{transit_bytes:,} on each node for weights and batches in transit"
-        f" ({use.weights_bytes:,} and {batch_bytes:,})"
+        f" ({use.weights_bytes:,} and {_batch_bytes(phase, nodes):,})"
     )
     remedy = "start Ray with a larger --object-store-memory"
     if min(free) < 0:
@@ -392,11 +426,12 @@ def render_show(config: Config, device: Device) -> str:
     console = Console(width=130, color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(table)
-        store = max(phase.store_use.target_bytes for phase in phases)
-        if store:
+        if any(phase.store_use.stores for phase in phases):
+            limit = config.targets.max_bytes
+            size = "what the run needs" if limit == "auto" else f"{limit / 2**30:.2f} GiB"
             console.print(
-                f"object store: {store / 2**30:.2f} GiB for teacher targets (targets.max_bytes),"
-                " and one copy of the published weights"
+                f"object store: {size} for teacher targets (targets.max_bytes), and one copy of"
+                " the published weights"
             )
         if config.targets.library is not None and config.loss.needs_teacher:
             size = config.targets.library_max_bytes / 2**30

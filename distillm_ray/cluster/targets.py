@@ -185,7 +185,7 @@ def start_stores(
     `max_fetched` is of all stores together; None: no limit but that of the bytes.
     """
     actor = spread(TargetStoreActor, retries=_STORE_RETRIES)
-    count, each = config.stores, config.max_bytes // config.stores
+    count, each = config.stores, config.limit // config.stores
     if max_fetched is not None:
         # Keys are spread by a hash, so a store may have more than its share.
         max_fetched = min(max_fetched, max_fetched // count + 4 * math.isqrt(max_fetched))

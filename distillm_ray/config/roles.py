@@ -89,10 +89,18 @@ class TargetsConfig(Section):
     type: Literal["hidden", "top_k", "logits"] = "hidden"
     k: Positive = 64  # type: top_k
     stores: MayChange[Positive] = 1
-    max_bytes: MayChange[Positive] = 2 * 2**30  # of all stores together
+    # Of all stores together. auto: twice what the run is expected to need, as far as the object
+    # stores of the nodes have room.
+    max_bytes: MayChange[Positive | Literal["auto"]] = "auto"
     # A directory in which targets outlive the run, shared by runs and by all nodes.
     library: MayChange[AbsolutePath | None] = None
     library_max_bytes: MayChange[Positive] = 50 * 2**30  # on disk, all teachers together
+
+    @property
+    def limit(self) -> int:
+        """`max_bytes`, once `teacher/target_sizes.py` has settled what `auto` is in this run."""
+        assert self.max_bytes != "auto", "the size of the targets is not known before the data"
+        return self.max_bytes
 
 
 class LearnerConfig(ProcessConfig):

@@ -82,13 +82,36 @@ def target_sizes(
     )
 
 
+UNKNOWN_ROOM = 2 * 2**30
+"""Bytes for the targets where nothing says how much memory there is for them."""
+
+
+def with_room(config: Config, sizes: TargetSizes, room: int | None) -> Config:
+    """The config with a number in place of `targets.max_bytes: auto`.
+
+    Twice what is expected, since responses may turn out longer than the data's. Where nothing can
+    be expected, all that there is.
+
+    Args:
+        room: bytes that all stores can have together; None if that is not known.
+    """
+    if config.targets.max_bytes != "auto":
+        return config
+    expected = sizes.data + sizes.replay + sizes.open_steps
+    limit = UNKNOWN_ROOM if room is None else room
+    if sizes.is_known:
+        limit = min(limit, 2 * expected)
+    targets = config.targets.model_copy(update={"max_bytes": max(limit, config.targets.stores)})
+    return config.model_copy(update={"targets": targets})
+
+
 def check_room(config: Config, sizes: TargetSizes) -> str:
     """What the stores will hold, in a line.
 
     Raises:
         ConfigError: they cannot hold a step, whose targets must be there at the same time.
     """
-    room = config.targets.max_bytes
+    room = config.targets.limit
     if not sizes.is_known:
         return (
             f"teacher targets: {sizes.token:,} bytes a loss token; no row has a response, so how"
