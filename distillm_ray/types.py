@@ -362,6 +362,15 @@ requires neither torch nor pickle.
 BucketT = TypeVar("BucketT")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterBase:
+    """What published adapters are added to: the model directory's weights. Names of dtypes."""
+
+    trained: str  # in which the learner holds the frozen weights
+    published: str  # of the sum
+    scale: float  # alpha / rank
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Weights(Generic[BucketT]):
     """Published student weights.
@@ -373,6 +382,7 @@ class Weights(Generic[BucketT]):
     version: int  # completed optimizer steps
     buckets: tuple[BucketT, ...]
     nbytes: int
+    adapters: AdapterBase | None = None  # None: the buckets are whole weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

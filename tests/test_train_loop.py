@@ -25,6 +25,7 @@ from distillm_ray.log.records import EventRecord, ProbeRecord, Record, Sample
 from distillm_ray.log.stopping import ENDED_EARLY, Standing
 from distillm_ray.types import (
     TRAINING,
+    AdapterBase,
     Bucket,
     DrawFacts,
     HiddenTargets,
@@ -234,6 +235,9 @@ class FakeLearner:
 
     def token_logprobs(self, batch: LearnerBatch) -> NDArray[np.float32]:
         return np.array([-1.5, -1.25], dtype=np.float32)
+
+    def adapter_base(self, dtype: torch.dtype) -> AdapterBase | None:
+        return None
 
     def gather_weights(self, dtype: torch.dtype) -> Iterator[Bucket]:
         values = np.array([self.steps_taken], dtype=np.uint8)

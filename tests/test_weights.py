@@ -5,13 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from distillm_ray.config import LoraConfig
 from distillm_ray.learner.student_model import add_adapters
+from distillm_ray.types import AdapterBase
+from distillm_ray.weights.adapters import with_adapters
 from distillm_ray.weights.buckets import read_tensors, to_tensors
 from distillm_ray.weights.export import export_model
 from distillm_ray.weights.gather import gather
+from distillm_ray.weights.gather_adapters import adapted_weights, gather_adapters
 from tests import make
 
 
@@ -92,6 +102,74 @@ def test_lora_is_merged_under_the_names_of_the_plain_model() -> None:
     expected_weight = layer.base_layer.weight + product  # pyright: ignore
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.allclose(found[name], expected_weight, atol=1e-6)
+
+
+def adapted(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model loaded from `directory` with adapters that change it."""
+    plain = tiny_model(tied=False) if name == "llama" else GPT2LMHeadModel(TINY_GPT2)
+    plain.save_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    add_adapters(model, LoraConfig(rank=2, alpha=6.0))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.normal_(generator=generator)
+    return model
+
+
+TINY_GPT2 = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("published", [torch.float32, torch.bfloat16])
+def test_adapters_added_to_the_model_directory_are_the_merged_weights(
+    name: str, trained: torch.dtype, published: torch.dtype, tmp_path: Path
+) -> None:
+    model = adapted(name, tmp_path, trained)
+    weights = adapted_weights(model, tmp_path)
+    buckets = list(gather_adapters(model, weights, keep=True))
+    sizes = [sum(values.nbytes for _, _, values in bucket.values()) for bucket in buckets]
+    assert sum(sizes) < sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) / 2
+    base = AdapterBase(
+        trained=str(trained).removeprefix("torch."),
+        published=str(published).removeprefix("torch."),
+        scale=3.0,
+    )
+    found: dict[str, torch.Tensor] = {}
+    for bucket in with_adapters(tmp_path, buckets, base, bucket_elements=500):
+        found.update(to_tensors(bucket))
+    merged = gathered(model, published)
+    assert found.keys() == merged.keys()
+    for key, tensor in merged.items():
+        assert found[key].dtype == tensor.dtype == published
+        assert torch.allclose(found[key].float(), tensor.float(), rtol=1e-2, atol=1e-2), key
+        if (trained, published) == (torch.float32, torch.float32):
+            assert torch.allclose(found[key], tensor, atol=1e-5), key
+
+
+def test_ranks_without_keep_get_as_many_buckets_of_adapters(tmp_path: Path) -> None:
+    model = adapted("llama", tmp_path)
+    weights = adapted_weights(model, tmp_path)
+    assert list(gather_adapters(model, weights, keep=False)) == [{}]
+
+
+def test_whole_weights_are_published_where_the_directory_has_other_names(tmp_path: Path) -> None:
+    model = adapted("llama", tmp_path)
+    tensors = {f"old.{name}": tensor for name, tensor in read_tensors(tmp_path)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert adapted_weights(model, tmp_path) == {}
+    assert adapted_weights(tiny_model(), tmp_path) == {}
+
+
+def test_adapters_of_another_model_are_refused(tmp_path: Path) -> None:
+    model = adapted("llama", tmp_path)
+    buckets = list(gather_adapters(model, adapted_weights(model, tmp_path), keep=True))
+    base = AdapterBase(trained="float32", published="float32", scale=3.0)
+    save_file({"other.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has no weight for the adapter model\.layers\.0\."):
+        list(with_adapters(tmp_path, buckets, base))
 
 
 @pytest.mark.parametrize("bucket_elements", [500, 10**9])

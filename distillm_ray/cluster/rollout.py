@@ -64,7 +64,12 @@ class GeneratorActor(PooledActor):
     async def update_weights(self, weights: PublishedWeights, keep_in_flight: bool) -> float:
         """Take these weights; returns the seconds until they were in place."""
         buckets = await asyncio.gather(*weights.buckets)
-        resolved = Weights(version=weights.version, buckets=tuple(buckets), nbytes=weights.nbytes)
+        resolved = Weights(
+            version=weights.version,
+            buckets=tuple(buckets),
+            nbytes=weights.nbytes,
+            adapters=weights.adapters,
+        )
         return await self._generator.update_weights(resolved, keep_in_flight=keep_in_flight)
 
     @ray.method

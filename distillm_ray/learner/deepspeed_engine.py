@@ -62,6 +62,15 @@ def engine_config(
     }
 
 
+def reduces_by_copying(zero_stage: int, dtype: torch.dtype) -> bool:
+    """Whether DeepSpeed all-reduces gradients in a flat copy, which it then copies back.
+
+    A rank alone has nothing to reduce and can leave that out. The other optimizers of ZeRO move the
+    gradients into their partitions in the same call, so that it cannot be left out there.
+    """
+    return zero_stage == 0 or (zero_stage == 1 and dtype == torch.bfloat16)
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of every random number generator that dropout or a library may use."""
     state = {

@@ -37,10 +37,11 @@ from distillm_ray.learner.deepspeed_engine import (
     engine_config,
     join_group,
     random_state,
+    reduces_by_copying,
     set_random_state,
 )
 from distillm_ray.learner.held_out_loss import cross_entropy_sum, own_text_sum
-from distillm_ray.learner.host_memory import return_freed_memory
+from distillm_ray.learner.host_memory import FreedMemory
 from distillm_ray.learner.optimizer import build_optimizer, learning_rate_at, set_hyperparameters
 from distillm_ray.learner.self_check import largest_self_divergence
 from distillm_ray.learner.step_statistics import StepStatistics
@@ -55,9 +56,10 @@ from distillm_ray.loss.terms import loss_at
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.row_path import RowPath
-from distillm_ray.types import Bucket, LearnerBatch, TrainStep
+from distillm_ray.types import AdapterBase, Bucket, LearnerBatch, TrainStep
 from distillm_ray.weights.export import export_model
 from distillm_ray.weights.gather import EXPORT_ELEMENTS, gather
+from distillm_ray.weights.gather_adapters import adapted_weights, gather_adapters
 
 Value = TypeVar("Value")
 
@@ -116,8 +118,10 @@ class Learner:
         self._check_passes(packed.path)
         self.remark = packed.remark
         self._model = packed.model
+        self._adapted = adapted_weights(packed.model, student.model)
         self._dtype = resolve_dtype(student.dtype, device)
         self._gradient_norm = math.nan
+        self._freed_memory = FreedMemory()
         trainable = [parameter for parameter in packed.parameters() if parameter.requires_grad]
         self._optimizer = build_optimizer(config, trainable)
         if config.zero_stage == 0:
@@ -127,6 +131,8 @@ class Learner:
             optimizer=self._optimizer,
             config=engine_config(config, self._dtype, persistence_threshold=persistence_threshold),
         )
+        if self.num_ranks == 1 and reduces_by_copying(config.zero_stage, self._dtype):
+            self._engine.enable_backward_allreduce = False
 
     def _check_passes(self, path: RowPath) -> None:
         """ZeRO-3 gathers weights in every pass, so that all ranks need the same number of passes.
@@ -172,7 +178,7 @@ class Learner:
             statistics.add(batch, result)
         self._engine.step()
         if self.device.type == "cpu":
-            return_freed_memory()
+            self._freed_memory.return_if_grown()
         norm = self._global_gradient_norm()
         totals = statistics.reduce(step + 1, wait_seconds=wait_seconds)
         self._anchors = next_anchors(self._anchors, loss.terms, statistics.gaps)
@@ -220,9 +226,24 @@ class Learner:
     def gather_weights(self, dtype: torch.dtype) -> Iterator[Bucket]:
         """Buckets of the student's weights on rank 0, empty ones elsewhere.
 
-        Every rank must iterate to the end: each bucket is a collective.
+        With `adapter_base` they are those of the adapters alone. Every rank must iterate to the
+        end: each bucket is a collective.
         """
-        return gather(self._model, dtype, keep=self.rank == 0)
+        keep = self.rank == 0
+        if self._adapted:
+            return gather_adapters(self._model, self._adapted, keep=keep)
+        return gather(self._model, dtype, keep=keep)
+
+    def adapter_base(self, dtype: torch.dtype) -> AdapterBase | None:
+        """What the adapters are to be added to; None if whole weights are gathered."""
+        lora = self._student.lora
+        if lora is None or not self._adapted:
+            return None
+        return AdapterBase(
+            trained=str(self._dtype).removeprefix("torch."),
+            published=str(dtype).removeprefix("torch."),
+            scale=lora.alpha / lora.rank,
+        )
 
     def save(self, directory: Path) -> None:
         """Write model, optimizer, random state and the curricula's anchors.

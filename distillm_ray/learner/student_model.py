@@ -196,13 +196,12 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
         ModelError: a target that the model does not have.
     """
     targets = config.target_modules
+    modules = dict(model.base_model.named_modules())
+    convolutions = {name for name in modules if type(modules[name]).__name__ == "Conv1D"}
     if targets == "all-linear":
         # The output head is no target: tied, it shares its weight with the embedding.
-        names = {
-            name.rpartition(".")[2]
-            for name, module in model.base_model.named_modules()
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        }
+        linear = {name for name in modules if isinstance(modules[name], nn.Linear)}
+        names = {name.rpartition(".")[2] for name in linear | convolutions}
     else:
         names = set(targets)
     try:
@@ -212,6 +211,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
                 lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
                 lora_dropout=config.dropout,
                 target_modules=sorted(names),
+                fan_in_fan_out=bool(convolutions),
             ),
             model,
         )

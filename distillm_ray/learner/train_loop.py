@@ -339,7 +339,12 @@ class TrainLoop:
                 references.append(self._links.orchestrator.put(bucket))
         if self._speaks:
             self._links.orchestrator.publish(
-                Weights(version=version, buckets=tuple(references), nbytes=nbytes)
+                Weights(
+                    version=version,
+                    buckets=tuple(references),
+                    nbytes=nbytes,
+                    adapters=self._learner.adapter_base(self._publish_dtype),
+                )
             )
         return nbytes
 

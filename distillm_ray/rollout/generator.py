@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from distillm_ray.types import (
     Source,
     Weights,
 )
+from distillm_ray.weights.adapters import with_adapters
 
 
 class SlowRequest(Exception):
@@ -196,8 +197,11 @@ class Generator(ABC):
         """
 
     @abstractmethod
-    async def _load(self, buckets: Sequence[Bucket]) -> None:
-        """Replace all weights. The engine takes no step meanwhile."""
+    async def _load(self, buckets: Iterable[Bucket]) -> None:
+        """Replace all weights. The engine takes no step meanwhile.
+
+        To iterate may take seconds: not in the event loop.
+        """
 
     # ---- called by others ----------------------------------------------------------------------
 
@@ -289,13 +293,16 @@ class Generator(ABC):
                 every call raises this, and the generator must be replaced.
         """
         return await self._gate.update(
-            weights.version, lambda: self._take(weights.buckets), keep_in_flight=keep_in_flight
+            weights.version, lambda: self._take(weights), keep_in_flight=keep_in_flight
         )
 
     # ---- internals -----------------------------------------------------------------------------
 
-    async def _take(self, buckets: Sequence[Bucket]) -> None:
+    async def _take(self, weights: Weights[Bucket]) -> None:
         self._loading = True
+        buckets: Iterable[Bucket] = weights.buckets
+        if weights.adapters is not None:
+            buckets = with_adapters(self.job.model, buckets, weights.adapters)
         try:
             await self._load(buckets)
         finally:

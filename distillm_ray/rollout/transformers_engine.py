@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -255,9 +255,11 @@ class TransformersGenerator(Generator):
         assert self._model is not None, "call start() first"
         return await self._batcher.call(request)
 
-    async def _load(self, buckets: Sequence[Bucket]) -> None:
+    async def _load(self, buckets: Iterable[Bucket]) -> None:
         assert self._model is not None, "call start() first"
-        tensors = {name: tensor for bucket in buckets for name, tensor in to_tensors(bucket)}
+        tensors = await asyncio.to_thread(
+            lambda: {name: tensor for bucket in buckets for name, tensor in to_tensors(bucket)}
+        )
         # `from_pretrained` changes torch's default dtype meanwhile, which a batch would see.
         async with self._batcher.between_batches:
             # In place: a GPU never holds a second model.

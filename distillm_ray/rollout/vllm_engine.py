@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,7 +158,7 @@ class VllmGenerator(Generator):
             finish_reason=FinishReason(finish_reason),
         )
 
-    async def _load(self, buckets: Sequence[Bucket]) -> None:
+    async def _load(self, buckets: Iterable[Bucket]) -> None:
         assert self._engine is not None, "call start() first"
         parent = tempfile.TemporaryDirectory(prefix=_WEIGHTS_PREFIX, dir=node_local_memory())
         with parent as name, locked(Path(name)):

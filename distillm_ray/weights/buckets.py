@@ -1,8 +1,8 @@
 """Buckets of weights as tensors and as safetensors files, for generators and the export.
 
 `types.Bucket` describes the format. Names are those of the Hugging Face checkpoint, which may
-differ from the module names of transformers. A tied weight appears once, LoRA adapters are merged
-into the weights that they adapt.
+differ from the module names of transformers. A tied weight appears once. LoRA adapters are merged
+into the weights that they adapt, or stand alone (adapters.py).
 """
 
 from __future__ import annotations
@@ -11,12 +11,28 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from distillm_ray.types import Bucket
+
+BUCKET_ELEMENTS = 20_000_000
+"""Largest number of elements in a bucket. A larger tensor gets a bucket of its own."""
+
+
+def to_bytes(tensor: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], str, NDArray[np.uint8]]:
+    """The entry of a bucket: a copy in main memory. Integers keep their type."""
+    target = dtype if tensor.is_floating_point() else tensor.dtype
+    flat = tensor.detach().to(device="cpu", dtype=target, copy=True).contiguous().reshape(-1)
+    return (
+        tuple(tensor.shape),
+        str(target).removeprefix("torch."),
+        flat.view(torch.uint8).numpy(),
+    )
 
 
 def to_tensors(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
@@ -50,6 +66,15 @@ def write_buckets(buckets: Iterable[Bucket], directory: Path) -> None:
         {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2
     )
     (directory / "model.safetensors.index.json").write_text(index_text)
+
+
+def tensor_names(directory: Path) -> set[str]:
+    """The tensors of all safetensors files in a directory."""
+    names: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    return names
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:

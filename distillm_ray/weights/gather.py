@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from distillm_ray.types import Bucket
-
-BUCKET_ELEMENTS = 20_000_000
-"""Largest number of elements in a bucket. A larger tensor gets a bucket of its own."""
+from distillm_ray.weights.buckets import BUCKET_ELEMENTS, to_bytes
 
 EXPORT_ELEMENTS = 1_000_000_000
 """The same for the files of an exported model."""
@@ -44,7 +39,7 @@ def gather(
         dtype: floating-point tensors are converted to it.
         keep: whether this rank gets tensors; otherwise its buckets are empty.
     """
-    adapters = _adapters(model)
+    adapters = adapters_of(model)
     for names in _plan(model, bucket_elements):
         tensors = _tensors(model)
         involved = [tensors[name] for name in names]
@@ -52,7 +47,7 @@ def gather(
             if (layer := adapters.get(_adapted_module(name))) is not None:
                 involved += layer.parameters()
         unique = list({id(tensor): tensor for tensor in involved}.values())
-        with _whole(unique), torch.no_grad():
+        with whole(unique), torch.no_grad():
             bucket: Bucket = {}
             for name in names if keep else ():
                 merged = _merged(tensors[name], adapters.get(_adapted_module(name)))
@@ -60,11 +55,11 @@ def gather(
                 # several of its own.
                 plain_name = name.replace(_ADAPTED, "")
                 stored = revert_weight_conversion(model, {plain_name: merged})
-                bucket |= {key: _to_bytes(tensor, dtype) for key, tensor in stored.items()}
+                bucket |= {key: to_bytes(tensor, dtype) for key, tensor in stored.items()}
         yield bucket
 
 
-def _whole(tensors: Sequence[Tensor]) -> AbstractContextManager[object]:
+def whole(tensors: Sequence[Tensor]) -> AbstractContextManager[object]:
     """Inside the block no tensor is partitioned."""
     if not any(hasattr(tensor, "ds_id") for tensor in tensors):
         return nullcontext()
@@ -99,10 +94,9 @@ def _plan(model: nn.Module, bucket_elements: int) -> list[list[str]]:
     return plan
 
 
-def _adapters(model: nn.Module) -> dict[str, nn.Module]:
+def adapters_of(model: nn.Module) -> dict[str, LoraLinear]:
     """Return peft's LoRA layers by module name."""
-    modules = dict(model.named_modules())
-    return {name: modules[name] for name in modules if isinstance(modules[name], LoraLayer)}
+    return {name: one for name, one in model.named_modules() if isinstance(one, LoraLinear)}
 
 
 def _full_size(tensor: Tensor) -> int:
@@ -115,20 +109,9 @@ def _adapted_module(name: str) -> str:
     return name.removesuffix(f"{_ADAPTED}.weight") if name.endswith(f"{_ADAPTED}.weight") else ""
 
 
-def _merged(tensor: Tensor, adapter: nn.Module | None) -> Tensor:
+def _merged(tensor: Tensor, adapter: LoraLinear | None) -> Tensor:
     """Return the weight with its adapter's update added, in float32."""
     if adapter is None:
         return tensor.detach()
-    assert isinstance(adapter, LoraLinear)
     delta = sum(adapter.get_delta_weight(active).float() for active in adapter.active_adapters)
     return tensor.detach().float() + delta
-
-
-def _to_bytes(tensor: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], str, NDArray[np.uint8]]:
-    target = dtype if tensor.is_floating_point() else tensor.dtype
-    flat = tensor.detach().to(device="cpu", dtype=target, copy=True).contiguous().reshape(-1)
-    return (
-        tuple(tensor.shape),
-        str(target).removeprefix("torch."),
-        flat.view(torch.uint8).numpy(),
-    )

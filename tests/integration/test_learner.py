@@ -43,6 +43,7 @@ from distillm_ray.types import (
     Rollout,
     Source,
 )
+from distillm_ray.weights.adapters import with_adapters
 from distillm_ray.weights.buckets import to_tensors
 from tests import make
 
@@ -236,13 +237,27 @@ def run_lora(directory: Path, out: Path) -> None:
         gradient_checkpointing=True,
     )
     learner = build(directory, learner_config(3, learning_rate=5.0), student)
-    before = gathered(learner)
+    before = received(learner, student)
     steps = train(learner, 0, STEPS)
+    after = received(learner, student)
     log_probs_N = learner.token_logprobs(batches(0, 0, 1)[0])
     learner.save(out / "checkpoint" / LEARNER_FOLDER)
     learner.export(out / "model", [3, 4])
     if learner.rank == 0:
-        torch.save((before, steps, log_probs_N), out / "weights.pt")
+        torch.save((before, after, steps, log_probs_N), out / "weights.pt")
+
+
+def received(learner: Learner, student: StudentConfig) -> dict[str, torch.Tensor]:
+    """The weights that a generator makes of the adapters that the learner publishes."""
+    base = learner.adapter_base(torch.float32)
+    assert base is not None
+    buckets = list(learner.gather_weights(torch.float32))
+    assert all("lora" in name for bucket in buckets for name in bucket)
+    if learner.rank > 0:
+        assert buckets == [{}]
+        return {}
+    whole = with_adapters(student.model, buckets, base)
+    return {name: tensor for bucket in whole for name, tensor in to_tensors(bucket)}
 
 
 def run_curriculum(directory: Path, out: Path) -> None:
@@ -480,12 +495,14 @@ def test_a_bfloat16_student_has_float32_master_weights_and_no_spurious_first_ste
 def test_a_lora_student_under_zero_3_learns_and_exports_merged_weights(
     runs: Path, num_ranks: int
 ) -> None:
-    before, steps, log_probs_N = weights_of(runs, num_ranks, "lora")
+    before, published, steps, log_probs_N = weights_of(runs, num_ranks, "lora")
     assert steps[-1]["skipped"] is False
     model = AutoModelForCausalLM.from_pretrained(runs / f"{num_ranks}-lora" / "model").eval()
     after = {name: value.detach() for name, value in model.named_parameters()}
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {name for name in after if "_proj" in name}
+    for name, value in after.items():
+        assert torch.allclose(published[name], value, atol=1e-6), name
     batch = batches(0, 0, 1)[0]
     expected = []
     for start, end in zip(batch.boundaries[:-1], batch.boundaries[1:], strict=True):
@@ -499,7 +516,7 @@ def test_a_lora_student_under_zero_3_learns_and_exports_merged_weights(
 
 
 def test_one_and_two_ranks_agree_on_the_lora_student(runs: Path) -> None:
-    one, two = (weights_of(runs, num_ranks, "lora")[1] for num_ranks in (1, 2))
+    one, two = (weights_of(runs, num_ranks, "lora")[2] for num_ranks in (1, 2))
     losses = [[record["loss"] for record in steps] for steps in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
