@@ -47,6 +47,7 @@ from distillm_ray.models.logit_rules import LogitRule
 DEFAULT_MEMORY_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}
 # Rows of the vocabulary whose head gradient is added at a time where the sum needs a temporary.
 SLAB_ROWS = 8_192
+_CACHED_ROWS = 512
 
 
 def fused_loss(
@@ -409,7 +410,14 @@ class _FusedLoss(torch.autograd.Function):
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient times the scale, in `dtype`. The gradient is overwritten."""
     scale = scale.to(gradient.dtype)
-    if gradient.dtype != dtype and gradient.is_cuda:
-        # One kernel multiplies and rounds. A CPU would make a copy in between.
-        return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
-    return gradient.mul_(scale).to(dtype)
+    if gradient.dtype == dtype:
+        return gradient.mul_(scale)
+    rounded = torch.empty_like(gradient, dtype=dtype)
+    if gradient.is_cuda:  # one kernel multiplies and rounds
+        return torch.mul(gradient, scale, out=rounded)
+    # A few rows at a time: between the two operations they stay in the processor's cache.
+    for source, target in zip(
+        gradient.split(_CACHED_ROWS), rounded.split(_CACHED_ROWS), strict=True
+    ):
+        target.copy_(source.mul_(scale))
+    return rounded
