@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 from ray.data.datasource import FileBasedDatasource
 from ray.exceptions import RayTaskError
 
 from distillm_ray.data.files import DataFile
-from distillm_ray.data.tokenizing import MapRows, raw_batches, raw_table
+from distillm_ray.data.tokenizing import MapRows, places_of, raw_batches, raw_table
 from distillm_ray.errors import DataError
 
 _BYTES_PER_TASK = 8 * 2**20  # smaller tasks do not pay for importing transformers in a worker
@@ -57,17 +58,27 @@ def map_files(files: Sequence[DataFile], map_rows: MapRows) -> pa.Table:
         dataset = ray.data.read_datasource(
             RowsDatasource(files), override_num_blocks=max(1, -(-num_bytes // _BYTES_PER_TASK))
         ).map_batches(map_rows, batch_format="pyarrow", batch_size=None)
+        tables = [map_rows(raw_table(0, []))]
         try:
-            references: list[Any] = dataset.to_arrow_refs()
-            tables: list[pa.Table] = ray.get(references)
+            blocks: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+            for block in blocks:
+                if block.num_rows:
+                    # A copy: the block's place in the object store is free for the next.
+                    tables.append(block.take(np.arange(block.num_rows)))
         except RayTaskError as error:
             if isinstance(error.cause, DataError):
                 # The first line only: Ray adds the task's stack trace and notes on retries.
                 raise DataError(str(error.cause).splitlines()[0]) from error
             raise
-    empty = map_rows(raw_table(0, []))
-    table = pa.concat_tables([empty, *(t for t in tables if t.num_rows)])
-    return table.sort_by([(name, "ascending") for name in table.column_names[:3]])
+    # Blocks come in any order; each has consecutive rows.
+    table = pa.concat_tables(sorted(tables, key=_first_place))
+    places = places_of(table)
+    assert (np.lexsort(places.T[::-1]) == np.arange(len(places))).all(), "a block mixes rows"
+    return table
+
+
+def _first_place(table: pa.Table) -> tuple[int, ...]:
+    return tuple(places_of(table.slice(0, 1)).ravel().tolist())
 
 
 @contextlib.contextmanager
