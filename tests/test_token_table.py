@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,17 @@ def test_the_buffer_is_given_ids_alone_and_no_object_for_a_row(tmp_path: Path) -
     assert num_bytes <= 4 * 1000 * (2 * 25 + 6) + 120 * 1000
     assert data.demonstrations[0].prompt_id == data.prompts[0].prompt_id
     assert data.prompts[0].text == ""
+
+
+def test_the_held_out_prompts_are_those_with_the_smallest_salted_digests(tmp_path: Path) -> None:
+    train = splits_of(tmp_path / "a.jsonl", 60).train
+    keys = [bytes([number]) + b"\1" * 14 + b"\0" for number in range(len(train.prompts))]
+    keyed = replace(train, split_keys=np.array(keys))
+    salt = (3).to_bytes(16, "little")
+    order = sorted(keys, key=lambda key: hashlib.blake2b(key, salt=salt).digest())
+    expected = sorted(keys.index(key) for key in order[: round(0.3 * len(keys))])
+    _, held_out = hold_out(keyed, fraction=0.3, seed=3)
+    assert held_out.prompts.rows.tolist() == train.prompts.rows[expected].tolist()
 
 
 def test_parts_of_a_split_keep_prompts_demonstrations_keys_and_places_together(

@@ -63,7 +63,7 @@ class Demonstrations(RowSequence[Rollout]):
             loss_mask = block.lists("demonstration_loss_mask")[row]
         else:
             prompt_ids = block.ids("prompt_ids", row)
-            response_ids = block.several_ids("reference_ids", row)[0]
+            response_ids = block.first_ids("reference_ids", row)
             loss_mask = np.ones(len(response_ids), dtype=np.bool_)
         texts = block.texts("references", row)
         return Rollout(

@@ -262,7 +262,9 @@ class Renderer:
             self._continue(
                 prompt_text,
                 prompt_ids,
-                self._response_text(turns, reference, ended=not example.truncated),
+                self._response_text(
+                    turns, reference, ended=not example.truncated, prompt=prompt_text
+                ),
             )
             for reference in example.references
         ]
@@ -373,17 +375,26 @@ class Renderer:
             self._frames[roles] = text.replace(_PLACEHOLDER, "\0")
         return self._frames[roles]
 
-    def _response_text(self, turns: tuple[Turn, ...], response: str, *, ended: bool = True) -> str:
+    def _response_text(
+        self,
+        turns: tuple[Turn, ...],
+        response: str,
+        *,
+        ended: bool = True,
+        prompt: str | None = None,
+    ) -> str:
         """The text after the generation prompt, for `response`, up to and including its end token.
 
         The generation prompt may open a thought, which the response then closes. Without `ended`
-        the text stops with the response's last word.
+        the text stops with the response's last word. `prompt` is the generation prompt of these
+        turns, where it is known.
         """
         if not ended and self._is_open_thought(response):
             # Cut off within its thought: what the model wrote after the prompt, as it is.
             opened = OPENING.match(response) if self._opening else None
             return response[opened.end() :] if opened else response
-        prompt = self._chat_text(turns, generate=True)
+        if prompt is None:
+            prompt = self._chat_text(turns, generate=True)
         start = prompt.removesuffix(self._opening)
         if prompt.rstrip().endswith("</think>"):
             response = self._without_thought(response)

@@ -64,7 +64,13 @@ class Block:
     def several_ids(self, name: str, row: int) -> tuple[Int32Array, ...]:
         """A list of lists of ids."""
         lists = self.lists(name)
-        return tuple(lists.values[index] for index in range(*lists.offsets[row : row + 2].tolist()))
+        start, stop = lists.offsets[row : row + 2].tolist()
+        return tuple([lists.values[index] for index in range(start, stop)])
+
+    def first_ids(self, name: str, row: int) -> Int32Array:
+        """The first of a list of lists of ids, which must not be empty."""
+        lists = self.lists(name)
+        return lists.values[lists.offsets[row]]
 
     def lists(self, name: str) -> _Lists:
         """The numpy views of a column of lists, made at its first use."""
