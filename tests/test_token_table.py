@@ -20,6 +20,8 @@ from distillm_ray.data.splits import Splits, hold_out, load_splits
 from distillm_ray.data.token_table import TokenTable
 from distillm_ray.data.tokenizing import TOKENIZED, map_files
 from distillm_ray.errors import DataError
+from distillm_ray.scoring import distinct
+from distillm_ray.teacher.target_key import TargetIdentity
 from distillm_ray.types import FinishReason, Prompt, Rollout, Source, TrainingData
 from tests import make
 
@@ -205,6 +207,14 @@ def test_the_held_out_prompts_are_those_with_the_smallest_salted_digests(tmp_pat
     expected = sorted(keys.index(key) for key in order[: round(0.3 * len(keys))])
     _, held_out = hold_out(keyed, fraction=0.3, seed=3)
     assert held_out.prompts.rows.tolist() == train.prompts.rows[expected].tolist()
+
+
+def test_a_sequence_that_has_the_targets_of_an_earlier_one_is_scored_once(tmp_path: Path) -> None:
+    train = splits_of(tmp_path / "a.jsonl", 20).train
+    identity = TargetIdentity(teacher="t", kind="hidden", dtype="float32")
+    first, again = distinct([train.demonstrations[:8], train.demonstrations[4:12]], identity)
+    assert first.rows.tolist() == train.demonstrations.rows[:8].tolist()
+    assert again.rows.tolist() == train.demonstrations.rows[8:12].tolist()
 
 
 def test_parts_of_a_split_keep_prompts_demonstrations_keys_and_places_together(
