@@ -43,6 +43,7 @@ from distillm_ray.types import (
     RankPlan,
     Rollout,
     Source,
+    TrainingData,
     TrainStep,
     Validation,
     Work,
@@ -205,7 +206,7 @@ async def buffer_numbers() -> dict[str, float]:
     with mock.patch.object(ray, "get_runtime_context", lambda: context):
         actor: Actor = BufferActor(config())
     data = prompts()
-    await actor.restore(1, None, data, [], [])
+    await actor.restore(1, None, TrainingData(prompts=data, demonstrations=[]))
     await actor.report(Validation(step=0, loss=1.0, tokens=1))
     steps = Steps(actor)
     work = await steps.demand()

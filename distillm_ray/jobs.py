@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +72,19 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
         with_corpus=False,
     )
     test = splits.test or splits.validation
-    answered = tuple(prompt for prompt in test.prompts if prompt.references)
-    if not answered:
+    answered = (prompt for prompt in test.prompts if prompt.references)
+    prompts = tuple(islice(answered, config.evaluation.max_prompts))
+    if not prompts:
         raise DataError(
             f"data.{test.split}: no row has a response, so there is nothing to compare the model's"
             " with; name files with responses in data.test"
         )
-    prompts = answered[: config.evaluation.max_prompts]
     view.start(f"responding to {len(prompts)} prompts")
     scores, responses = score_model(
         config,
         served_student(config, facts, device),
         prompts,
-        splits.validation.demonstrations[: config.validation.max_prompts],
+        tuple(splits.validation.demonstrations[: config.validation.max_prompts]),
         device=device,
         tokenizer=tokenizer,
         end_token_id=test.end_token_id,
@@ -203,18 +204,18 @@ def _respond(
     """Respond to the prompts without a response, and keep each response when it ends."""
     num_prompts, num_before = len(dataset.prompts), len(partial.done)
     view.start(f"responding to {num_prompts - num_before:,} prompts")
-    columns = {
-        prompt.prompt_id: own
-        for prompt, own in zip(dataset.prompts, dataset.columns, strict=True)
+    numbers = {
+        prompt.prompt_id: number
+        for number, prompt in enumerate(dataset.prompts)
         if prompt.prompt_id not in partial.done
     }
-    missing = (prompt for prompt in dataset.prompts if prompt.prompt_id in columns)
+    missing = (prompt for prompt in dataset.prompts if prompt.prompt_id in numbers)
     started, done, num_tokens = time.monotonic(), num_before, 0
     for responses in responder.stream(missing, config.generate.sampling, config.run.seed):
         partial.add(
             [
                 response_row(
-                    columns[response.prompt_id],
+                    dataset.columns[numbers[response.prompt_id]],
                     response,
                     renderer=renderer,
                     tokenizer=responder.tokenizer,

@@ -245,8 +245,7 @@ def distil(
         torch.set_num_threads(config.learner.num_threads)
 
     # The replay buffer decides what every step trains on. Distributed: cluster/buffer.py.
-    corpus = splits.corpus.pieces if splits.corpus else ()
-    buffer = build_buffer(config, splits.train.prompts, splits.train.demonstrations, corpus)
+    buffer = build_buffer(config, splits.to_draw_from())
 
     limit = config.validation.max_prompts
     validation_work: Counter[str] = Counter()  # since the last step

@@ -432,9 +432,7 @@ class Run:
                 store.report_to.remote(self.log, "target_store")
         peers = TrainingPeers(
             buffer=self._buffer,
-            prompts=ray.put(splits.train.prompts),
-            demonstrations=ray.put(splits.train.demonstrations),
-            corpus=ray.put(splits.corpus.pieces if splits.corpus else ()),
+            data=ray.put(splits.to_draw_from()),
             log=self.log,
             scorers=self.scorers,
             stores=self._stores,
@@ -467,9 +465,9 @@ class Run:
             ),
             vocabulary_size=self.preflight.vocabulary_size,
             end_token_ids=self.preflight.student.ends(self.splits.train.end_token_id),
-            validation=ray.put(held_out.demonstrations[:limit]),
-            held_out_prompts=() if held_out.demonstrations else held_out.prompts[:limit],
-            probe_prompts=held_out.prompts[: config.validation.probe_prompts],
+            validation=ray.put(tuple(held_out.demonstrations[:limit])),
+            held_out_prompts=() if held_out.demonstrations else tuple(held_out.prompts[:limit]),
+            probe_prompts=tuple(held_out.prompts[: config.validation.probe_prompts]),
         )
         group = LearnerGroup(
             placement.learners(config, self.device),

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
 
 from distillm_ray.cluster import placement
 from distillm_ray.cluster.actors import release
@@ -27,13 +30,14 @@ from distillm_ray.data import ray_data
 from distillm_ray.data.files import check_files
 from distillm_ray.data.splits import Splits, splits_of
 from distillm_ray.data.templates import Renderer
+from distillm_ray.data.token_table import RowSequence
 from distillm_ray.errors import DataError, RunDirectoryError
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import check_library, check_models
 from distillm_ray.report.console import ConsoleView, duration
-from distillm_ray.teacher.target_key import target_key
+from distillm_ray.teacher.target_key import TargetIdentity, target_key
 from distillm_ray.teacher.target_library import library_settings
-from distillm_ray.types import Rollout, ScoreReport
+from distillm_ray.types import Rollout, ScoreReport, Source
 
 CALLS_PER_SCORER = 128  # sequences under way: those that are looked up, and full batches
 _POLL_S = 1.0  # between two looks at the stores
@@ -84,8 +88,7 @@ def score(config: Config, view: ConsoleView) -> list[str]:
         vocabulary_size=found.vocabulary_size,
         device=device,
     )
-    sequences = training_sequences(config, splits)
-    rollouts = list({target_key(identity, one): one for one in sequences}.values())
+    parts = distinct(training_sequences(config, splits), identity)
     # Nothing reads the targets here: a byte for each store keeps none of them in memory.
     small = config.targets.model_copy(update={"max_bytes": config.targets.stores})
     stores = start_stores(small, library_settings(config, identity), max_fetched=None)
@@ -100,7 +103,7 @@ def score(config: Config, view: ConsoleView) -> list[str]:
             min_actors=config.teacher.min_actors,
         )
         count = CALLS_PER_SCORER * config.teacher.actors
-        tally = asyncio.run(_keep_all(pool, rollouts, view, num_calls=count))
+        tally = asyncio.run(_keep_all(pool, parts, view, num_calls=count))
     finally:
         for warning in flush_stores(stores):
             view.note(f"warning: {warning}")
@@ -108,15 +111,35 @@ def score(config: Config, view: ConsoleView) -> list[str]:
     return summary_lines(config, tally)
 
 
-def training_sequences(config: Config, splits: Splits) -> list[Rollout]:
+def training_sequences(config: Config, splits: Splits) -> list[RowSequence[Rollout]]:
     """What a run of this config compares with the teacher, whatever its seed.
 
     These are the responses of the data and the pieces of the corpus, if a term holds on them. The
     loss on held-out rows needs no teacher.
     """
-    data = splits.train.demonstrations if config.draws_data else ()
-    corpus = splits.corpus.pieces if splits.corpus is not None else ()
-    return [one for one in (*data, *corpus) if config.loss.compares(one.source)]
+    parts: list[RowSequence[Rollout]] = []
+    data, corpus = splits.train.demonstrations, splits.corpus
+    if config.draws_data and config.loss.compares(data.source):
+        parts.append(data)
+    if corpus is not None and config.loss.compares(Source.CORPUS):
+        parts.append(corpus.pieces)
+    return parts
+
+
+def distinct(
+    parts: Iterable[RowSequence[Rollout]], identity: TargetIdentity
+) -> list[RowSequence[Rollout]]:
+    """The same without the sequences that have the targets of an earlier one."""
+    seen: set[str] = set()
+    kept: list[RowSequence[Rollout]] = []
+    for part in parts:
+        is_new = np.zeros(len(part), dtype=np.bool_)
+        for number, one in enumerate(part):
+            key = target_key(identity, one)
+            is_new[number] = key not in seen
+            seen.add(key)
+        kept.append(part.among(part.rows[is_new]))
+    return kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +167,7 @@ class Tally:
 
 
 async def _keep_all(
-    pool: ScorerPool, rollouts: Sequence[Rollout], view: ConsoleView, *, num_calls: int
+    pool: ScorerPool, parts: Sequence[Sequence[Rollout]], view: ConsoleView, *, num_calls: int
 ) -> Tally:
     """Look every sequence up and score what is missing, `num_calls` of them at a time.
 
@@ -153,9 +176,10 @@ async def _keep_all(
         RunDirectoryError: a library stopped writing.
     """
     await pool.start()
-    view.start(f"scoring {len(rollouts):,} sequences")
+    total = sum(map(len, parts))
+    view.start(f"scoring {total:,} sequences")
     started, tally = time.monotonic(), Tally()
-    rest = iter(rollouts)
+    rest = chain.from_iterable(parts)
 
     async def work() -> None:
         nonlocal tally
@@ -165,7 +189,7 @@ async def _keep_all(
 
     async def watch() -> None:
         while True:
-            view.progress(tally.there + tally.scored, len(rollouts), "sequences")
+            view.progress(tally.there + tally.scored, total, "sequences")
             await check()
             await asyncio.sleep(_POLL_S)
 
@@ -186,7 +210,7 @@ async def _keep_all(
     await working
     await pool.flush()
     await check()
-    view.progress(tally.there + tally.scored, len(rollouts), "sequences")
+    view.progress(tally.there + tally.scored, total, "sequences")
     return replace(tally, seconds=time.monotonic() - started)
 
 

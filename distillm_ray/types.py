@@ -18,6 +18,7 @@ N loss positions of a packed row, S sequences of a packed row.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
@@ -111,6 +112,15 @@ class Rollout:
         """
         offsets = np.flatnonzero(self.loss_mask)
         return (len(self.prompt_ids) - 1 + offsets).astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainingData:
+    """What a run draws from. Prompts and demonstrations may lack their texts."""
+
+    prompts: Sequence[Prompt]
+    demonstrations: Sequence[Rollout]
+    corpus: Sequence[Rollout] = ()
 
 
 # ---- teacher targets: row i belongs to the position that predicts the i-th loss token --------

@@ -18,7 +18,7 @@ from distillm_ray.cluster import buffer as module
 from distillm_ray.cluster.buffer import BufferActor
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.demand import Ordinals
-from distillm_ray.types import RankPlan, Validation, Work
+from distillm_ray.types import RankPlan, TrainingData, Validation, Work
 from tests import make
 
 NUM_RANKS = 16
@@ -64,7 +64,8 @@ async def started() -> tuple[Actor, Work]:
             schedule={"type": "fixed", "phi": 1.0},
         )
     )
-    await actor.restore(1, None, [make.prompt(f"p{index}") for index in range(8)], [], [])
+    prompts = [make.prompt(f"p{index}") for index in range(8)]
+    await actor.restore(1, None, TrainingData(prompts=prompts, demonstrations=[]))
     await actor.report(Validation(step=0, loss=1.0, tokens=1))
     return actor, await actor.work()
 
@@ -148,7 +149,8 @@ async def test_a_demand_has_the_size_of_its_token_ids(counts: Counter[str]) -> N
 
     async def size_of(text: str) -> int:
         actor: Actor = BufferActor(make.config(schedule={"type": "fixed", "phi": 1.0}))
-        await actor.restore(1, None, [make.prompt(text=text, references=[text])], [], [])
+        prompts = [make.prompt(text=text, references=[text])]
+        await actor.restore(1, None, TrainingData(prompts=prompts, demonstrations=[]))
         return len(pickle.dumps(await actor.work()))
 
     assert await size_of("why " * 1000) == await size_of("")

@@ -243,15 +243,15 @@ class TestWithRayData:
         path = write_lines(tmp_path / "a.jsonl", {"id": "x", "topic": "y", "prompt": "why"})
         dataset = load(path, needed_by=None)
         assert [prompt.prompt_id for prompt in dataset.prompts] == ["x"]
-        assert dataset.demonstrations == ()
+        assert not dataset.demonstrations
 
     def test_prompts_alone_are_enough_where_no_term_trains_on_responses(
         self, tmp_path: Path
     ) -> None:
         path = write_lines(tmp_path / "a.jsonl", {"prompt": "why"}, {"prompt": "is"})
         dataset = load(path, needed_by=None)
-        assert dataset.demonstrations == ()
-        assert dataset.rows == dataset.prompts
+        assert not dataset.demonstrations
+        assert dataset.rows is dataset.prompts
         assert dataset.summary().endswith("; 2 without a response")
         with pytest.raises(DataError) as caught:
             load(path, needed_by="loss.terms.0 (skew_kl on all)")
@@ -269,7 +269,7 @@ class TestWithRayData:
             max_response_tokens=3,
         )
         assert [one.text for one in some.demonstrations] == ["so"]
-        assert some.rows == some.prompts
+        assert some.rows is some.prompts
         assert [prompt.references for prompt in some.prompts] == [("so",), ("sky is blue",)]
 
     def test_a_split_conversation_gives_a_sequence_for_each_response(self, tmp_path: Path) -> None:

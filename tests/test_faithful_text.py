@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from distillm_ray.config import DataConfig, PlainTemplate
@@ -345,6 +347,75 @@ def test_no_space_comes_between_prompt_and_response_of_a_tokenizer_that_begins_w
     rendered = render(renderer(tokenizer, template=RAW), prompt="the cat", response="s")
     whole = [*rendered.prompt_ids, *rendered.demonstration_response_ids[:-1]]
     assert decode_ids(tokenizer, whole) == "the cats"
+
+
+def trained_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A byte-level or a metaspace tokenizer with merges, and tokens that take the space beside."""
+    from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+
+    backend = Tokenizer(BPE(unk_token="<unk>"))
+    if kind == "bytes":
+        backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(  # type: ignore[assignment]
+            prepend_scheme=kind, split=False
+        )
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), *"\n\u2581"]
+    trainer = BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "</s>"], initial_alphabet=alphabet
+    )
+    lines = ["the cat is on the mat\n", "is the cat on it? 12 cats", "<a>the the<b> a cat"]
+    backend.train_from_iterator(lines, trainer)
+    backend.add_special_tokens(
+        [AddedToken("<a>"), AddedToken("<b>", rstrip=True), AddedToken("<c>", lstrip=True)]
+    )
+    backend.add_tokens([AddedToken("<b>the"), AddedToken("<d>", normalized=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+PARTS = [
+    "the",
+    "cat",
+    " cat",
+    " ",
+    "  ",
+    "\n",
+    "1",
+    "2",
+    "is",
+    "s",
+    "<a>",
+    "<b>",
+    "<c>",
+    "<d>",
+    "<",
+]
+
+
+@given(
+    kind=st.sampled_from(["bytes", "first", "always"]),
+    before=st.lists(st.sampled_from(PARTS), min_size=1, max_size=8).map("".join),
+    after=st.lists(st.sampled_from(PARTS), min_size=1, max_size=5).map("".join),
+)
+def test_a_response_has_the_ids_that_it_has_after_the_whole_prompt(
+    kind: str, before: str, after: str
+) -> None:
+    one = CONTINUING[kind]
+    ids, whole = one._encode(before), one._encode(before + after)
+    if whole[: len(ids)] == ids:  # else the response is tokenized without its prompt
+        assert one._continue(before, ids, after) == whole[len(ids) :]
+
+
+CONTINUING = {
+    kind: renderer(trained_tokenizer(kind), template=RAW) for kind in ("bytes", "first", "always")
+}
 
 
 # ---- what a model said ---------------------------------------------------------------------------

@@ -226,6 +226,9 @@ def check_ids(
     coder = tokenizer(settings[0])
     prompt, responses = sequence["demonstration_prompt_ids"], sequence["demonstration_response_ids"]
     mask, references = sequence["demonstration_loss_mask"], sequence["reference_ids"]
+    if not prompt:  # the demonstration is the prompt with its first reference
+        prompt, responses = sequence["prompt_ids"], references[0]
+        mask = [True] * len(responses)
     ids = prompt + responses
     assert ids == sequence["prompt_ids"] + references[0]
     assert len(mask) == len(responses)

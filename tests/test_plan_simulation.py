@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from distillm_ray.config import Config
 from distillm_ray.plan.simulation import Counts, Machine, Outcome, RunData, simulate
 from distillm_ray.plan.stages import GenerationTimes, LearningTimes, ScoringTimes, Stages
-from distillm_ray.types import Source
+from distillm_ray.types import Source, TrainingData
 from tests import make
 
 ALONE = Machine()
@@ -24,7 +25,7 @@ def data(rows: int = 400) -> RunData:
         make.rollout(f"r{index}", prompt_id=f"p{index}", source=Source.DATASET)
         for index in range(rows)
     ]
-    return RunData(prompts=prompts, demonstrations=responses)
+    return RunData(drawn=TrainingData(prompts=prompts, demonstrations=responses))
 
 
 def config(*, phi: float, teacher: bool = False, ratio: str = "none", **sections: Any) -> Config:
@@ -191,9 +192,7 @@ def test_validation_and_checkpoints_count_in_the_step_after_them() -> None:
         }
     )
     times = stages(validation_token=0.1, checkpoint=0.75)
-    held_out = RunData(
-        prompts=data().prompts, demonstrations=data().demonstrations, validation_tokens=30
-    )
+    held_out = replace(data(), validation_tokens=30)
     counts = Counts(learners=1, generators=0, scorers=0)
     outcome = simulate(often, held_out, times, counts, ALONE)
     longer = {5: 0.75, 10: 3.0 + 0.75, 15: 0.75}

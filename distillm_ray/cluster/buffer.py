@@ -11,7 +11,6 @@ wait       ends when                                            limit
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
 import ray
 from ray.actor import ActorProxy
@@ -29,10 +28,10 @@ from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.build import build_buffer
 from distillm_ray.types import (
     BufferCounters,
-    Prompt,
     RankPlan,
     Rollout,
     StepPlan,
+    TrainingData,
     Validation,
     Work,
 )
@@ -136,9 +135,7 @@ class BufferActor(Reporting):
         self,
         incarnation: int,
         state: bytes | None,
-        prompts: Sequence[Prompt],
-        demonstrations: Sequence[Rollout],
-        corpus: Sequence[Rollout],
+        data: TrainingData,
     ) -> bool:
         """Go to a checkpoint's state, or to the beginning, as the given incarnation.
 
@@ -148,7 +145,7 @@ class BufferActor(Reporting):
             RunDirectoryError: the state is of other data or of another version's format.
         """
         async with self._lock:
-            self._restored = build_buffer(self._config, prompts, demonstrations, corpus)
+            self._restored = build_buffer(self._config, data)
             if state is not None:
                 try:
                     self._restored.restore(state)
@@ -242,15 +239,11 @@ class ReplayProducer:
     def __init__(
         self,
         actor: ActorProxy[BufferActor],
-        prompts: ray.ObjectRef[Sequence[Prompt]],
-        demonstrations: ray.ObjectRef[Sequence[Rollout]],
-        corpus: ray.ObjectRef[Sequence[Rollout]],
+        data: ray.ObjectRef[TrainingData],
         log: AsyncLog,
     ) -> None:
         self._actor = actor
-        self._prompts = prompts
-        self._demonstrations = demonstrations
-        self._corpus = corpus
+        self._data = data
         self._log = log
         self._incarnation = 0
 
@@ -269,9 +262,7 @@ class ReplayProducer:
     async def restore(self, state: bytes | None, completed: int) -> int:
         """Go to a checkpoint's state, or to the beginning; returns the new incarnation."""
         self._incarnation += 1
-        died = await self._actor.restore.remote(
-            self._incarnation, state, self._prompts, self._demonstrations, self._corpus
-        )
+        died = await self._actor.restore.remote(self._incarnation, state, self._data)
         if died:
             if self._log.actor is not None:
                 await self._actor.report_to.remote(self._log.actor, "buffer")

@@ -31,7 +31,15 @@ from distillm_ray.config import Config, GeneratorPoolConfig, SamplingConfig
 from distillm_ray.log.costs import Usage
 from distillm_ray.log.records import Counters
 from distillm_ray.teacher.target_key import TargetIdentity
-from distillm_ray.types import Bucket, DrawFacts, Prompt, Rollout, Source, TrainStep
+from distillm_ray.types import (
+    Bucket,
+    DrawFacts,
+    Prompt,
+    Rollout,
+    Source,
+    TrainingData,
+    TrainStep,
+)
 
 _SMALL_CALLS = 10  # to buffer, log and run control between two collectives of the learners
 
@@ -41,9 +49,7 @@ class TrainingPeers:
     """The actors of a training run that the orchestrator works with."""
 
     buffer: ActorProxy[BufferActor]
-    prompts: ray.ObjectRef[Sequence[Prompt]]
-    demonstrations: ray.ObjectRef[Sequence[Rollout]]
-    corpus: ray.ObjectRef[Sequence[Rollout]]
+    data: ray.ObjectRef[TrainingData]
     log: ActorProxy[LogActor]
     scorers: Sequence[ActorProxy[ScorerActor]] = ()
     stores: Sequence[ActorProxy[TargetStoreActor]] = ()
@@ -66,9 +72,7 @@ class OrchestratorActor:
         startup_timeout_s = config.run.startup_timeout_s
         buffer = scorers = generator_pool = None
         if peers is not None:
-            buffer = ReplayProducer(
-                peers.buffer, peers.prompts, peers.demonstrations, peers.corpus, log
-            )
+            buffer = ReplayProducer(peers.buffer, peers.data, log)
         if generators:
             generator_pool = GeneratorPool(
                 generators,

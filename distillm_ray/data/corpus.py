@@ -9,7 +9,6 @@ piece; where it has none, it is the first token of the piece itself.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +20,19 @@ from numpy.typing import NDArray
 
 from distillm_ray.config import DataConfig
 from distillm_ray.data.files import decode_row, find_files
-from distillm_ray.data.problems import NUM_SHOWN, RowProblem, listed, refused, remedy
+from distillm_ray.data.problems import Problems, RowProblem
 from distillm_ray.data.rows import RowError, RowProblemKind, parse_document
 from distillm_ray.data.templates import Renderer
-from distillm_ray.data.tokenizing import MapFiles, iterate, map_files, unique_stems
+from distillm_ray.data.token_table import Block, RowSequence, TokenTable
+from distillm_ray.data.tokenizing import (
+    MapFiles,
+    flags,
+    iterate,
+    joined,
+    line_names,
+    map_files,
+    places_of,
+)
 from distillm_ray.errors import DataError
 from distillm_ray.types import FinishReason, Rollout, Source
 
@@ -44,11 +52,34 @@ PIECES = pa.schema(
 )
 
 
+class Pieces(RowSequence[Rollout]):
+    """The pieces of a table."""
+
+    def _make(self, block: Block, row: int) -> Rollout:
+        name, ids = block.text("name", row), block.ids("token_ids", row)
+        ends = block.value("ends", row)
+        return Rollout(
+            rollout_id=f"{Source.CORPUS}-{name}",
+            prompt_id=name,
+            prompt_ids=ids[:1],
+            response_ids=ids[1:],
+            loss_mask=np.ones(len(ids) - 1, dtype=np.bool_),
+            source=Source.CORPUS,
+            version=0,
+            finish_reason=FinishReason.STOP if ends else FinishReason.LENGTH,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all pieces."""
+        return int(self.table.lengths("token_ids")[self.rows].sum())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Corpus:
     """Pieces of documents, in the order of files and rows."""
 
-    pieces: tuple[Rollout, ...]
+    pieces: Pieces
     num_documents: int
     files: tuple[str, ...]  # as the user wrote them
     places: NDArray[np.int64]  # `[N, 3]`: index into `files`, row, piece of the document
@@ -58,11 +89,10 @@ class Corpus:
 
     def summary(self) -> str:
         """One line of counts, and one for each of the first skipped rows."""
-        num_tokens = sum(piece.num_tokens for piece in self.pieces)
         skipped = ", ".join(f"{count} {kind}" for kind, count in self.num_skipped.items())
         head = (
-            f"corpus: {self.num_documents} documents in {len(self.pieces)} pieces, {num_tokens}"
-            f" tokens{f'; skipped: {skipped}' if skipped else ''}"
+            f"corpus: {self.num_documents} documents in {len(self.pieces)} pieces,"
+            f" {self.pieces.num_tokens} tokens{f'; skipped: {skipped}' if skipped else ''}"
         )
         return "\n".join([head, *(f"  {problem}" for problem in self.skipped)])
 
@@ -87,35 +117,31 @@ def load_corpus(
     renderer = Renderer(tokenizer, config, vocabulary_size=vocabulary_size)
     end_token_id = renderer.document_end_token_id
     table = map_files(files, partial(cut_rows, renderer=renderer, config=config))
-    stems = unique_stems(files)
-    problems: list[RowProblem] = []
-    pieces: list[Rollout] = []
-    places: list[tuple[int, int, int]] = []
-    for row in iterate(table):
-        if row["kind"] is not None:
-            position = files[row["file"]].position(row["row"])
-            problems.append(RowProblem(position=position, kind=row["kind"], reason=row["reason"]))
-            continue
-        name = f"{stems[row['file']]}-{row['row']}.{row['piece']}"
-        pieces.append(_piece(name, row["token_ids"], ends=row["ends"]))
-        places.append((row["file"], row["row"], row["piece"]))
-    if wrong := refused(problems, config):
-        end = f"data.corpus: correct these documents, or set {remedy(wrong)}"
-        raise DataError("\n".join([*listed(wrong), end]))
-    if not pieces:
+    is_bad = flags(table["kind"].is_valid())
+    problems = Problems(config)
+    for row in iterate(table.filter(pa.array(is_bad))):
+        position = files[row["file"]].position(row["row"])
+        problems.add(RowProblem(position=position, kind=row["kind"], reason=row["reason"]))
+    if wrong := problems.refusal():
+        end = f"data.corpus: correct these documents, or set {problems.remedy()}"
+        raise DataError("\n".join([*wrong, end]))
+    pieces, places = np.flatnonzero(~is_bad), places_of(table)[~is_bad]
+    if not len(pieces):
         named = ", ".join(file.name for file in files)
-        first = f"; the first: {problems[0]}" if problems else ""
+        first = f"; the first: {problems.first[0]}" if problems.first else ""
         raise DataError(
-            f"data.corpus: no usable document in {named} ({len(problems)} documents skipped{first})"
+            f"data.corpus: no usable document in {named} ({problems.total} documents"
+            f" skipped{first})"
         )
+    table = table.append_column("name", joined(line_names(table, files), ".", table["piece"]))
     return Corpus(
-        pieces=tuple(pieces),
-        num_documents=len({place[:2] for place in places}),
+        pieces=Pieces(TokenTable(table.select(["name", "token_ids", "ends"])), pieces),
+        num_documents=len(np.unique(places[:, :2], axis=0)),
         files=tuple(file.name for file in files),
-        places=np.array(places, dtype=np.int64),
+        places=places,
         end_token_id=end_token_id,
-        num_skipped=dict(Counter(problem.kind for problem in problems)),
-        skipped=tuple(problems[:NUM_SHOWN]),
+        num_skipped=dict(problems.counts),
+        skipped=tuple(problems.first),
     )
 
 
@@ -159,17 +185,3 @@ def cut(
         piece = [*bos_ids, *ids[start : start + size]]
         if len(piece) >= 2:
             yield index, piece, start + size >= len(ids)
-
-
-def _piece(name: str, token_ids: Sequence[int], *, ends: bool) -> Rollout:
-    ids = np.array(token_ids, dtype=np.int32)
-    return Rollout(
-        rollout_id=f"{Source.CORPUS}-{name}",
-        prompt_id=name,
-        prompt_ids=ids[:1],
-        response_ids=ids[1:],
-        loss_mask=np.ones(len(ids) - 1, dtype=np.bool_),
-        source=Source.CORPUS,
-        version=0,
-        finish_reason=FinishReason.STOP if ends else FinishReason.LENGTH,
-    )

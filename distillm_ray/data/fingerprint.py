@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillm_ray.data.corpus import Corpus
+from distillm_ray.data.sequences import ID_COLUMNS
 from distillm_ray.data.splits import Dataset, Splits
 from distillm_ray.errors import DataError
 from distillm_ray.files import write_atomically
@@ -53,20 +54,23 @@ def keep_or_compare(directory: Path, splits: Splits, *, resumed: bool) -> None:
 
 def digests(dataset: Dataset) -> NDArray[np.uint32]:
     """CRC-32 of each prompt with its demonstration and references."""
-    learned = {one.prompt_id: one for one in dataset.demonstrations}
+    table = dataset.prompts.table.select(ID_COLUMNS)  # without texts
+    learned = iter(dataset.demonstrations.over(table))  # in the order of the prompts
+    one = next(learned, None)
     values = np.zeros(len(dataset.prompts), dtype=np.uint32)
-    for index, prompt in enumerate(dataset.prompts):
+    for index, prompt in enumerate(dataset.prompts.over(table)):
         arrays = [prompt.token_ids, *prompt.reference_ids]
-        if one := learned.get(prompt.prompt_id):
+        if one is not None and one.prompt_id == prompt.prompt_id:
             arrays += [one.prompt_ids, one.response_ids, one.loss_mask]
+            one = next(learned, None)
         values[index] = _digest(arrays)
     return values
 
 
 def corpus_digests(corpus: Corpus) -> NDArray[np.uint32]:
     """CRC-32 of each piece."""
-    values = [_digest([one.prompt_ids, one.response_ids]) for one in corpus.pieces]
-    return np.array(values, dtype=np.uint32)
+    values = (_digest([one.prompt_ids, one.response_ids]) for one in corpus.pieces)
+    return np.fromiter(values, dtype=np.uint32, count=len(corpus.pieces))
 
 
 def _digest(arrays: Sequence[NDArray[Any]]) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 
 from distillm_ray.config import DataConfig
-from distillm_ray.data.rows import RowProblemKind
+from distillm_ray.data.rows import NO_RESPONSE, RowProblemKind
 
 NUM_SHOWN = 10
 
@@ -24,24 +24,47 @@ class RowProblem:
         return f"{self.position}: {self.reason}"
 
 
-def refused(problems: Sequence[RowProblem], config: DataConfig) -> list[RowProblem]:
-    """Those that end the run, by `data.bad_rows` and `data.long_rows`."""
-    return [
-        problem
-        for problem in problems
-        if (config.long_rows if problem.kind == "long" else config.bad_rows) == "fail"
-    ]
+class Problems:
+    """The problems of a list of files: counted, with the first of them for messages."""
 
+    def __init__(self, config: DataConfig) -> None:
+        """`data.bad_rows` and `data.long_rows` decide which of them end the run."""
+        self._config = config
+        self._refused: list[RowProblem] = []  # the first
+        self.first: list[RowProblem] = []
+        self.counts: Counter[RowProblemKind] = Counter()
+        self.lacks_response = False  # a row that ends the run
 
-def listed(problems: Sequence[RowProblem]) -> list[str]:
-    """A line for each of the first problems, and the number of the others."""
-    lines = [str(problem) for problem in problems[:NUM_SHOWN]]
-    if len(problems) > len(lines):
-        lines.append(f"and {len(problems) - len(lines)} more")
-    return lines
+    def add(self, problem: RowProblem) -> None:
+        """Add one, in the order of files and rows."""
+        self.counts[problem.kind] += 1
+        self.first += [problem] if len(self.first) < NUM_SHOWN else []
+        if self._ends_run(problem.kind):
+            self._refused += [problem] if len(self._refused) < NUM_SHOWN else []
+            self.lacks_response |= NO_RESPONSE in problem.reason
 
+    @property
+    def total(self) -> int:
+        """How many there are."""
+        return self.counts.total()
 
-def remedy(problems: Sequence[RowProblem]) -> str:
-    """The overrides that leave these rows out."""
-    keys = sorted({"long_rows" if one.kind == "long" else "bad_rows" for one in problems})
-    return " and ".join(f"data.{key}=skip" for key in keys)
+    @property
+    def refused_kinds(self) -> list[RowProblemKind]:
+        """The kinds that end the run, of those that occurred."""
+        return [kind for kind in self.counts if self._ends_run(kind)]
+
+    def refusal(self) -> list[str]:
+        """A line for each of the first that end the run, and the number of the others."""
+        lines = [str(problem) for problem in self._refused]
+        more = sum(self.counts[kind] for kind in self.refused_kinds) - len(lines)
+        return [*lines, f"and {more} more"] if more else lines
+
+    def remedy(self) -> str:
+        """The overrides that leave out the rows that end the run."""
+        keys = sorted(
+            {"long_rows" if kind == "long" else "bad_rows" for kind in self.refused_kinds}
+        )
+        return " and ".join(f"data.{key}=skip" for key in keys)
+
+    def _ends_run(self, kind: RowProblemKind) -> bool:
+        return (self._config.long_rows if kind == "long" else self._config.bad_rows) == "fail"

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 from ray.data.datasource import FileBasedDatasource
 from ray.exceptions import RayTaskError
 
 from distillm_ray.data.files import DataFile
-from distillm_ray.data.tokenizing import MapRows, raw_batches, raw_table
+from distillm_ray.data.tokenizing import MapRows, places_of, raw_batches, raw_table
 from distillm_ray.errors import DataError
 
-_BYTES_PER_TASK = 8 * 2**20  # smaller tasks do not pay for importing transformers in a worker
+_BYTES_PER_TASK = 8 * 2**20  # smaller tasks do not pay for loading the tokenizer
+_CPUS_OF_READING = 0.1  # a task that reads mostly waits for those that tokenize
 _BYTES_WITH_PROGRESS_BAR = 64 * 2**20  # less is read in seconds
 
 
@@ -53,27 +55,45 @@ def map_files(files: Sequence[DataFile], map_rows: MapRows) -> pa.Table:
         DataError: a file cannot be read.
     """
     num_bytes = sum(file.path.stat().st_size for file in files)
-    with _quiet_ray_data(progress_bars=num_bytes >= _BYTES_WITH_PROGRESS_BAR):
+    num_tasks = -(-num_bytes // _BYTES_PER_TASK)
+    with _settings_of_ray_data(progress_bars=num_bytes >= _BYTES_WITH_PROGRESS_BAR):
+        # Reading has other resources than tokenizing, or Ray Data would do both in a task a file.
         dataset = ray.data.read_datasource(
-            RowsDatasource(files), override_num_blocks=max(1, -(-num_bytes // _BYTES_PER_TASK))
+            RowsDatasource(files),
+            override_num_blocks=max(1, min(num_tasks, len(files))),
+            num_cpus=_CPUS_OF_READING,
         ).map_batches(map_rows, batch_format="pyarrow", batch_size=None)
+        tables = [map_rows(raw_table(0, []))]
         try:
-            references: list[Any] = dataset.to_arrow_refs()
-            tables: list[pa.Table] = ray.get(references)
+            blocks: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+            for block in blocks:
+                if block.num_rows:
+                    # A copy: the block's place in the object store is free for the next.
+                    tables.append(block.take(np.arange(block.num_rows)))
         except RayTaskError as error:
             if isinstance(error.cause, DataError):
                 # The first line only: Ray adds the task's stack trace and notes on retries.
                 raise DataError(str(error.cause).splitlines()[0]) from error
             raise
-    empty = map_rows(raw_table(0, []))
-    table = pa.concat_tables([empty, *(t for t in tables if t.num_rows)])
-    return table.sort_by([(name, "ascending") for name in table.column_names[:3]])
+    # Blocks come in any order; each has consecutive rows.
+    table = pa.concat_tables(sorted(tables, key=_first_place))
+    places = places_of(table)
+    assert (np.lexsort(places.T[::-1]) == np.arange(len(places))).all(), "a block mixes rows"
+    return table
+
+
+def _first_place(table: pa.Table) -> tuple[int, ...]:
+    return tuple(places_of(table.slice(0, 1)).ravel().tolist())
 
 
 @contextlib.contextmanager
-def _quiet_ray_data(*, progress_bars: bool) -> Iterator[None]:
-    """Silence the plan and the progress bar that Ray Data shows for every execution."""
+def _settings_of_ray_data(*, progress_bars: bool) -> Iterator[None]:
+    """Silence the plan and the progress bar that Ray Data shows for every execution.
+
+    Blocks have the size of a task within it.
+    """
     context = ray.data.DataContext.get_current()
+    block_bytes, context.target_max_block_size = context.target_max_block_size, _BYTES_PER_TASK
     # The second logger warns that the bars are off.
     loggers = [logging.getLogger(name) for name in ("ray.data", "ray.data._internal.progress")]
     levels = [logger.level for logger in loggers]
@@ -86,5 +106,6 @@ def _quiet_ray_data(*, progress_bars: bool) -> Iterator[None]:
         yield
     finally:
         context.enable_progress_bars = before
+        context.target_max_block_size = block_bytes
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -7,34 +7,45 @@ how Ray Data divides the work, or on whether it does the work at all.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from distillm_ray.config import Config, DataConfig
 from distillm_ray.data.corpus import Corpus, load_corpus
 from distillm_ray.data.files import DataFile, Split, find_files
-from distillm_ray.data.problems import NUM_SHOWN, RowProblem, listed, refused, remedy
-from distillm_ray.data.rows import NO_RESPONSE, RowProblemKind
+from distillm_ray.data.problems import Problems, RowProblem
+from distillm_ray.data.rows import RowProblemKind
+from distillm_ray.data.sequences import (
+    ID_COLUMNS,
+    TEXT_COLUMNS,
+    Demonstrations,
+    OwnColumns,
+    Prompts,
+    response_lengths,
+)
 from distillm_ray.data.templates import Renderer
+from distillm_ray.data.token_table import RowNumbers, TokenTable
 from distillm_ray.data.tokenizing import (
+    KEY_BYTES,
     MapFiles,
+    flags,
     iterate,
+    joined,
+    line_names,
     map_files,
+    places_of,
     tokenize_rows,
-    unique_stems,
 )
 from distillm_ray.errors import DataError
-from distillm_ray.types import FinishReason, Int32Array, Prompt, Rollout, Source
+from distillm_ray.types import Source, TrainingData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,23 +55,24 @@ if TYPE_CHECKING:
 class Dataset:
     """One split. Where responses are required, `demonstrations[i]` belongs to `prompts[i]`.
 
-    Elsewhere prompts may lack one, or have one that is too long to be learned.
+    Elsewhere prompts may lack one, or have one that is too long to be learned. Both are in the same
+    order, and made of the rows of one table.
     """
 
     split: Split
-    prompts: tuple[Prompt, ...]
-    demonstrations: tuple[Rollout, ...]
-    split_keys: tuple[bytes, ...]  # equal for prompts with equal text
+    prompts: Prompts
+    demonstrations: Demonstrations
+    split_keys: NDArray[np.bytes_]  # `[N]`, equal for prompts with equal text
     files: tuple[str, ...]  # as the user wrote them
     places: NDArray[np.int64]  # `[N, 3]`: index into `files`, row, turn of a split conversation
-    columns: tuple[dict[str, Any], ...]  # each row's own prompt; empty if responses are required
+    columns: OwnColumns  # of each prompt; empty if responses are required
     num_last_only: int  # conversations of which the last response is learned
     end_token_id: int  # ends every response; generators must stop at it
     num_skipped: dict[RowProblemKind, int]
     skipped: tuple[RowProblem, ...]  # the first few
 
     @property
-    def rows(self) -> tuple[Rollout, ...] | tuple[Prompt, ...]:
+    def rows(self) -> Demonstrations | Prompts:
         """The demonstrations, or the prompts where some have none: what models see first."""
         complete = len(self.demonstrations) == len(self.prompts)
         return self.demonstrations if complete else self.prompts
@@ -68,16 +80,14 @@ class Dataset:
     def summary(self) -> str:
         """One line of counts, and one for each of the first skipped rows."""
         num_kept = len(self.prompts)
-        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
-        num_response_tokens = sum(len(rollout.response_ids) for rollout in self.demonstrations)
         skipped = ", ".join(f"{count} {kind}" for kind, count in self.num_skipped.items())
         head = (
             f"{self.split}: {num_kept} of {num_kept + sum(self.num_skipped.values())} rows,"
-            f" {num_prompt_tokens} prompt and {num_response_tokens} response tokens"
-            + (f"; skipped: {skipped}" if skipped else "")
+            f" {self.prompts.num_tokens} prompt and {self.demonstrations.num_response_tokens}"
+            " response tokens" + (f"; skipped: {skipped}" if skipped else "")
         )
         if missing := num_kept - len(self.demonstrations):
-            bare = sum(not prompt.references for prompt in self.prompts)
+            bare = self.prompts.num_without_reference
             why = [f"{bare} without a response"] if bare else []
             if missing > bare:
                 why.append(
@@ -113,6 +123,15 @@ class Splits:
                 " prompts, word for word: the validation loss will look better than it is"
             )
         return lines
+
+    def to_draw_from(self) -> TrainingData:
+        """What the replay buffer draws from: the ids, without the texts, sharing one table."""
+        table = self.train.prompts.table.select(ID_COLUMNS)
+        return TrainingData(
+            prompts=self.train.prompts.over(table),
+            demonstrations=self.train.demonstrations.over(table),
+            corpus=self.corpus.pieces if self.corpus is not None else (),
+        )
 
 
 def splits_of(
@@ -179,12 +198,11 @@ def load_splits(
         corpus = load_corpus(
             config, tokenizer, map_files=map_files, vocabulary_size=vocabulary_size
         )
-    known = set(train.split_keys)
     return Splits(
         train=train,
         validation=validation,
         test=test,
-        num_validation_twins=sum(key in known for key in validation.split_keys),
+        num_validation_twins=int(np.isin(validation.split_keys, train.split_keys).sum()),
         corpus=corpus,
     )
 
@@ -226,21 +244,24 @@ def hold_out(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, 
     Raises:
         DataError: fewer than two distinct prompts.
     """
-    distinct = sorted(
-        set(dataset.split_keys),
-        key=lambda key: hashlib.blake2b(key, salt=seed.to_bytes(16, "little")).digest(),
-    )
+    distinct, of_prompt = np.unique(dataset.split_keys, return_inverse=True)
     if len(distinct) < 2:
         raise DataError(
             f"data.validation_fraction needs at least 2 distinct training prompts, got"
             f" {len(distinct)}: none can be held out; name files in data.validation"
         )
     num_held_out = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
-    held_out = set(distinct[:num_held_out])
-    return (
-        _part(dataset, "train", [key not in held_out for key in dataset.split_keys]),
-        _part(dataset, "validation", [key in held_out for key in dataset.split_keys]),
-    )
+    is_held_out = np.zeros(len(distinct), dtype=np.bool_)
+    is_held_out[np.argsort(_salted(distinct, seed))[:num_held_out]] = True
+    held_out = is_held_out[of_prompt]
+    return _part(dataset, "train", ~held_out), _part(dataset, "validation", held_out)
+
+
+def _salted(keys: NDArray[np.bytes_], seed: int) -> NDArray[np.bytes_]:
+    """A digest of each key. numpy's texts end before their last zero bytes."""
+    salt = seed.to_bytes(16, "little")
+    digests = (hashlib.blake2b(key.ljust(KEY_BYTES, b"\0"), salt=salt).digest() for key in keys)
+    return np.fromiter(digests, dtype="S64", count=len(keys))
 
 
 # ---- rows into messages -------------------------------------------------------------------------
@@ -254,125 +275,122 @@ def _collect(
     split: Split,
     responses_needed_by: str | None,
 ) -> Dataset:
-    stems = unique_stems(files)
-    first_with_id: dict[str, str] = {}
-    problems: list[RowProblem] = []
-    prompts: list[Prompt] = []
-    demonstrations: list[Rollout] = []
-    split_keys: list[bytes] = []
-    columns: list[dict[str, Any]] = []
-    places: list[tuple[int, int, int]] = []
-    num_last_only = 0
-    source = Source(config.responses) if split == "train" else Source.DATASET
-    for row in iterate(table):
-        position = files[row["file"]].position(row["row"])
-        prompt_id = row["id"] or f"{stems[row['file']]}-{row['row']}"
-        if row["turn"]:
-            prompt_id = f"{prompt_id}#{row['turn']}"
-        if row["kind"] is not None:
-            problems.append(RowProblem(position=position, kind=row["kind"], reason=row["reason"]))
-            continue
-        if prompt_id in first_with_id:
-            reason = f"id {prompt_id!r} is already used at {first_with_id[prompt_id]}"
-            problems.append(RowProblem(position=position, kind="duplicate", reason=reason))
-            continue
-        first_with_id[prompt_id] = position
-        num_last_only += bool(row["last_only"])
-        places.append((row["file"], row["row"], row["turn"]))
-        prompts.append(_prompt(prompt_id, row))
-        split_keys.append(row["split_key"])
-        response = row["demonstration_response_ids"]
-        if response and len(row["reference_ids"][0]) <= config.max_response_tokens:
-            demonstrations.append(_demonstration(prompt_id, row, source))
-        if row["columns"] is not None:
-            columns.append(json.loads(row["columns"]))
-    _refuse(problems, config, split, responses_needed_by)
-    if not prompts:
+    table = table.append_column("prompt_id", _prompt_ids(table, files))
+    usable, problems = _usable(table, files, config)
+    _refuse(problems, split, responses_needed_by)
+    if not len(usable):
         raise DataError(
             f"data.{split}: no usable row in {', '.join(file.name for file in files)}"
-            f" ({table.num_rows} rows, {len(problems)} of them skipped"
-            + (f"; the first: {problems[0]})" if problems else ")")
+            f" ({table.num_rows} rows, {problems.total} of them skipped"
+            + (f"; the first: {problems.first[0]})" if problems.first else ")")
         )
+    kept = TokenTable(table.select([*ID_COLUMNS, *TEXT_COLUMNS]))
+    is_learned = response_lengths(kept) > 0
+    is_learned &= kept.first_lengths("reference_ids") <= config.max_response_tokens
+    has_columns = responses_needed_by is None
     return Dataset(
         split=split,
-        prompts=tuple(prompts),
-        demonstrations=tuple(demonstrations),
-        split_keys=tuple(split_keys),
+        prompts=Prompts(kept, usable),
+        demonstrations=Demonstrations(
+            kept,
+            usable[is_learned[usable]],
+            Source(config.responses) if split == "train" else Source.DATASET,
+        ),
+        split_keys=_split_keys(table)[usable],
         files=tuple(file.name for file in files),
-        places=np.array(places, dtype=np.int64).reshape(-1, 3),
-        columns=tuple(columns),
-        num_last_only=num_last_only,
+        places=places_of(table)[usable],
+        columns=OwnColumns(kept, usable if has_columns else usable[:0]),
+        num_last_only=int(np.count_nonzero(flags(table["last_only"])[usable])),
         end_token_id=renderer.end_token_id,
-        num_skipped=dict(Counter(problem.kind for problem in problems)),
-        skipped=tuple(problems[:NUM_SHOWN]),
+        num_skipped=dict(problems.counts),
+        skipped=tuple(problems.first),
     )
 
 
-def _refuse(
-    problems: Sequence[RowProblem],
-    config: DataConfig,
-    split: Split,
-    responses_needed_by: str | None,
-) -> None:
-    wrong = refused(problems, config)
-    if not wrong:
+def _prompt_ids(table: pa.Table, files: Sequence[DataFile]) -> pa.ChunkedArray:
+    """The id of each row: its own, or file and line; with the turn of a split conversation."""
+    whole = pc.call_function("coalesce", [table["id"], line_names(table, files)])
+    is_turn = pa.chunked_array([table["turn"].to_numpy() > 0], pa.bool_())
+    return pc.call_function("if_else", [is_turn, joined(whole, "#", table["turn"]), whole])
+
+
+def _usable(
+    table: pa.Table, files: Sequence[DataFile], config: DataConfig
+) -> tuple[RowNumbers, Problems]:
+    """The rows without a problem. A second row with the same id is one."""
+    is_bad = flags(table["kind"].is_valid())
+    good = np.flatnonzero(~is_bad)
+    ids = table["prompt_id"].filter(pa.array(~is_bad)).dictionary_encode()
+    codes = np.concatenate([good[:0], *(chunk.indices.to_numpy() for chunk in ids.chunks)])
+    _, first_of_code = np.unique(codes, return_index=True)
+    is_first = np.zeros(len(good), dtype=np.bool_)
+    is_first[first_of_code] = True
+    first_with_id = dict(
+        zip(
+            good[~is_first].tolist(),
+            good[first_of_code[codes[~is_first]]].tolist(),
+            strict=True,
+        )
+    )
+    places = places_of(table)
+    reasons = iterate(table.select(["kind", "reason"]).filter(pa.array(is_bad)))
+    problems = Problems(config)
+
+    def position(row: int) -> str:
+        file, line, _ = places[row].tolist()
+        return files[file].position(line)
+
+    for row in np.union1d(np.flatnonzero(is_bad), good[~is_first]).tolist():
+        if row in first_with_id:
+            used = position(first_with_id[row])
+            reason = f"id {table['prompt_id'][row].as_py()!r} is already used at {used}"
+            problem = RowProblem(position=position(row), kind="duplicate", reason=reason)
+        else:
+            problem = RowProblem(position=position(row), **next(reasons))
+        problems.add(problem)
+    return good[is_first], problems
+
+
+def _split_keys(table: pa.Table) -> NDArray[np.bytes_]:
+    """The keys of all rows, in which those without one have some bytes."""
+    keys = [
+        np.frombuffer(chunk.buffers()[1], dtype=f"S{KEY_BYTES}")[chunk.offset :][: len(chunk)]
+        for chunk in table["split_key"].chunks
+        if len(chunk)
+    ]
+    return np.concatenate([np.empty(0, dtype=f"S{KEY_BYTES}"), *keys])
+
+
+def _refuse(problems: Problems, split: Split, responses_needed_by: str | None) -> None:
+    lines = problems.refusal()
+    if not lines:
         return
-    lines = listed(wrong)
-    if any(problem.kind == "duplicate" for problem in wrong):
+    if "duplicate" in problems.refused_kinds:
         lines.append(
             f"data.{split}: an id names one row of all files together; rename the id columns or"
             " leave them out, because skip would leave out the later rows"
         )
-    if responses_needed_by and any(NO_RESPONSE in problem.reason for problem in wrong):
+    if responses_needed_by and problems.lacks_response:
         lines.append(
             f"data.{split}: {responses_needed_by} trains on responses; for rows of prompts alone"
             " use student text only, as method=opd does"
         )
-    end = f"data.{split}: correct these rows, or set {remedy(wrong)}"
+    end = f"data.{split}: correct these rows, or set {problems.remedy()}"
     raise DataError("\n".join([*lines, end]))
 
 
-def _prompt(prompt_id: str, row: dict[str, Any]) -> Prompt:
-    return Prompt(
-        prompt_id=prompt_id,
-        token_ids=_int32(row["prompt_ids"]),
-        reference_ids=tuple(_int32(ids) for ids in row["reference_ids"]),
-        text=row["text"],
-        references=tuple(row["references"]),
-    )
-
-
-def _demonstration(prompt_id: str, row: dict[str, Any], source: Source) -> Rollout:
-    return Rollout(
-        rollout_id=f"{source}-{prompt_id}",
-        prompt_id=prompt_id,
-        prompt_ids=_int32(row["demonstration_prompt_ids"]),
-        response_ids=_int32(row["demonstration_response_ids"]),
-        loss_mask=np.array(row["demonstration_loss_mask"], dtype=np.bool_),
-        source=source,
-        version=0,
-        finish_reason=FinishReason.LENGTH if row["truncated"] else FinishReason.STOP,
-        text=row["references"][0],
-    )
-
-
-def _int32(ids: Sequence[int]) -> Int32Array:
-    return np.array(ids, dtype=np.int32)
-
-
-def _part(dataset: Dataset, split: Split, keep: Sequence[bool]) -> Dataset:
+def _part(dataset: Dataset, split: Split, keep: NDArray[np.bool_]) -> Dataset:
     """The rows with `keep`. Only the training split keeps the skipped rows."""
     is_train = split == "train"
-    prompts = tuple(compress(dataset.prompts, keep))
-    names = {prompt.prompt_id for prompt in prompts}
+    rows = dataset.prompts.rows[keep]
     return Dataset(
         split=split,
-        prompts=prompts,
-        demonstrations=tuple(one for one in dataset.demonstrations if one.prompt_id in names),
-        split_keys=tuple(compress(dataset.split_keys, keep)),
+        prompts=dataset.prompts.among(rows),
+        demonstrations=dataset.demonstrations.among(rows),
+        split_keys=dataset.split_keys[keep],
         files=dataset.files,
-        places=dataset.places[np.array(keep, dtype=np.bool_)],
-        columns=tuple(compress(dataset.columns, keep)),
+        places=dataset.places[keep],
+        columns=dataset.columns.among(rows),
         num_last_only=dataset.num_last_only if is_train else 0,
         end_token_id=dataset.end_token_id,
         num_skipped=dataset.num_skipped if is_train else {},

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -44,6 +45,7 @@ _INSTRUCTION_WITH_CONTEXT = (
     "{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
 )
 _MAX_FRAMES = 1000
+_MAX_PARTS = 1000
 _INDENTATION = (
     "the chat template removes the indentation of the first line of {}, which other lines have too,"
     " as in code: put the text into a code block, or begin with a line without indentation"
@@ -98,6 +100,13 @@ class Renderer:
         self._time = config.time or datetime.now()
         self._vocabulary_size = vocabulary_size
         self._eos_token_id = _id_or_none(tokenizer.eos_token_id)
+        # By id, of a tokenizer that cuts texts at them before anything else.
+        self._added = {
+            index: token.content
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if tokenizer.is_fast and not token.normalized and not token.single_word
+        }
+        self._parts: dict[str, list[int] | None] = {}  # ends of prompts, with their tokens
         self._end_text: str | None = None
         self._opening = ""  # the reasoning that the generation prompt opens
         self._frames: dict[tuple[str, ...], str] = {}  # by the roles of a conversation
@@ -253,7 +262,9 @@ class Renderer:
             self._continue(
                 prompt_text,
                 prompt_ids,
-                self._response_text(turns, reference, ended=not example.truncated),
+                self._response_text(
+                    turns, reference, ended=not example.truncated, prompt=prompt_text
+                ),
             )
             for reference in example.references
         ]
@@ -364,17 +375,26 @@ class Renderer:
             self._frames[roles] = text.replace(_PLACEHOLDER, "\0")
         return self._frames[roles]
 
-    def _response_text(self, turns: tuple[Turn, ...], response: str, *, ended: bool = True) -> str:
+    def _response_text(
+        self,
+        turns: tuple[Turn, ...],
+        response: str,
+        *,
+        ended: bool = True,
+        prompt: str | None = None,
+    ) -> str:
         """The text after the generation prompt, for `response`, up to and including its end token.
 
         The generation prompt may open a thought, which the response then closes. Without `ended`
-        the text stops with the response's last word.
+        the text stops with the response's last word. `prompt` is the generation prompt of these
+        turns, where it is known.
         """
         if not ended and self._is_open_thought(response):
             # Cut off within its thought: what the model wrote after the prompt, as it is.
             opened = OPENING.match(response) if self._opening else None
             return response[opened.end() :] if opened else response
-        prompt = self._chat_text(turns, generate=True)
+        if prompt is None:
+            prompt = self._chat_text(turns, generate=True)
         start = prompt.removesuffix(self._opening)
         if prompt.rstrip().endswith("</think>"):
             response = self._without_thought(response)
@@ -625,8 +645,14 @@ class Renderer:
     # ---- tokens ----
 
     def _encode(self, text: str) -> list[int]:
-        ids: Any = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return list(ids)
+        found: Any = self._tokenizer(
+            text,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return list(found["input_ids"])
 
     def _continue(
         self, text: str, ids: list[int], addition: str, *, num_special: int = 0
@@ -637,11 +663,31 @@ class Renderer:
         `text`: generation also starts from exactly the tokens of `text`. Then it follows an anchor,
         because some tokenizers put a space before the first word of whatever they get.
         """
-        for before, known in ((text, ids[num_special:]), *self._anchors()):
+        for before, known in chain([self._last_part(text, ids[num_special:])], self._anchors()):
             whole = self._encode(before + addition)
             if whole[: len(known)] == known:
                 return whole[len(known) :]
         return self._encode(addition)
+
+    def _last_part(self, text: str, ids: list[int]) -> tuple[str, list[int]]:
+        """`text` from its last added token on, with that part of its tokens `ids`.
+
+        A fast tokenizer cuts a text at its added tokens, and encodes every part alone: what follows
+        `text` is tokenized alike after its last part, which is short. The whole `text` where it has
+        no added token, or its last part could be cut elsewhere if another text followed.
+        """
+        added = self._added
+        last = next((at for at in range(len(ids) - 1, -1, -1) if ids[at] in added), None)
+        if last is None:
+            return text, ids
+        part = text[text.rfind(added[ids[last]]) :]
+        if part not in self._parts:
+            if len(self._parts) >= _MAX_PARTS:
+                self._parts.clear()
+            crossed = any(part in token for token in added.values() if token != part)
+            self._parts[part] = None if crossed else self._encode(part)
+        known = ids[last:]
+        return (part, known) if self._parts[part] == known else (text, ids)
 
     def _anchors(self) -> Iterator[tuple[str, list[int]]]:
         for anchor in ("\n", ".", "a"):

@@ -12,7 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from distillm_ray.config import DataConfig
 from distillm_ray.data.files import DataFile, decode_row, read_rows
@@ -21,6 +24,7 @@ from distillm_ray.data.templates import RenderedExample, Renderer
 
 _ROWS_PER_BATCH = 4096
 _ROWS_PER_CHUNK = 4096
+KEY_BYTES = 16
 
 TOKENIZED = pa.schema(
     [
@@ -30,7 +34,7 @@ TOKENIZED = pa.schema(
         ("kind", pa.string()),  # of the problem; null if the row is good
         ("reason", pa.string()),
         ("id", pa.string()),
-        ("split_key", pa.binary()),  # equal for equal prompts
+        ("split_key", pa.binary(KEY_BYTES)),  # equal for equal prompts
         ("truncated", pa.bool_()),  # the response was cut off
         ("last_only", pa.bool_()),  # the template did not allow to learn the earlier turns
         ("text", pa.string()),
@@ -38,6 +42,7 @@ TOKENIZED = pa.schema(
         ("columns", pa.string()),  # JSON: the row's own prompt, if responses are not required
         ("prompt_ids", pa.list_(pa.int32())),
         ("reference_ids", pa.list_(pa.list_(pa.int32()))),
+        # Empty where the demonstration is the prompt with its first reference.
         ("demonstration_prompt_ids", pa.list_(pa.int32())),
         ("demonstration_response_ids", pa.list_(pa.int32())),
         ("demonstration_loss_mask", pa.list_(pa.bool_())),
@@ -73,6 +78,28 @@ def iterate(table: pa.Table) -> Iterator[dict[str, Any]]:
     """The rows of a table, without all of them as Python objects at once."""
     for batch in table.to_batches(max_chunksize=_ROWS_PER_CHUNK):
         yield from batch.to_pylist()
+
+
+def places_of(table: pa.Table) -> NDArray[np.int64]:
+    """The first three columns, `[N, 3]`: they give the order of the rows."""
+    names = table.column_names[:3]
+    return np.column_stack([table[name].to_numpy() for name in names]).astype(np.int64)
+
+
+def flags(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """A column of truth values; null is false."""
+    return column.fill_null(False).to_numpy()
+
+
+def line_names(table: pa.Table, files: Sequence[DataFile]) -> pa.ChunkedArray:
+    """`STEM-LINE` of each row."""
+    return joined(pa.chunked_array([unique_stems(files)]).take(table["file"]), "-", table["row"])
+
+
+def joined(left: pa.ChunkedArray, separator: str, right: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts, each with a separator and a number."""
+    texts = [left, right.cast(pa.string()), pa.scalar(separator)]
+    return pc.call_function("binary_join_element_wise", texts)
 
 
 def unique_stems(files: Sequence[DataFile]) -> list[str]:
@@ -164,10 +191,13 @@ def _rendered(
 def _split_key(example: Example) -> bytes:
     """Equal for equal prompts, and for all turns of a conversation."""
     words = repr([(turn.role, turn.content) for turn in example.turns])
-    return hashlib.blake2b(words.encode(), digest_size=16).digest()
+    return hashlib.blake2b(words.encode(), digest_size=KEY_BYTES).digest()
 
 
 def _columns(example: Example, rendered: RenderedExample) -> dict[str, Any]:
+    demonstration = rendered.demonstration_prompt_ids, rendered.demonstration_response_ids
+    is_own = demonstration != (rendered.prompt_ids, *rendered.reference_ids[:1])
+    is_own &= bool(rendered.demonstration_response_ids)
     return {
         "id": example.example_id,
         "text": example.text,
@@ -176,9 +206,9 @@ def _columns(example: Example, rendered: RenderedExample) -> dict[str, Any]:
         "last_only": rendered.last_only,
         "prompt_ids": rendered.prompt_ids,
         "reference_ids": rendered.reference_ids,
-        "demonstration_prompt_ids": rendered.demonstration_prompt_ids,
-        "demonstration_response_ids": rendered.demonstration_response_ids,
-        "demonstration_loss_mask": rendered.demonstration_loss_mask,
+        "demonstration_prompt_ids": rendered.demonstration_prompt_ids if is_own else [],
+        "demonstration_response_ids": rendered.demonstration_response_ids if is_own else [],
+        "demonstration_loss_mask": rendered.demonstration_loss_mask if is_own else [],
     }
 
 
@@ -189,7 +219,7 @@ def _check_lengths(
 
     Without a limit, responses are not trained on.
     """
-    if not rendered.prompt_ids:
+    if not rendered.prompt_ids or not rendered.demonstration_prompt_ids:
         raise RowError("empty", "the prompt has no tokens")
     if len(rendered.prompt_ids) > max_prompt_tokens:
         raise RowError(

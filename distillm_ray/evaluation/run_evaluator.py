@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from distillm_ray.config import Config
@@ -56,12 +57,12 @@ class RunEvaluator:
         self._interrupt = interrupt
         self._end_token_id = splits.train.end_token_id
         limit = config.validation.max_prompts
-        self._validation = splits.validation.demonstrations[:limit]
+        self._validation = tuple(splits.validation.demonstrations[:limit])
         test = splits.test or splits.validation
         self.prompts: tuple[Prompt, ...] = ()
         if config.evaluation.at_end:
-            answered = tuple(prompt for prompt in test.prompts if prompt.references)
-            self.prompts = answered[: config.evaluation.max_prompts]
+            answered = (prompt for prompt in test.prompts if prompt.references)
+            self.prompts = tuple(islice(answered, config.evaluation.max_prompts))
 
     def before(self, responder: Responder) -> Evaluation:
         """The student before training; its responses become the samples' first half."""

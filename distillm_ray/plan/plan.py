@@ -21,7 +21,7 @@ from distillm_ray.plan.servers import ROLES
 from distillm_ray.plan.simulation import Counts, Machine, Outcome, RunData, simulate
 from distillm_ray.plan.stages import Stages
 from distillm_ray.preflight import Preflight
-from distillm_ray.types import Device
+from distillm_ray.types import Device, TrainingData
 
 PHIS = (0.0, 0.1, 0.2, 0.5, 1.0)
 ADAPTIVE_PHI = 0.5
@@ -255,8 +255,8 @@ def measure_stages(
 ) -> Stages:
     """The stage times on this machine."""
     data = ProbeData(
-        prompts=splits.train.prompts[:PROBED],
-        demonstrations=splits.train.demonstrations[:PROBED],
+        prompts=tuple(splits.train.prompts[:PROBED]),
+        demonstrations=tuple(splits.train.demonstrations[:PROBED]),
         end_token_id=splits.train.end_token_id,
     )
     return measure(config, preflight, data, device, say)
@@ -267,9 +267,11 @@ def run_data(config: Config, splits: Splits) -> RunData:
     most = config.learner.num_steps * config.learner.batch_size
     held_out = splits.validation.demonstrations[: config.validation.max_prompts]
     return RunData(
-        prompts=splits.train.prompts[:most],
-        demonstrations=splits.train.demonstrations[:most],
-        corpus=splits.corpus.pieces if splits.corpus else (),
+        drawn=TrainingData(
+            prompts=splits.train.prompts[:most],
+            demonstrations=splits.train.demonstrations[:most],
+            corpus=splits.corpus.pieces if splits.corpus else (),
+        ),
         validation_tokens=sum(one.num_tokens for one in held_out),
     )
 

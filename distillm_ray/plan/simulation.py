@@ -33,9 +33,9 @@ from distillm_ray.types import (
     Demand,
     FinishReason,
     MicroBatchPlan,
-    Prompt,
     Rollout,
     Source,
+    TrainingData,
     Validation,
 )
 
@@ -66,9 +66,7 @@ class Counts:
 class RunData:
     """What a run reads: only the lengths matter here."""
 
-    prompts: Sequence[Prompt]
-    demonstrations: Sequence[Rollout]
-    corpus: Sequence[Rollout] = ()
+    drawn: TrainingData
     validation_tokens: int = 0  # prompts included
 
 
@@ -202,7 +200,7 @@ class _Simulation:
         self._counts = counts
         self._machine = machine
         self._total = config.learner.num_steps
-        self._buffer = build_buffer(config, data.prompts, data.demonstrations, data.corpus)
+        self._buffer = build_buffer(config, data.drawn)
         self._validation_seconds = (
             data.validation_tokens * stages.learning.validation_token / counts.learners
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -147,7 +148,7 @@ class ReplayBuffer:
                 "data.corpus_batch": corpus_batch,
                 "pieces of the corpus": len(corpus),
             }
-        self._identity["digest of the data"] = digest(prompts, (*demonstrations, *corpus))
+        self._identity["digest of the data"] = digest(prompts, chain(demonstrations, corpus))
 
         self._shelves = Shelves(
             prompts,

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from distillm_ray.config import Config, PairedSchedule
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.schedule import Schedule
-from distillm_ray.types import Prompt, Rollout
+from distillm_ray.types import TrainingData
 
 
-def build_buffer(
-    config: Config,
-    prompts: Sequence[Prompt],
-    demonstrations: Sequence[Rollout],
-    corpus: Sequence[Rollout],
-) -> ReplayBuffer:
-    """The buffer of a run, before the first draw. `corpus` holds its pieces."""
+def build_buffer(config: Config, data: TrainingData) -> ReplayBuffer:
+    """The buffer of a run, before the first draw."""
     return ReplayBuffer(
-        prompts=prompts,
-        demonstrations=demonstrations,
+        prompts=data.prompts,
+        demonstrations=data.demonstrations,
         schedule=Schedule.from_config(config.schedule, total_steps=config.learner.num_steps),
         paired=isinstance(config.schedule, PairedSchedule),
-        corpus=corpus,
+        corpus=data.corpus,
         corpus_batch=config.data.corpus_batch or 0,
         batch_size=config.learner.batch_size,
         capacity=config.replay.capacity,

@@ -61,9 +61,9 @@ class Ordinals:
             self._queued[ordinal] = None
         self._end = max(self._end, end)
 
-    def prompts(self, start: int, stop: int) -> list[Prompt]:
-        """The prompts of the ordinals `start` to `stop - 1`."""
-        return [self._prompts[index] for index in self._order.indices(start, stop)]
+    def prompts(self, start: int, stop: int) -> list[int]:
+        """The numbers of the prompts of the ordinals `start` to `stop - 1`."""
+        return self._order.indices(start, stop)
 
     def take(self) -> list[Demand]:
         """Return the queued ordinals, in order. They are in flight from now on."""

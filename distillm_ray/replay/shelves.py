@@ -49,9 +49,9 @@ class Shelves:
     ) -> None:
         """`capacity` limits the replay shelf, which drops its oldest sequence first.
 
-        With `paired`, each fresh rollout is taken together with the demonstration of its prompt.
-        Every step also takes `corpus_batch` sequences of the corpus. Which ones depends on seed and
-        step alone, so no position of the corpus is saved.
+        With `paired`, each fresh rollout is taken together with the demonstration of its prompt,
+        which has the same number. Every step also takes `corpus_batch` sequences of the corpus.
+        Which ones depends on seed and step alone, so no position of the corpus is saved.
         """
         self.ordinals = Ordinals(prompts, seed=seed)
         self._demonstrations = demonstrations
@@ -64,7 +64,7 @@ class Shelves:
         self._corpus = corpus
         self._corpus_batch = corpus_batch
         self._corpus_order = EpochOrder(seed=seed, stream=Stream.CORPUS, size=len(corpus))
-        self._partners = {one.prompt_id: one for one in demonstrations} if paired else None
+        self._paired = paired
 
     @property
     def num_replay(self) -> int:
@@ -90,10 +90,8 @@ class Shelves:
         """The demonstrations of all demanded ordinals that were not returned before."""
         start = max(self._announced, self.ordinals.first)
         self._announced = max(start, self.ordinals.end)
-        partners = self._partners
-        assert partners is not None
-        prompts = self.ordinals.prompts(start, self._announced)
-        return [partners[prompt.prompt_id] for prompt in prompts]
+        numbers = self.ordinals.prompts(start, self._announced)
+        return [self._demonstrations[number] for number in numbers]
 
     def corpus_of(self, step: int) -> list[Rollout]:
         """The sequences that the corpus adds to the batch of a step."""
@@ -108,6 +106,7 @@ class Shelves:
         num_dataset = self._batch_size - num_student
         rng = generator(self._seed, Stream.REPLAY, step)
         chosen = rng.choice(len(before.replay), size=num_replay, replace=False).tolist()
+        first = self.ordinals.first
         fresh = self.ordinals.draw(num_fresh)
         start = self._dataset_position
         supply = {
@@ -118,9 +117,14 @@ class Shelves:
         self._replay.extend(fresh)
         self._dataset_position += num_dataset
         corpus = tuple(_drawn(one, Shelf.CORPUS, step) for one in self.corpus_of(step))
-        if self._partners is not None:
+        if self._paired:
             assert num_replay == num_dataset == 0, "pairs have no other slots"
-            pairs = [(self._partners[one.prompt_id], one) for one in fresh]
+            numbers = self.ordinals.prompts(first, first + num_fresh)
+            pairs = [
+                (self._demonstrations[number], one)
+                for number, one in zip(numbers, fresh, strict=True)
+            ]
+            assert all(learned.prompt_id == one.prompt_id for learned, one in pairs)
             return Taken(
                 sequences=(
                     *(
@@ -149,7 +153,7 @@ class Shelves:
         self._replay = deque(replay, maxlen=self._replay.maxlen)
         self._dataset_position = dataset_position
         # Of pairs, the ordinals that were announced before are announced once more.
-        self._announced = dataset_position if self._partners is None else 0
+        self._announced = 0 if self._paired else dataset_position
 
     def _dataset(self, start: int, stop: int) -> list[Rollout]:
         return [self._demonstrations[index] for index in self._order.indices(start, stop)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -148,13 +148,19 @@ def _rollouts(descriptions: Sequence[dict[str, Any]], arrays: Any) -> list[Rollo
     ]
 
 
-def digest(prompts: Sequence[Prompt], demonstrations: Sequence[Rollout]) -> int:
+def digest(prompts: Iterable[Prompt], demonstrations: Iterable[Rollout]) -> int:
     """CRC-32 of everything in the data that is trained on: token ids, masks and their lengths."""
-    arrays = [prompt.token_ids for prompt in prompts]
-    for rollout in demonstrations:
-        arrays += [rollout.prompt_ids, rollout.response_ids, rollout.loss_mask]
     value = 0
-    for array in arrays:
+    for array in _learned(prompts, demonstrations):
         value = zlib.crc32(len(array).to_bytes(8, "little"), value)
         value = zlib.crc32(array.tobytes(), value)
     return value
+
+
+def _learned(
+    prompts: Iterable[Prompt], demonstrations: Iterable[Rollout]
+) -> Iterator[NDArray[Any]]:
+    for prompt in prompts:
+        yield prompt.token_ids
+    for rollout in demonstrations:
+        yield from (rollout.prompt_ids, rollout.response_ids, rollout.loss_mask)

@@ -5,12 +5,13 @@ An estimate before the start: the student's responses are taken to be as long as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from distillm_ray.config import Config, PairedSchedule, TargetsConfig
 from distillm_ray.errors import ConfigError
-from distillm_ray.types import Rollout
+from distillm_ray.types import Rollout, Source
 
 _MIB = 2**20
 
@@ -58,27 +59,26 @@ def target_sizes(
 ) -> TargetSizes:
     """The sizes for sequences of the data set and the corpus."""
     compares = config.loss.compares
-    drawn = [one for one in data if config.draws_data and compares(one.source)]
-    pieces = [one for one in corpus if compares(one.source)]
-    each = _mean_bytes(data, token_bytes)
+    known = _Total.of(data)
+    drawn = known.where(lambda source: config.draws_data and compares(source))
+    pieces = _Total.of(corpus).where(compares)
+    each = known.mean_bytes(token_bytes)
     responses = config.learner.batch_size
     if isinstance(config.schedule, PairedSchedule):
         responses *= 2
-    step = responses * each if drawn or compares("student") else 0.0
-    if pieces:
-        step += (config.data.corpus_batch or 0) * _mean_bytes(pieces, token_bytes)
+    step = responses * each if drawn.counts or compares("student") else 0.0
+    step += (config.data.corpus_batch or 0) * pieces.mean_bytes(token_bytes)
     replayed = 0
     if config.wants_rollouts and compares("student"):
         replayed = min(config.replay.capacity, config.learner.num_steps * config.learner.batch_size)
-    held = [*drawn, *pieces]
     return TargetSizes(
         token=token_bytes,
         step=round(step),
         open_steps=round(step * min(config.rollout.open_steps, config.learner.num_steps)),
         replay=round(replayed * each),
-        data=token_bytes * sum(one.num_loss_tokens for one in held),
+        data=token_bytes * (drawn.tokens + pieces.tokens).total(),
         is_known=bool(data) or not compares("student"),
-        num_data=len(held),
+        num_data=(drawn.counts + pieces.counts).total(),
     )
 
 
@@ -140,7 +140,28 @@ def check_room(config: Config, sizes: TargetSizes) -> str:
     )
 
 
-def _mean_bytes(rollouts: Sequence[Rollout], token_bytes: int) -> float:
-    if not rollouts:
-        return 0.0
-    return token_bytes * sum(one.num_loss_tokens for one in rollouts) / len(rollouts)
+@dataclass(frozen=True, slots=True)
+class _Total:
+    """Sequences and their loss tokens, by source."""
+
+    counts: Counter[Source]
+    tokens: Counter[Source]
+
+    @classmethod
+    def of(cls, rollouts: Iterable[Rollout]) -> _Total:
+        """The total of sequences, of which one at a time is in memory."""
+        counts, tokens = Counter[Source](), Counter[Source]()
+        for one in rollouts:
+            counts[one.source] += 1
+            tokens[one.source] += one.num_loss_tokens
+        return cls(counts, tokens)
+
+    def where(self, holds: Callable[[Source], bool]) -> _Total:
+        """Of these sources only."""
+        parts = (self.counts, self.tokens)
+        return _Total(*(Counter({key: n for key, n in one.items() if holds(key)}) for one in parts))
+
+    def mean_bytes(self, token_bytes: int) -> float:
+        """Bytes of the targets of a sequence; 0 without any."""
+        count = self.counts.total()
+        return token_bytes * self.tokens.total() / count if count else 0.0

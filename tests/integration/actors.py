@@ -129,15 +129,13 @@ def start_links(
     stores: list[Actor],
     *,
     buffer: Actor = None,
-    data: tuple[Any, Any] = (None, None),
+    data: Any = None,
     log: Actor = None,
 ) -> tuple[Links, Actor]:
     """A learner's clients, and the started orchestrator behind them."""
     peers = TrainingPeers(
         buffer=buffer,
-        prompts=data[0],
-        demonstrations=data[1],
-        corpus=ray.put(()),
+        data=data,
         log=log or remote_log(config.run.directory),
         scorers=scorers,
         stores=stores,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -14,7 +13,7 @@ from distillm_ray.cluster.buffer import BufferActor
 from distillm_ray.cluster.learner import Links
 from distillm_ray.config import Config
 from distillm_ray.errors import RunDirectoryError
-from distillm_ray.types import DrawFacts, TrainStep, Validation
+from distillm_ray.types import DrawFacts, TrainingData, TrainStep, Validation
 from tests import make
 from tests.integration.actors import (
     Actor,
@@ -32,10 +31,11 @@ from tests.integration.fakes import FakeScorer
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 
-def data_of(names: Sequence[str]) -> tuple[Any, Any]:
-    """References to a prompt and a data-set response for every name."""
+def data_of(names: Sequence[str]) -> ray.ObjectRef[TrainingData]:
+    """A reference to a prompt and a data-set response for every name."""
+    demonstrations = [make.rollout(f"dataset-{name}") for name in names]
     prompts = [make.prompt(name) for name in names]
-    return ray.put(prompts), ray.put([make.rollout(f"dataset-{name}") for name in names])
+    return ray.put(TrainingData(prompts=prompts, demonstrations=demonstrations))
 
 
 def remote_buffer(config: Config) -> Actor:
@@ -116,7 +116,7 @@ def test_a_restored_buffer_ignores_work_of_an_earlier_incarnation(tmp_path: Path
     buffer = remote_buffer(config)
 
     def restore(incarnation: int) -> bool:
-        call = buffer.restore.remote(incarnation, None, *data_of(NAMES), ())
+        call = buffer.restore.remote(incarnation, None, data_of(NAMES))
         return get(call)
 
     assert not restore(1)
