@@ -120,6 +120,17 @@ class BufferActor(Reporting):
                 self._work_changed.notify_all()
 
     @ray.method
+    async def give_up(self, incarnation: int, ordinal: int, prompt_id: str) -> None:
+        """Have other prompts take the place of this one, in this ordinal and in later ones.
+
+        Ignored if it belongs to an earlier incarnation.
+        """
+        async with self._lock:
+            if incarnation == self._incarnation:
+                self._buffer.give_up(ordinal, prompt_id)
+                self._work_changed.notify_all()
+
+    @ray.method
     async def counters(self, incarnation: int) -> BufferCounters:
         """Sizes and totals.
 
@@ -265,6 +276,11 @@ class ReplayProducer:
     async def lose(self, ordinal: int) -> None:
         """Give an ordinal out again."""
         await reply(self._actor.lose.remote(self._incarnation, ordinal), _WHAT)
+
+    async def give_up(self, ordinal: int, prompt_id: str) -> None:
+        """Have other prompts take the place of this one, in this ordinal and in later ones."""
+        call = self._actor.give_up.remote(self._incarnation, ordinal, prompt_id)
+        await reply(call, _WHAT)
 
     async def restore(self, state: bytes | None, completed: int) -> int:
         """Go to a checkpoint's state, or to the beginning; returns the new incarnation."""

@@ -116,14 +116,19 @@ class GeneratorPool(ActorPool[GeneratorActor]):
         Raises:
             ActorLost: the generator died or hung.
             SlowRequest: the response took longer than its limit.
+            InputGivenUp: generators fail at this prompt.
         """
-        return await self.call(lambda handle: handle.generate.remote(demand))
+        return await self.call(
+            f"prompt {demand.prompt_id} of the training data",
+            lambda handle: handle.generate.remote(demand),
+        )
 
     async def respond(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
         """Respond to a prompt outside of the demand, with the newest weights.
 
         Raises:
-            ClusterError: the response took longer than its limit `MAX_SLOW` times.
+            ClusterError: the response took longer than its limit `MAX_SLOW` times, or generators
+                fail at this prompt.
         """
         for _ in range(MAX_SLOW - 1):
             with contextlib.suppress(SlowRequest):
@@ -135,7 +140,8 @@ class GeneratorPool(ActorPool[GeneratorActor]):
 
     async def _respond(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
         return await self.call_until_done(
-            lambda handle: handle.respond.remote(prompt, sampling, seed)
+            f"prompt {prompt.prompt_id}",
+            lambda handle: handle.respond.remote(prompt, sampling, seed),
         )
 
     async def update(self, weights: PublishedWeights) -> float:
