@@ -4,8 +4,10 @@ orchestrator ── work, add, lose, restore ──► BufferActor ◄── dra
 
 wait       ends when                                            limit
 -------    -------------------------------------------------    -------------------------------
-`work`     there is demand or a sequence of data to score       none: idle orchestrators wait
+`work`     there is demand or a sequence of data to score       `timeout_s`; the orchestrator asks
+                                                                again, so it notices a silent buffer
 `draw`     the step is ready and the orchestrator works         `timeout_s` of the call
+`restore`  the state is read and the demand of it is open       `run.startup_timeout_s`
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from distillm_ray.types import (
 )
 
 _WHAT = "the replay buffer"
+_WORK_TIMEOUT_S = 60.0  # of one wait for work
 
 
 class BufferActor(Reporting):
@@ -82,11 +85,19 @@ class BufferActor(Reporting):
     # ---- called by the orchestrator --------------------------------------------------------------
 
     @ray.method
-    async def work(self) -> Work:
-        """Wait for demand or for sequences of data to score. The first call opens the buffer.
+    async def work(self, timeout_s: float) -> Work:
+        """Demand, and sequences of data to score; none of both if none came in `timeout_s`.
 
-        Sequences that no term compares with the teacher are not scored.
+        The first call opens the buffer. Sequences that no term compares with the teacher are not
+        scored.
         """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._work()
+        except TimeoutError:
+            return Work(incarnation=self._incarnation, demand=(), dataset=())
+
+    async def _work(self) -> Work:
         async with self._lock:
             if not self._open:
                 self._open = True
@@ -257,8 +268,12 @@ class ReplayProducer:
         demonstrations: ray.ObjectRef[Sequence[Rollout]],
         corpus: ray.ObjectRef[Sequence[Rollout]],
         log: AsyncLog,
+        *,
+        restore_limit_s: float,
     ) -> None:
+        """`restore_limit_s`: of a restore, which reads all prompts and responses."""
         self._actor = actor
+        self._restore_limit_s = restore_limit_s
         self._prompts = prompts
         self._demonstrations = demonstrations
         self._corpus = corpus
@@ -266,8 +281,9 @@ class ReplayProducer:
         self._incarnation = 0
 
     async def work(self) -> Work:
-        """Wait for work."""
-        return await self._actor.work.remote()
+        """Wait for work; there may be none after a while."""
+        call = self._actor.work.remote(_WORK_TIMEOUT_S)
+        return await reply(call, _WHAT, timeout_s=_WORK_TIMEOUT_S + CALL_TIMEOUT_S)
 
     async def add(self, rollout: Rollout) -> None:
         """Add a finished ordinal whose targets are stored."""
@@ -285,12 +301,17 @@ class ReplayProducer:
     async def restore(self, state: bytes | None, completed: int) -> int:
         """Go to a checkpoint's state, or to the beginning; returns the new incarnation."""
         self._incarnation += 1
-        died = await self._actor.restore.remote(
+        call = self._actor.restore.remote(
             self._incarnation, state, self._prompts, self._demonstrations, self._corpus
+        )
+        died = await reply(
+            call,
+            "the replay buffer's restore (run.startup_timeout_s)",
+            timeout_s=self._restore_limit_s,
         )
         if died:
             if self._log.actor is not None:
-                await self._actor.report_to.remote(self._log.actor, "buffer")
+                await reply(self._actor.report_to.remote(self._log.actor, "buffer"), _WHAT)
             await self._log.add(
                 EventRecord(
                     step=completed,

@@ -63,7 +63,14 @@ class GeneratorActor(PooledActor):
     @ray.method
     async def update_weights(self, weights: PublishedWeights, keep_in_flight: bool) -> float:
         """Take these weights; returns the seconds until they were in place."""
-        buckets = await asyncio.gather(*weights.buckets)
+        limit_s = self._generator.config.stall_timeout_s
+        try:
+            buckets = await asyncio.wait_for(asyncio.gather(*weights.buckets), limit_s)
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"the weights of version {weights.version} did not arrive within"
+                f" rollout.stall_timeout_s = {limit_s:g} s"
+            ) from error
         resolved = Weights(version=weights.version, buckets=tuple(buckets), nbytes=weights.nbytes)
         return await self._generator.update_weights(resolved, keep_in_flight=keep_in_flight)
 

@@ -6,16 +6,18 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data.datasource import FileBasedDatasource
-from ray.exceptions import RayTaskError
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
 from distillm_ray.data.files import DataFile
-from distillm_ray.data.tokenizing import MapRows, raw_batches, raw_table
-from distillm_ray.errors import DataError
+from distillm_ray.data.tokenizing import MapFiles, MapRows, raw_batches, raw_table
+from distillm_ray.errors import ClusterError, DataError
 
 _BYTES_PER_TASK = 8 * 2**20  # smaller tasks do not pay for importing transformers in a worker
 _BYTES_WITH_PROGRESS_BAR = 64 * 2**20  # less is read in seconds
@@ -46,20 +48,30 @@ class RowsDatasource(FileBasedDatasource):
         return filesystem.open_input_file(path)
 
 
-def map_files(files: Sequence[DataFile], map_rows: MapRows) -> pa.Table:
-    """The table of `tokenizing.map_files`. Needs a connection to Ray and free CPUs.
+def mapper(*, stall_timeout_s: float) -> MapFiles:
+    """`tokenizing.map_files` on a cluster. Needs a connection to Ray and free CPUs.
 
-    Raises:
-        DataError: a file cannot be read.
+    It raises ClusterError when nothing was read for `stall_timeout_s`, `run.startup_timeout_s`.
     """
+    return partial(_map_files, stall_timeout_s=stall_timeout_s)
+
+
+def _map_files(files: Sequence[DataFile], map_rows: MapRows, *, stall_timeout_s: float) -> pa.Table:
     num_bytes = sum(file.path.stat().st_size for file in files)
-    with _quiet_ray_data(progress_bars=num_bytes >= _BYTES_WITH_PROGRESS_BAR):
+    progress_bars = num_bytes >= _BYTES_WITH_PROGRESS_BAR
+    with _settings(progress_bars=progress_bars, stall_timeout_s=stall_timeout_s):
         dataset = ray.data.read_datasource(
             RowsDatasource(files), override_num_blocks=max(1, -(-num_bytes // _BYTES_PER_TASK))
         ).map_batches(map_rows, batch_format="pyarrow", batch_size=None)
         try:
             references: list[Any] = dataset.to_arrow_refs()
-            tables: list[pa.Table] = ray.get(references)
+            tables: list[pa.Table] = [ray.get(one, timeout=stall_timeout_s) for one in references]
+        except (ExecutionTimeoutError, GetTimeoutError) as error:
+            raise ClusterError(
+                f"no row was read for run.startup_timeout_s = {stall_timeout_s:g} s: all CPUs of"
+                " the cluster are in use, or a node hangs; free a CPU, or raise"
+                " run.startup_timeout_s"
+            ) from error
         except RayTaskError as error:
             if isinstance(error.cause, DataError):
                 # The first line only: Ray adds the task's stack trace and notes on retries.
@@ -71,20 +83,24 @@ def map_files(files: Sequence[DataFile], map_rows: MapRows) -> pa.Table:
 
 
 @contextlib.contextmanager
-def _quiet_ray_data(*, progress_bars: bool) -> Iterator[None]:
-    """Silence the plan and the progress bar that Ray Data shows for every execution."""
+def _settings(*, progress_bars: bool, stall_timeout_s: float) -> Iterator[None]:
+    """Silence the plan and the progress bar that Ray Data shows for every execution, and limit it.
+
+    Ray Data would wait for half an hour for a free CPU.
+    """
     context = ray.data.DataContext.get_current()
     # The second logger warns that the bars are off.
     loggers = [logging.getLogger(name) for name in ("ray.data", "ray.data._internal.progress")]
     levels = [logger.level for logger in loggers]
-    before = context.enable_progress_bars
+    before = context.enable_progress_bars, context.execution_no_progress_timeout_s
     context.enable_progress_bars = progress_bars
+    context.execution_no_progress_timeout_s = stall_timeout_s
     if not progress_bars:
         loggers[0].setLevel(logging.WARNING)
         loggers[1].setLevel(logging.ERROR)
     try:
         yield
     finally:
-        context.enable_progress_bars = before
+        context.enable_progress_bars, context.execution_no_progress_timeout_s = before
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
