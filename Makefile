@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED := 1
 # many processes that a run or the tests start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup bench-setup bench lint format test test-quick test-kernels quickstart quickstart-ablation lock clean
+.PHONY: help setup bench-setup bench lint format test test-cluster test-quick test-kernels quickstart quickstart-ablation lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 22
@@ -50,8 +50,11 @@ format: $(INSTALLED) ## format and fix with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: $(INSTALLED) ## run all tests, the quick ones first
-	$(BIN)/pytest $(wildcard tests/test_*.py) $(INTEGRATION_TESTS) $(PYTEST_ARGS)
+test: $(INSTALLED) ## run all tests but whole runs, the quick ones first
+	$(BIN)/pytest $(wildcard tests/test_*.py) $(INTEGRATION_TESTS) -m "not slow" $(PYTEST_ARGS)
+
+test-cluster: $(INSTALLED) ## run whole runs whose processes and nodes are killed, and jobs
+	$(BIN)/pytest $(INTEGRATION_TESTS) -m slow $(PYTEST_ARGS)
 
 test-quick: $(INSTALLED) ## run the tests that start no Ray, vLLM or DeepSpeed
 	$(BIN)/pytest tests $(INTEGRATION_TESTS:%=--ignore %) $(PYTEST_ARGS)

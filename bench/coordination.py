@@ -177,7 +177,7 @@ class Steps:
 
     async def demand(self) -> Work:
         """What the buffer wants done."""
-        work = await self.actor.work()
+        work = await self.actor.work(60.0)
         self.queue += work.demand
         return work
 

@@ -135,7 +135,11 @@ def run(config: Config, *, in_process: bool) -> tuple[Splits, list[Stage], dict[
             config,
             tokenizer,
             vocabulary_size=len(tokenizer),
-            map_files=tokenizing.map_files if in_process else ray_data.map_files,
+            map_files=(
+                tokenizing.map_files
+                if in_process
+                else ray_data.mapper(stall_timeout_s=config.run.startup_timeout_s)
+            ),
         )
     with measured("opening lines", stages):
         opening_lines(config, splits, tokenizer)

@@ -67,7 +67,7 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
     splits = splits_of(
         config,
         tokenizer,
-        map_files=ray_data.map_files,
+        map_files=ray_data.mapper(stall_timeout_s=config.run.startup_timeout_s),
         vocabulary_size=facts.vocabulary_size,
         with_corpus=False,
     )
@@ -145,7 +145,7 @@ def generate(
         tokenizer,
         split="test",
         responses_needed_by=None,
-        map_files=ray_data.map_files,
+        map_files=ray_data.mapper(stall_timeout_s=config.run.startup_timeout_s),
         vocabulary_size=facts.vocabulary_size,
     )
     if warning := _student_difference(config, model, dataset.prompts[0], tokenizer):

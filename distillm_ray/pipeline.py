@@ -10,7 +10,8 @@ samples from the replay buffer, the orchestrator pulls work from it; nothing cal
 
     wait                        ends when                            limit
     ------------------------    ---------------------------------    -------------------------------
-    for data                    all rows are tokenized               none: follows from their size
+    for data                    all rows are tokenized               `run.startup_timeout_s` without
+                                                                     any progress
     for actors to start         all models are loaded                2 x `run.startup_timeout_s`
     for an evaluation           all responses are there              by waves of requests
     for training                the learners' group has ended        none: follows from the steps
@@ -36,7 +37,11 @@ from distillm_ray.cluster.connection import available, connect, resolve_device
 from distillm_ray.cluster.control import ControlClient, start_control
 from distillm_ray.cluster.learner import LearnerGroup, LearnerJob, Wires
 from distillm_ray.cluster.log import LogClient, start_log
-from distillm_ray.cluster.orchestrator import TrainingPeers, start_orchestrator
+from distillm_ray.cluster.orchestrator import (
+    TrainingPeers,
+    publish_limit_s,
+    start_orchestrator,
+)
 from distillm_ray.cluster.rollout import start_generators
 from distillm_ray.cluster.targets import flush_stores, start_scorers, start_stores
 from distillm_ray.config import Config
@@ -114,7 +119,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                     lambda: splits_of(
                         config,
                         tokenizer,
-                        map_files=ray_data.map_files,
+                        map_files=ray_data.mapper(stall_timeout_s=config.run.startup_timeout_s),
                         vocabulary_size=preflight.vocabulary_size,
                     )
                 )
@@ -178,7 +183,7 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
                 evaluation = evaluator.before(responder)
                 evaluation.write(directory)
         with watch.phase(TRAINING):
-            watch.follow(group, run.orchestrator, run.log)
+            watch.follow(group, run.orchestrator, run.log, last_weights_s=publish_limit_s(config))
         run.keep_targets(watch.view)
         completed = _checkpointed(config)
         if has_ended(config, completed):
@@ -233,7 +238,7 @@ def evaluate_missing(config: Config, preflight: Preflight, view: ConsoleView) ->
                     lambda: splits_of(
                         config,
                         tokenizer,
-                        map_files=ray_data.map_files,
+                        map_files=ray_data.mapper(stall_timeout_s=config.run.startup_timeout_s),
                         vocabulary_size=preflight.vocabulary_size,
                         with_corpus=False,
                     )

@@ -72,7 +72,7 @@ def score(config: Config, view: ConsoleView) -> list[str]:
     splits = splits_of(
         config,
         tokenizer,
-        map_files=ray_data.map_files,
+        map_files=ray_data.mapper(stall_timeout_s=config.run.startup_timeout_s),
         vocabulary_size=found.vocabulary_size,
     )
     for line in splits.describe():

@@ -113,10 +113,13 @@ class Watch:
         group: LearnerGroup,
         orchestrator: ActorProxy[OrchestratorActor],
         log_actor: ActorProxy[LogActor],
+        *,
+        last_weights_s: float,
     ) -> None:
         """Run learners and orchestrator side by side until the learners have ended.
 
-        A stop request does not interrupt it: the learners see it and write a checkpoint.
+        The generators may then still take the last weights, for `last_weights_s` at most. A stop
+        request does not interrupt it: the learners see it and write a checkpoint.
 
         Raises:
             UserError: a role reported a failure.
@@ -142,7 +145,11 @@ class Watch:
         self._show(log, position)
         group.raise_failure()
         ask(orchestrator.finish.remote(), "the orchestrator")
-        ask(rollouts, "the orchestrator")
+        ask(
+            rollouts,
+            "the generators taking the last weights (rollout.timeout_s)",
+            timeout_s=last_weights_s,
+        )
 
     def _show(self, log: LogClient, position: int) -> int:
         """Show the records after `position`; returns how far the log was read."""

@@ -67,7 +67,7 @@ async def started() -> tuple[Actor, Work]:
     prompts = [make.prompt(f"p{index}") for index in range(8)]
     await actor.restore(1, None, TrainingData(prompts=prompts, demonstrations=[]))
     await actor.report(Validation(step=0, loss=1.0, tokens=1))
-    return actor, await actor.work()
+    return actor, await actor.work(60.0)
 
 
 def draws(actor: Actor, step: int) -> list[asyncio.Task[RankPlan | None]]:
@@ -116,7 +116,7 @@ async def test_rollouts_that_arrived_early_make_the_step_after_a_draw_ready(
 async def test_a_lost_ordinal_wakes_the_orchestrator_and_no_rank(counts: Counter[str]) -> None:
     actor, _ = await started()
     waiting = draws(actor, 0)
-    working = asyncio.create_task(actor.work())
+    working = asyncio.create_task(actor.work(60.0))
     for _ in range(4):
         await asyncio.sleep(0)
     counts.clear()
@@ -126,6 +126,15 @@ async def test_a_lost_ordinal_wakes_the_orchestrator_and_no_rank(counts: Counter
     assert counts["ready"] == 0
     for call in waiting:
         call.cancel()
+
+
+@pytest.mark.usefixtures("counts")
+async def test_a_wait_for_work_ends_at_its_limit_and_takes_nothing_along() -> None:
+    actor, _ = await started()
+    nothing = await actor.work(0.01)
+    assert (nothing.incarnation, nothing.demand, nothing.dataset) == (1, (), ())
+    await actor.lose(1, 3)
+    assert [one.ordinal for one in (await actor.work(0.01)).demand] == [3]
 
 
 async def test_the_facts_of_a_step_are_collected_once_and_sent_to_the_rank_that_reports_it(
@@ -151,6 +160,6 @@ async def test_a_demand_has_the_size_of_its_token_ids(counts: Counter[str]) -> N
         actor: Actor = BufferActor(make.config(schedule={"type": "fixed", "phi": 1.0}))
         prompts = [make.prompt(text=text, references=[text])]
         await actor.restore(1, None, TrainingData(prompts=prompts, demonstrations=[]))
-        return len(pickle.dumps(await actor.work()))
+        return len(pickle.dumps(await actor.work(60.0)))
 
     assert await size_of("why " * 1000) == await size_of("")

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from transformers import PreTrainedTokenizerFast
 
 from distillm_ray.config import DataConfig
@@ -26,7 +27,7 @@ from distillm_ray.data.rows import Example, RowError, parse_row
 from distillm_ray.data.splits import Dataset, hold_out, load_dataset, load_splits
 from distillm_ray.data.templates import Renderer
 from distillm_ray.data.tokenizing import map_files, tokenize_rows
-from distillm_ray.errors import DataError
+from distillm_ray.errors import ClusterError, DataError
 from tests import make
 
 SPECIAL = ["<unk>", "<user>", "<assistant>", "<system>", "<end>", "</s>"]
@@ -138,8 +139,15 @@ def load(
         tokenizer or make_tokenizer(),
         split="train",
         responses_needed_by=needed_by,
-        map_files=ray_data.map_files,
+        map_files=ray_data.mapper(stall_timeout_s=60.0),
     )
+
+
+class Busy:
+    """An actor of another job, which has all CPUs."""
+
+    def start(self) -> None:
+        """Return when its process is up."""
 
 
 @pytest.mark.integration
@@ -328,9 +336,26 @@ class TestWithRayData:
             *({"prompt": word, "response": "yes"} for word in ("is", "no", "and")),
         )
         config = DataConfig(train=(train,), validation=(held,))
-        splits = load_splits(config, make_tokenizer(), seed=0, map_files=ray_data.map_files)
+        splits = load_splits(
+            config, make_tokenizer(), seed=0, map_files=ray_data.mapper(stall_timeout_s=60.0)
+        )
         assert (len(splits.train.prompts), len(splits.validation.prompts)) == (2, 3)
         assert (splits.num_validation_twins, splits.test) == (1, None)
+
+    def test_a_cluster_without_a_free_cpu_is_reported_by_key(self, tmp_path: Path) -> None:
+        path = write_lines(tmp_path / "a.jsonl", {"prompt": "why", "response": "so"})
+        config = DataConfig(train=(path,), validation=(path,))
+        map_files = ray_data.mapper(stall_timeout_s=3.0)
+        remote: Any = ray.remote  # its annotations know only some of its options
+        busy = remote(num_cpus=ray.cluster_resources()["CPU"])(Busy).remote()
+        ray.get(busy.start.remote())
+        try:
+            with pytest.raises(
+                ClusterError, match=r"no row was read for run\.startup_timeout_s = 3"
+            ):
+                load_splits(config, make_tokenizer(), seed=0, map_files=map_files)
+        finally:
+            ray.kill(busy)
 
     def test_a_single_distinct_prompt_cannot_be_split(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "a.jsonl", {"prompt": "why", "response": "so"})

@@ -10,9 +10,10 @@ from unittest.mock import AsyncMock
 import pytest
 
 from distillm_ray.cluster.busy_clock import BusyClock
-from distillm_ray.cluster.orchestrator_loop import Orchestrator
-from distillm_ray.cluster.pool import ActorLost
+from distillm_ray.cluster.orchestrator_loop import MAX_GIVEN_UP, Orchestrator
+from distillm_ray.cluster.pool import ActorLost, InputGivenUp
 from distillm_ray.config import FilterConfig, SamplingConfig
+from distillm_ray.errors import ClusterError
 from distillm_ray.log.records import Counters, EventRecord, Record
 from distillm_ray.rollout.responses import MAX_REJECTED
 from distillm_ray.teacher.target_library import LibraryCounters
@@ -83,6 +84,10 @@ class FakeBuffer:
     async def lose(self, ordinal: int) -> None:
         self.lost.append(ordinal)
         self.give(make.demand(ordinal, attempt=self.lost.count(ordinal)))
+
+    async def give_up(self, ordinal: int, prompt_id: str) -> None:
+        self.events.append(f"give up {prompt_id}")
+        await self.lose(ordinal)
 
     async def restore(self, state: bytes | None, completed: int) -> int:
         self.incarnation += 1
@@ -230,6 +235,35 @@ async def test_a_lost_ordinal_is_generated_again_and_named_in_the_log() -> None:
     details = [record.detail for record in setup.log.records if isinstance(record, EventRecord)]
     assert details == ["generator 1: it died", "generator 0: it died"]
     assert setup.loop.counters().lost == 2
+
+
+def of_prompt(ordinal: int, name: str) -> Demand:
+    return make.demand(ordinal, of=make.prompt(name))
+
+
+async def test_a_prompt_that_is_given_up_is_named_and_counted_once_for_all_its_ordinals() -> None:
+    setup = Setup()
+    for ordinal in (0, 1):
+        setup.generators.script[ordinal, 0] = InputGivenUp("prompt p7: three failed at it")
+    setup.buffer.give(of_prompt(0, "p7"), of_prompt(1, "p7"))
+    await setup.run_until(2)
+    assert sorted(one.ordinal or 0 for one in setup.buffer.added) == [0, 1]
+    assert [event for event in setup.events if "give up" in event] == ["give up p7"] * 2
+    events = [record for record in setup.log.records if isinstance(record, EventRecord)]
+    assert [(event.name, event.detail) for event in events] == [
+        ("prompt given up", "prompt p7: three failed at it")
+    ]
+    assert setup.loop.counters().given_up == 1
+
+
+async def test_too_many_prompts_that_are_given_up_end_the_run_with_their_names() -> None:
+    setup = Setup()
+    ordinals = range(MAX_GIVEN_UP + 1)
+    for ordinal in ordinals:
+        setup.generators.script[ordinal, 0] = InputGivenUp(f"prompt p{ordinal}: they failed")
+    setup.buffer.give(*(of_prompt(ordinal, f"p{ordinal}") for ordinal in ordinals))
+    with pytest.raises(ClusterError, match=r"at most 8 prompts .*, got p0, p1, .*, p8: the engi"):
+        await setup.run_until(MAX_GIVEN_UP + 1)
 
 
 async def test_without_a_teacher_nothing_is_scored() -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from distillm_ray.cluster import actors, orchestrator
+from distillm_ray.cluster import actors, buffer, orchestrator
 from distillm_ray.cluster.actors import CALL_TIMEOUT_S
+from distillm_ray.cluster.buffer import ReplayProducer
+from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.orchestrator import OrchestratorClient
+from distillm_ray.cluster.rollout import GeneratorActor
+from distillm_ray.config import GeneratorPoolConfig, SamplingConfig, TransformersEngine
 from distillm_ray.errors import ClusterError
+from distillm_ray.rollout.generator import GeneratorJob
+from distillm_ray.types import Source
 from tests import make
 
 
@@ -67,9 +74,48 @@ def test_a_wait_for_a_probe_is_longer_than_all_waves_before_it() -> None:
     assert orchestrator.probe_limit_s(config, 4 + 640) == few + waves * 10.0
 
 
-async def test_a_call_that_is_not_answered_ends_with_who_was_asked(
+async def test_a_call_that_is_not_answered_ends_with_who_was_asked() -> None:
+    with pytest.raises(ClusterError, match=r"^no reply within 0\.01 s: the log; "):
+        await actors.reply(asyncio.sleep(60), "the log", timeout_s=0.01)
+
+
+class SilentBuffer:
+    """A handle of an actor that replies to nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *_: asyncio.sleep(60))
+
+
+async def test_every_call_of_the_orchestrator_to_the_buffer_has_a_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(actors, "CALL_TIMEOUT_S", 0.01)
-    with pytest.raises(ClusterError, match=r"^no reply within 0\.01 s: the log; "):
-        await actors.reply(asyncio.sleep(60), "the log")
+    monkeypatch.setattr(buffer, "_WORK_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(buffer, "CALL_TIMEOUT_S", 0.01)
+    log = AsyncLog(None)
+    data = cast(Any, None)
+    producer = ReplayProducer(cast(Any, SilentBuffer()), data, log, restore_limit_s=0.02)
+    with pytest.raises(ClusterError, match=r"within 0\.01 s: the replay buffer; "):
+        await producer.work()
+    with pytest.raises(
+        ClusterError,
+        match=r"within 0\.02 s: the replay buffer's restore \(run\.startup_timeout_s\)",
+    ):
+        await producer.restore(None, 0)
+
+
+async def test_weights_that_do_not_arrive_fail_the_update_by_key(tmp_path: Path) -> None:
+    config = GeneratorPoolConfig(engine=TransformersEngine(), stall_timeout_s=0.05)
+    job = GeneratorJob(
+        model=tmp_path,
+        source=Source.STUDENT,
+        sampling=SamplingConfig(),
+        end_token_ids=(1,),
+        vocabulary_size=8,
+        max_prompt_tokens=4,
+        max_response_tokens=4,
+        seed=0,
+        device="cpu",
+    )
+    generator: Any = GeneratorActor(config, job)  # the class, whose annotations are a handle's
+    with pytest.raises(TimeoutError, match=r"version 3 .* within rollout\.stall_timeout_s = 0\.05"):
+        await generator.update_weights(make.weights(3, asyncio.sleep(60)), True)

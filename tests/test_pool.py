@@ -14,7 +14,14 @@ import pytest
 from ray.exceptions import RayError
 
 from distillm_ray.cluster import pool as pool_module
-from distillm_ray.cluster.pool import MAX_FAILURES, ActorLost, ActorPool, Member
+from distillm_ray.cluster.pool import (
+    MAX_FAILURES,
+    ActorLost,
+    ActorPool,
+    InputGivenUp,
+    Member,
+)
+from distillm_ray.cluster.suspects import MAX_ALONE, MAX_SHARED
 from distillm_ray.errors import ClusterError, ModelError, UserError
 from tests.integration.actors import Events
 
@@ -53,7 +60,10 @@ class Calls:
         """Make so many more calls, numbered from 0."""
         first = len(self.tasks)
         numbers = range(first, first + count)
-        self.tasks += [asyncio.create_task(self.pool.call(self._run(index))) for index in numbers]
+        self.tasks += [
+            asyncio.create_task(self.pool.call(f"input {index}", self._run(index)))
+            for index in numbers
+        ]
         await settle()
 
     def _run(self, number: int) -> Callable[[Any], asyncio.Future[int]]:
@@ -174,6 +184,7 @@ class Degraded:
         self.starts: list[str] = []
         self.failing: dict[str, UserError] = {}  # whose start fails, by name
         self.broken: set[str] = set()  # whose calls fail, by name
+        self.calls = 0
         self.pool: ActorPool[Any] = ActorPool(
             cast(Any, [f"generator {index}" for index in range(num_members)]),
             role="generator",
@@ -204,7 +215,8 @@ class Degraded:
                 raise RayError("broken")
             return name
 
-        return await asyncio.wait_for(self.pool.call(cast(Any, reply)), 5)
+        self.calls += 1
+        return await asyncio.wait_for(self.pool.call(f"input {self.calls}", cast(Any, reply)), 5)
 
     async def lose(self, name: str) -> None:
         """Make that member fail one call."""
@@ -296,3 +308,144 @@ async def test_a_rewind_goes_on_with_the_members_that_start(
     pool.failing["generator 0"] = ClusterError("generator 0 was not ready")
     with pytest.raises(ClusterError, match=r"0 of 2 generators are left, min_actors = 1$"):
         await pool.pool.restart()
+
+
+# ---- inputs at which members fail ----------------------------------------------------------------
+
+
+class Poisoned(Degraded):
+    """A member with a poisonous call dies of it with all its other calls."""
+
+    ticks = 10  # that a call takes
+
+    def __init__(
+        self,
+        num_members: int,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        poison: set[str],
+        max_in_flight: int,
+    ) -> None:
+        super().__init__(num_members, monkeypatch)
+        self.poison = poison
+        self.pool._max_in_flight = max_in_flight
+        self.crash = {member.handle: asyncio.Event() for member in self.pool._members}
+        self.in_flight: dict[str, list[str]] = {str(handle): [] for handle in self.crash}
+        self.beside: dict[str, int] = {}  # the most calls that an input last had beside it
+
+    async def until_done(self, name: str) -> bool:
+        """Whether the input succeeded, or was given up."""
+        while True:
+            try:
+                await self.pool.call(name, cast(Any, lambda handle: self._reply(handle, name)))
+            except ActorLost:
+                await asyncio.sleep(0)
+            except InputGivenUp:
+                return False
+            else:
+                return True
+
+    async def _reply(self, handle: str, name: str) -> None:
+        crash, others = self.crash[cast(Any, handle)], self.in_flight[handle]
+        others.append(name)
+        self.beside[name] = 0
+        try:
+            for _ in range(self.ticks):
+                for one in others:
+                    self.beside[one] = max(self.beside[one], len(others) - 1)
+                if self.poison & set(others) or (handle in self.broken):
+                    crash.set()
+                await asyncio.sleep(0)
+                if crash.is_set():
+                    raise RayError("the engine died")
+        finally:
+            others.remove(name)
+            if not others:
+                crash.clear()
+
+    async def run(self, count: int) -> list[str]:
+        """The inputs that were given up."""
+        names = [f"p{index}" for index in range(count)]
+        async with asyncio.timeout(20):
+            done = await asyncio.gather(*(self.until_done(name) for name in names))
+        return [name for name, succeeded in zip(names, done, strict=True) if not succeeded]
+
+
+@pytest.mark.parametrize("num_members", [1, 2, 5])
+@pytest.mark.parametrize("number", [0, 7, 39])
+@pytest.mark.parametrize("max_in_flight", [1, 8, 64])
+async def test_an_input_that_kills_every_member_is_given_up_and_all_others_succeed(
+    monkeypatch: pytest.MonkeyPatch, num_members: int, number: int, max_in_flight: int
+) -> None:
+    poison = {f"p{number}"}
+    pool = Poisoned(num_members, monkeypatch, poison=poison, max_in_flight=max_in_flight)
+    assert set(await pool.run(40)) == poison
+    failures = sum(name.endswith("failed") for name in pool.log.names)
+    assert MAX_ALONE <= failures <= MAX_SHARED + MAX_ALONE
+    assert not any(name.endswith("missing") for name in pool.log.names)
+    assert pool.beside[f"p{number}"] == 0, "at the last failure it was alone"
+    assert all(member.in_flight == 0 and not member.alone for member in pool.pool._members)
+
+
+async def test_several_such_inputs_at_once_are_all_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    poison = {"p3", "p17", "p30"}
+    pool = Poisoned(4, monkeypatch, poison=poison, max_in_flight=8)
+    assert set(await pool.run(64)) == poison
+
+
+async def test_a_suspect_is_tried_on_members_that_it_has_not_failed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = Poisoned(5, monkeypatch, poison={"p0"}, max_in_flight=1)
+    assert await pool.run(1) == ["p0"]
+    failed = [name for name in pool.log.names if name.endswith("failed")]
+    assert len(set(failed)) == MAX_ALONE
+
+
+async def test_equal_inputs_that_kill_take_no_more_members_along_than_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first failures come at once, one a member. Then they run one by one."""
+    pool = Poisoned(3, monkeypatch, poison={"p0"}, max_in_flight=8)
+    async with asyncio.timeout(20):
+        done = await asyncio.gather(*(pool.until_done("p0") for _ in range(6)))
+    assert not any(done)
+    assert sum(name.endswith("failed") for name in pool.log.names) <= 3 + MAX_ALONE
+
+
+async def test_members_that_die_of_everything_end_the_run_and_no_input_is_blamed_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = Poisoned(1, monkeypatch, poison=set(), max_in_flight=8)
+    pool.broken.add("generator 0")
+    with pytest.raises(ClusterError, match=r"failed 3 times in a row.*with one input alone: p"):
+        await pool.run(4)
+
+
+async def test_a_broken_member_gets_no_input_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Poisoned(3, monkeypatch, poison=set(), max_in_flight=4)
+    pool.broken.add("generator 1")
+    assert await pool.run(60) == []
+
+
+async def test_a_cancelled_suspect_leaves_no_member_reserved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = Poisoned(1, monkeypatch, poison=set(), max_in_flight=2)
+    pool.ticks = 100
+    for _ in range(MAX_SHARED):
+        pool.pool._suspects.failed("generator 0", ["suspect", "another"])
+    beside = asyncio.create_task(pool.until_done("p0"))
+    await asyncio.sleep(0)
+    suspect = asyncio.create_task(pool.until_done("suspect"))
+    await settle()
+    later = asyncio.create_task(pool.until_done("p1"))
+    await settle()
+    assert pool.in_flight["generator 0"] == ["p0"], "it is reserved"
+    suspect.cancel()
+    await settle()
+    assert pool.in_flight["generator 0"] == ["p0", "p1"]
+    assert await asyncio.wait_for(beside, 5)
+    assert await asyncio.wait_for(later, 5)

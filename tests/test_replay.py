@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distillm_ray.config import FixedReplayRatio, ReferenceRule
+from distillm_ray.errors import DataError
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.draw import EpochOrder, Stream, slot_uniforms
 from distillm_ray.replay.schedule import Schedule
@@ -506,6 +507,123 @@ def test_a_lost_ordinal_is_generated_again_for_the_same_prompt() -> None:
     (again,) = buffer.take_demand()
     assert (again.ordinal, again.attempt, again.min_version) == (2, 1, 0)
     assert again.prompt_id == first[2].prompt_id
+
+
+def play_without(
+    run: Run, buffer: ReplayBuffer, failing: set[str], *, start: int = 0, stop: int | None = None
+) -> list[Draw]:
+    """`play`, where every generation of some prompts fails and is given up."""
+    draws = []
+    for step in range(start, run.total_steps if stop is None else stop):
+        if step % run.validation_interval == 0:
+            buffer.report(run.validation(step))
+        while demands := buffer.take_demand():
+            for demand in demands:
+                if demand.prompt_id in failing:
+                    buffer.give_up(demand.ordinal, demand.prompt_id)
+                else:
+                    buffer.add(rollout_of(demand))
+        draws.append(buffer.draw(step))
+        buffer.advance(step + 1)
+    return draws
+
+
+def prompts_of(draws: list[Draw]) -> dict[int | None, str]:
+    """The prompt of every ordinal that a step took as fresh."""
+    return {
+        one.rollout.ordinal: one.rollout.prompt_id
+        for draw in draws
+        for one in draw.sequences
+        if one.shelf is Shelf.FRESH
+    }
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_other_prompts_take_the_ordinals_of_a_prompt_that_is_given_up(paired: bool) -> None:
+    run = Run(phi=1.0 if paired else 0.7, ratio="none" if paired else "decreasing", paired=paired)
+    run = replace(run, num_demonstrations=run.num_prompts)
+    undisturbed, got = play(run), play_without(run, run.buffer(), {"p2", "p5"})
+    assert fresh_ordinals(got) == fresh_ordinals(undisturbed)
+    assert [[name for name, _ in slots(draw)] for draw in got if not paired] == [
+        [name for name, _ in slots(draw)] for draw in undisturbed if not paired
+    ], "shelves, replays and data are those of the undisturbed run"
+    expected, prompts = prompts_of(undisturbed), prompts_of(got)
+    assert {"p2", "p5"} <= set(expected.values())
+    for ordinal, prompt_id in expected.items():
+        if prompt_id in ("p2", "p5"):
+            assert prompts[ordinal] not in ("p2", "p5")
+        else:
+            assert prompts[ordinal] == prompt_id
+
+
+def test_substitutes_do_not_depend_on_the_order_in_which_prompts_are_given_up() -> None:
+    run = Run(phi=1.0, ratio="none", num_prompts=4)
+    known, late = run.buffer(), run.buffer()
+    for prompt_id in ("p3", "p1"):
+        known.give_up(0, prompt_id)
+    failing = {"p1", "p3"}
+    assert prompts_of(play_without(run, known, failing)) == prompts_of(
+        play_without(run, late, failing)
+    )
+
+
+def test_a_resumed_run_keeps_the_substitutes() -> None:
+    run = Run(phi=0.7, increment=0.1, lookahead=4, capacity=9, total_steps=20)
+    undisturbed = play_without(run, run.buffer(), {"p2"})
+    buffer = run.buffer()
+    play_without(run, buffer, {"p2"}, stop=6)
+    in_flight = buffer.take_demand()
+    saved = buffer.state(6)
+    resumed = run.buffer()
+    resumed.restore(saved)
+    assert [d.prompt_id for d in resumed.take_demand()] == [d.prompt_id for d in in_flight]
+    resumed.restore(saved)
+    for draw, expected in zip(play(run, resumed, start=6), undisturbed[6:], strict=True):
+        assert slots(draw) == slots(expected)
+        assert prompts_of([draw]) == prompts_of([expected])
+
+
+def test_a_pair_has_the_demonstration_of_a_prompt_that_was_given_up_after_it_finished() -> None:
+    run = Run(phi=1.0, ratio="none", paired=True, num_prompts=4, num_demonstrations=4)
+    buffer = run.buffer()
+    buffer.report(run.validation(0))
+    demands = buffer.take_demand()
+    done = next(demand for demand in demands if demand.prompt_id == "p2")
+    buffer.add(rollout_of(done))
+    for demand in demands:
+        if demand is not done:
+            buffer.lose(demand.ordinal)
+    buffer.give_up(done.ordinal, "p2")
+    while again := buffer.take_demand():
+        for demand in again:
+            assert demand.prompt_id != "p2"
+            buffer.add(rollout_of(demand))
+    sequences = buffer.draw(0).sequences
+    learned = sorted(one.rollout.prompt_id for one in sequences if one.shelf is Shelf.DATASET)
+    assert learned == sorted(one.rollout.prompt_id for one in sequences if one.shelf is Shelf.FRESH)
+    assert "p2" in learned
+
+
+def test_an_ordinal_in_flight_for_a_prompt_that_is_given_up_elsewhere_may_still_finish() -> None:
+    run = Run(phi=1.0, ratio="none", num_prompts=4)
+    buffer = run.buffer()
+    first, other = [demand for demand in buffer.take_demand() if demand.prompt_id == "p2"][:2]
+    buffer.give_up(first.ordinal, "p2")
+    (again,) = buffer.take_demand()
+    assert (again.ordinal, again.attempt) == (first.ordinal, 1)
+    assert again.prompt_id != "p2"
+    resumed = run.buffer()
+    resumed.restore(buffer.state(0))
+    assert {demand.prompt_id for demand in resumed.take_demand()} == {"p0", "p1", "p3"}
+    buffer.add(rollout_of(other))
+    assert buffer.counters.fresh == 1
+
+
+def test_a_run_whose_prompts_all_fail_is_refused_by_key() -> None:
+    buffer = Run(phi=1.0, num_prompts=2).buffer()
+    buffer.give_up(0, "p0")
+    with pytest.raises(DataError, match=r"data\.train: generators fail at every prompt"):
+        buffer.give_up(1, "p1")
 
 
 def test_a_second_rollout_and_a_loss_after_the_first_change_nothing() -> None:

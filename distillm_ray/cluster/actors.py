@@ -154,17 +154,17 @@ def ask(
         raise
 
 
-async def reply(call: Awaitable[Result], what: str) -> Result:
-    """`ask` for asynchronous roles, within `CALL_TIMEOUT_S`.
+async def reply(call: Awaitable[Result], what: str, *, timeout_s: float = CALL_TIMEOUT_S) -> Result:
+    """`ask` for asynchronous roles.
 
     Raises:
         ClusterError: the limit has passed.
     """
     try:
-        return await asyncio.wait_for(call, CALL_TIMEOUT_S)
+        return await asyncio.wait_for(call, timeout_s)
     except TimeoutError as error:
         raise ClusterError(
-            f"no reply within {CALL_TIMEOUT_S:g} s: {what}; the process hangs, or the cluster is"
+            f"no reply within {timeout_s:g} s: {what}; the process hangs, or the cluster is"
             " overloaded; see the log of the driver's node"
         ) from error
 

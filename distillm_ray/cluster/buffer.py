@@ -4,8 +4,10 @@ orchestrator ── work, add, lose, restore ──► BufferActor ◄── dra
 
 wait       ends when                                            limit
 -------    -------------------------------------------------    -------------------------------
-`work`     there is demand or a sequence of data to score       none: idle orchestrators wait
+`work`     there is demand or a sequence of data to score       `timeout_s`; the orchestrator asks
+                                                                again, so it notices a silent buffer
 `draw`     the step is ready and the orchestrator works         `timeout_s` of the call
+`restore`  the state is read and the demand of it is open       `run.startup_timeout_s`
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from distillm_ray.types import (
 )
 
 _WHAT = "the replay buffer"
+_WORK_TIMEOUT_S = 60.0  # of one wait for work
 
 
 class BufferActor(Reporting):
@@ -81,11 +84,19 @@ class BufferActor(Reporting):
     # ---- called by the orchestrator --------------------------------------------------------------
 
     @ray.method
-    async def work(self) -> Work:
-        """Wait for demand or for sequences of data to score. The first call opens the buffer.
+    async def work(self, timeout_s: float) -> Work:
+        """Demand, and sequences of data to score; none of both if none came in `timeout_s`.
 
-        Sequences that no term compares with the teacher are not scored.
+        The first call opens the buffer. Sequences that no term compares with the teacher are not
+        scored.
         """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._work()
+        except TimeoutError:
+            return Work(incarnation=self._incarnation, demand=(), dataset=())
+
+    async def _work(self) -> Work:
         async with self._lock:
             if not self._open:
                 self._open = True
@@ -116,6 +127,17 @@ class BufferActor(Reporting):
         async with self._lock:
             if incarnation == self._incarnation:
                 self._buffer.lose(ordinal)
+                self._work_changed.notify_all()
+
+    @ray.method
+    async def give_up(self, incarnation: int, ordinal: int, prompt_id: str) -> None:
+        """Have other prompts take the place of this one, in this ordinal and in later ones.
+
+        Ignored if it belongs to an earlier incarnation.
+        """
+        async with self._lock:
+            if incarnation == self._incarnation:
+                self._buffer.give_up(ordinal, prompt_id)
                 self._work_changed.notify_all()
 
     @ray.method
@@ -241,15 +263,20 @@ class ReplayProducer:
         actor: ActorProxy[BufferActor],
         data: ray.ObjectRef[TrainingData],
         log: AsyncLog,
+        *,
+        restore_limit_s: float,
     ) -> None:
+        """`restore_limit_s`: of a restore, which reads all prompts and responses."""
         self._actor = actor
         self._data = data
+        self._restore_limit_s = restore_limit_s
         self._log = log
         self._incarnation = 0
 
     async def work(self) -> Work:
-        """Wait for work."""
-        return await self._actor.work.remote()
+        """Wait for work; there may be none after a while."""
+        call = self._actor.work.remote(_WORK_TIMEOUT_S)
+        return await reply(call, _WHAT, timeout_s=_WORK_TIMEOUT_S + CALL_TIMEOUT_S)
 
     async def add(self, rollout: Rollout) -> None:
         """Add a finished ordinal whose targets are stored."""
@@ -259,13 +286,22 @@ class ReplayProducer:
         """Give an ordinal out again."""
         await reply(self._actor.lose.remote(self._incarnation, ordinal), _WHAT)
 
+    async def give_up(self, ordinal: int, prompt_id: str) -> None:
+        """Have other prompts take the place of this one, in this ordinal and in later ones."""
+        call = self._actor.give_up.remote(self._incarnation, ordinal, prompt_id)
+        await reply(call, _WHAT)
+
     async def restore(self, state: bytes | None, completed: int) -> int:
         """Go to a checkpoint's state, or to the beginning; returns the new incarnation."""
         self._incarnation += 1
-        died = await self._actor.restore.remote(self._incarnation, state, self._data)
+        died = await reply(
+            self._actor.restore.remote(self._incarnation, state, self._data),
+            "the replay buffer's restore (run.startup_timeout_s)",
+            timeout_s=self._restore_limit_s,
+        )
         if died:
             if self._log.actor is not None:
-                await self._actor.report_to.remote(self._log.actor, "buffer")
+                await reply(self._actor.report_to.remote(self._log.actor, "buffer"), _WHAT)
             await self._log.add(
                 EventRecord(
                     step=completed,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ray
 from ray.actor import ActorProxy
 
-from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, beside_driver
+from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, beside_driver, reply
 from distillm_ray.cluster.buffer import BufferActor, ReplayProducer
 from distillm_ray.cluster.log import AsyncLog, LogActor
 from distillm_ray.cluster.orchestrator_loop import Orchestrator
@@ -72,7 +72,9 @@ class OrchestratorActor:
         startup_timeout_s = config.run.startup_timeout_s
         buffer = scorers = generator_pool = None
         if peers is not None:
-            buffer = ReplayProducer(peers.buffer, peers.data, log)
+            buffer = ReplayProducer(
+                peers.buffer, peers.data, log, restore_limit_s=startup_timeout_s
+            )
         if generators:
             generator_pool = GeneratorPool(
                 generators,
@@ -124,7 +126,7 @@ class OrchestratorActor:
         """Make `run` return: the learners have ended."""
         await self._loop.finish()
         if (report := self._reporter.send()) is not None:
-            await report
+            await reply(report, "the log")
 
     @ray.method
     async def restore(self, state: bytes | None, completed: int) -> None:
@@ -204,7 +206,7 @@ class OrchestratorClient:
         """Reset buffer, generators and log to the state as of draw `completed`."""
         ask(
             self._actor.restore.remote(state, completed),
-            "resetting buffer and generators to the checkpoint (run.startup_timeout_s)",
+            "resetting buffer and generators to the checkpoint (twice run.startup_timeout_s)",
             timeout_s=restore_limit_s(self._config),
         )
 
@@ -268,8 +270,11 @@ class OrchestratorClient:
 
 
 def restore_limit_s(config: Config) -> float:
-    """Until buffer and generators are back at a checkpoint; generators may have to start again."""
-    return config.run.startup_timeout_s + CALL_TIMEOUT_S
+    """Until log, generators and buffer are back at a checkpoint, one after the other.
+
+    Generators may have to start again.
+    """
+    return 2 * config.run.startup_timeout_s + 4 * CALL_TIMEOUT_S
 
 
 def publish_limit_s(config: Config) -> float:

@@ -17,10 +17,11 @@ orchestrator decides nothing about training and holds no payload: targets pass b
     `respond`                    all responses are there               the pool's, for each response
 
 Retries: an ordinal whose generator failed returns to the buffer, which gives it out again, without
-a limit here (the pool limits how often an actor may fail in a row). One that was aborted because it
-was slow does so `MAX_SLOW` times at most. A response that the filter
-rejects is generated again up to `MAX_REJECTED` times and then trained on as it is, because the
-schedule has promised its slot.
+a limit here (the pool limits how often an actor may fail in a row). A prompt that the pool gives up
+leaves its ordinals to other prompts; more than `MAX_GIVEN_UP` of them end the run. An ordinal that
+was aborted because it was slow is given out again `MAX_SLOW` times at most. A response that the
+filter rejects is generated again up to `MAX_REJECTED` times and then trained on as it is, because
+the schedule has promised its slot.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ from typing import Any
 from distillm_ray.cluster.buffer import ReplayProducer
 from distillm_ray.cluster.busy_clock import BusyClock
 from distillm_ray.cluster.log import AsyncLog
-from distillm_ray.cluster.pool import ActorLost
+from distillm_ray.cluster.pool import ActorLost, InputGivenUp
 from distillm_ray.cluster.rollout import MAX_SLOW, GeneratorPool, PublishedWeights, too_slow
 from distillm_ray.cluster.targets import ScorerPool
 from distillm_ray.config import FilterConfig, SamplingConfig
+from distillm_ray.errors import ClusterError
 from distillm_ray.log.costs import Role, RoleCost
 from distillm_ray.log.records import BufferSizes, Counters, EventRecord, StepRecord
 from distillm_ray.log.timeline import Timeline
@@ -49,6 +51,9 @@ from distillm_ray.rollout.responses import (
     verdict,
 )
 from distillm_ray.types import Demand, DrawFacts, Prompt, Rollout, TrainStep
+
+MAX_GIVEN_UP = 8
+"""How many prompts a run may give up: with more, the engines or the data are at fault."""
 
 
 class Orchestrator:
@@ -86,6 +91,7 @@ class Orchestrator:
         self._finished = False
         self._rejected: Counter[int] = Counter()  # by ordinal
         self._slow: Counter[int] = Counter()  # by ordinal
+        self._given_up: set[str] = set()  # prompt ids
         self._counts: Counter[str] = Counter()
         self._generating = BusyClock()
         self._sync_seconds = 0.0
@@ -252,6 +258,7 @@ class Orchestrator:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._rejected.clear()
         self._slow.clear()
+        self._given_up.clear()
         self._update = None
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -270,6 +277,9 @@ class Orchestrator:
         try:
             with self._generating.running():
                 rollout = await self._generators.generate(demand)
+        except InputGivenUp as reason:
+            await self._give_up(demand, reason)
+            return
         except (ActorLost, SlowRequest) as loss:
             if isinstance(loss, SlowRequest):
                 self._slow[demand.ordinal] += 1
@@ -295,6 +305,20 @@ class Orchestrator:
     async def _lose(self, demand: Demand) -> None:
         self._counts["lost"] += 1
         await self._buffer.lose(demand.ordinal)
+
+    async def _give_up(self, demand: Demand, reason: InputGivenUp) -> None:
+        """Have another prompt take the ordinal. Every prompt is named and counted once."""
+        if demand.prompt_id not in self._given_up:
+            self._given_up.add(demand.prompt_id)
+            self._counts["given_up"] += 1
+            await self._log.add(EventRecord(name="prompt given up", detail=str(reason)))
+        if len(self._given_up) > MAX_GIVEN_UP:
+            names = ", ".join(sorted(self._given_up))
+            raise ClusterError(
+                f"at most {MAX_GIVEN_UP} prompts may be given up, got {names}: the engines or these"
+                f" rows are at fault. The last one: {reason}"
+            ) from reason
+        await self._buffer.give_up(demand.ordinal, demand.prompt_id)
 
     async def _bring_to(self, weights: PublishedWeights) -> None:
         self._sync_seconds += await self._generators.update(weights)

@@ -8,10 +8,13 @@ A member whose call raises, that makes no progress with its calls, or that dies 
 restarts its process, on another node if need be, and the pool prepares it again. Ray itself never
 repeats a call: a repeated generation would sample other tokens under the old metadata. The caller
 gets `ActorLost` and decides. A call that the member itself gives up (`aborted`) costs nothing else.
+An input at which member after member fails is given up, by the rules of suspects.py: a call with a
+suspect waits in a line of its own for a member without other calls.
 
     wait                        ends when                           limit
     ------------------------    --------------------------------    ---------------------------
     for a free place            a call ends or a member is ready    none: its callers are bounded
+    for a member alone          all of its calls have ended         none: they are bounded
     for a call                  the member replies                  `stall_timeout_s` without any
                                                                     progress of the member
     for a member to start       it is up, started and prepared      `startup_timeout_s`
@@ -27,7 +30,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
@@ -40,6 +43,7 @@ from distillm_ray.cluster.actors import cause_of, kill, one_line
 from distillm_ray.cluster.busy_clock import BusyClock
 from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.reporter import Reporting
+from distillm_ray.cluster.suspects import MAX_ALONE, Suspects
 from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.log.costs import Role, RoleCost
 from distillm_ray.log.records import EventRecord
@@ -55,6 +59,10 @@ _FROZEN_S = 60.0  # a member that does not even answer that hangs with all of it
 
 class ActorLost(Exception):
     """An actor died or hung during a call; its pool is already replacing it."""
+
+
+class InputGivenUp(ClusterError):
+    """Members failed at an input, again and again, while they had no other."""
 
 
 class PooledActor(Reporting):
@@ -92,6 +100,8 @@ class Member(Generic[A]):
     name: str
     handle: ActorProxy[A]
     in_flight: int = 0
+    inputs: list[str] = field(default_factory=list)  # of the calls in flight in this life
+    alone: bool = False  # its call must have no other beside it
     failures: int = 0  # without a success in between
     absent: bool = False  # its latest start failed
     life: int = 0  # how often it was replaced
@@ -105,6 +115,14 @@ class Member(Generic[A]):
     def missing(self) -> bool:
         """Whether the pool does not count on it."""
         return self.absent or self.failures >= MAX_FAILURES
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Turn(Generic[A]):
+    """A call that waits for its place."""
+
+    place: asyncio.Future[Place[A]]
+    name: str  # of its input
 
 
 Place: TypeAlias = tuple[Member[A], int]
@@ -140,7 +158,11 @@ class ActorPool(Generic[A]):
         self._stall_timeout_s = stall_timeout_s
         self._startup_timeout_s = startup_timeout_s
         self._log = log
-        self._waiting: deque[asyncio.Future[Place[A]]] = deque()  # calls, the first to come first
+        self._waiting: deque[_Turn[A]] = deque()  # calls, the first to come first
+        self._waiting_alone: deque[_Turn[A]] = deque()  # those that need a member for themselves
+        self._reserved: Member[A] | None = None  # takes no call until it is free for one of these
+        self._suspects = Suspects()
+        self._one_by_one: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by suspect
         self._recoveries: set[asyncio.Task[None]] = set()
         self._fatal: UserError | None = None
 
@@ -160,27 +182,58 @@ class ActorPool(Generic[A]):
         if remark:
             await self._log.add(EventRecord(name=f"{self._role}s", detail=remark))
 
-    async def call(self, invoke: Callable[[ActorProxy[A]], Awaitable[Result]]) -> Result:
+    async def call(self, name: str, invoke: Callable[[ActorProxy[A]], Awaitable[Result]]) -> Result:
         """Run `invoke` on the least busy member.
+
+        Args:
+            name: of the input, for a message. Failures at equal names are held against one input.
 
         Raises:
             ActorLost: the member failed and is being replaced.
+            InputGivenUp: members fail at this input.
             ClusterError: too few members are left.
             UserError: the call itself was wrong, whichever member runs it.
             Exception: one of `aborted`.
         """
-        member, life = await self._acquire()
+        self._refuse_if_given_up(name)
+        if not self._suspects.runs_alone(name):
+            place = await self._acquire(name, alone=False)
+            if not self._suspects.runs_alone(name):
+                return await self._call(name, invoke, place, alone=False)
+            self._release(place[0])  # an equal input failed while this one waited
+        async with self._one_by_one[name]:
+            self._refuse_if_given_up(name)
+            alone = self._suspects.runs_alone(name)
+            place = await self._acquire(name, alone=alone)
+            return await self._call(name, invoke, place, alone=alone)
+
+    async def _call(
+        self,
+        name: str,
+        invoke: Callable[[ActorProxy[A]], Awaitable[Result]],
+        place: Place[A],
+        *,
+        alone: bool,
+    ) -> Result:
+        """Run `invoke` on a place, and free it."""
+        member, life = place
+        inputs = member.inputs
+        inputs.append(name)
         try:
             with member.busy.running(), self._timeline.call(self._role, member.name, "busy"):
                 result = await self._reply(member, invoke(member.handle))
         except (RayError, TimeoutError) as error:
             if isinstance(cause := cause_of(error), self.aborted):
                 raise cause from error
-            await self._replace(member, life, error)
+            await self._replace(member, life, error, inputs)
+            if self._suspects.is_given_up(name):
+                raise InputGivenUp(self._why_given_up(name, one_line(error))) from error
             raise ActorLost(f"{member.name}: {one_line(error)}") from error
         finally:
-            self._release(member)
+            inputs.remove(name)
+            self._release(member, alone=alone)
         member.failures = 0
+        self._suspects.succeeded(member.name, name)
         return result
 
     async def _reply(self, member: Member[A], call: Awaitable[Result]) -> Result:
@@ -204,11 +257,13 @@ class ActorPool(Generic[A]):
         finally:
             task.cancel()
 
-    async def call_until_done(self, invoke: Callable[[ActorProxy[A]], Awaitable[Result]]) -> Result:
+    async def call_until_done(
+        self, name: str, invoke: Callable[[ActorProxy[A]], Awaitable[Result]]
+    ) -> Result:
         """`call`, repeated while members are lost; the pool limits how often one may fail."""
         while True:
             try:
-                return await self.call(invoke)
+                return await self.call(name, invoke)
             except ActorLost:
                 continue
 
@@ -282,42 +337,54 @@ class ActorPool(Generic[A]):
     async def _prepare(self, member: Member[A]) -> None:
         """Bring a started member to the state of the others. Overridden by pools that have one."""
 
-    async def _acquire(self) -> Place[A]:
+    async def _acquire(self, name: str, *, alone: bool) -> Place[A]:
         """Take a place, or wait in line for one.
 
         A call that is cancelled when it has just got its place passes it on. If the member was
         killed meanwhile, the call is the first in line again.
+
+        Args:
+            alone: the place of a member that has no other call, and gets none.
         """
-        enqueue = self._waiting.append
+        line = self._waiting_alone if alone else self._waiting
+        enqueue = line.append
         while True:
             if self._fatal is not None:
                 raise self._fatal
-            place = self._take()
-            if place is not None:
+            if not alone and (place := self._take()) is not None:
                 return place
-            turn: asyncio.Future[Place[A]] = asyncio.get_running_loop().create_future()
+            turn: _Turn[A] = _Turn(asyncio.get_running_loop().create_future(), name)
             enqueue(turn)
+            if alone:
+                self._hand_out()
             try:
                 with (
                     self._queue.running(),
                     self._timeline.count(self._role, f"{self._role}s, queue"),
                 ):
-                    member, life = await turn
+                    member, life = await turn.place
             except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled() and turn.exception() is None:
-                    self._release(turn.result()[0])
+                got = turn.place
+                if got.done() and not got.cancelled() and got.exception() is None:
+                    self._release(got.result()[0], alone=alone)
+                elif alone:
+                    self._hand_out()  # a member may be reserved for it
                 raise
             if member.life == life:
                 return member, life
             member.in_flight -= 1
-            enqueue = self._waiting.appendleft
+            member.alone = False
+            enqueue = line.appendleft
 
     def _take(self) -> Place[A] | None:
         """A place on the least busy member; None while none is free."""
         able = [
             member
             for member in self._members
-            if member.ready.is_set() and member.in_flight < self._max_in_flight
+            if member.ready.is_set()
+            and member.in_flight < self._max_in_flight
+            and not member.alone
+            and member is not self._reserved
         ]
         if not able:
             return None
@@ -325,29 +392,59 @@ class ActorPool(Generic[A]):
         member.in_flight += 1
         return member, member.life
 
-    def _release(self, member: Member[A]) -> None:
+    def _take_alone(self, name: str) -> Place[A] | None:
+        """A member without other calls; while there is none, one gets no more calls."""
+        able = [member for member in self._members if member.ready.is_set() and not member.alone]
+        if self._reserved not in able:
+            failed = self._suspects.failed_alone_on(name)
+            self._reserved = min(
+                able, key=lambda item: (item.name in failed, item.in_flight), default=None
+            )
+        member = self._reserved
+        if member is None or member.in_flight > 0:
+            return None
+        self._reserved = None
+        member.alone = True
+        member.in_flight = 1
+        return member, member.life
+
+    def _release(self, member: Member[A], *, alone: bool = False) -> None:
         member.in_flight -= 1
+        if alone:
+            member.alone = False
         self._hand_out()
 
     def _hand_out(self) -> None:
         """Give every free place to the first that waits, so that no call waits beside one."""
-        while self._waiting:
-            if self._waiting[0].done():  # cancelled
-                self._waiting.popleft()
+        self._serve(self._waiting_alone, lambda turn: self._take_alone(turn.name))
+        if not self._waiting_alone:
+            self._reserved = None
+        self._serve(self._waiting, lambda _: self._take())
+
+    def _serve(self, line: deque[_Turn[A]], take: Callable[[_Turn[A]], Place[A] | None]) -> None:
+        while line:
+            if line[0].place.done():  # cancelled
+                line.popleft()
                 continue
-            place = self._take()
+            place = take(line[0])
             if place is None:
                 return
-            self._waiting.popleft().set_result(place)
+            line.popleft().place.set_result(place)
 
-    async def _replace(self, member: Member[A], life: int, error: BaseException) -> None:
-        """Kill a member that failed in this life, and bring it back in the background."""
+    async def _replace(
+        self, member: Member[A], life: int, error: BaseException, inputs: Sequence[str] = ()
+    ) -> None:
+        """Kill a member that failed in this life, and bring it back in the background.
+
+        Any of `inputs`, those of its calls, may be the reason.
+        """
         cause = cause_of(error)
         if isinstance(cause, UserError):
             raise cause from error
         if member.life != life:
             return  # another of its calls has already replaced it
-        member.failures += 1
+        if not inputs or self._suspects.failed(member.name, inputs):
+            member.failures += 1
         self._kill(member)
         await self._log.add(EventRecord(name=f"{member.name} failed", detail=one_line(error)))
         if member.missing:
@@ -355,7 +452,7 @@ class ActorPool(Generic[A]):
                 member,
                 ClusterError(
                     f"{member.name} failed {member.failures} times in a row, the last time with:"
-                    f" {one_line(error)}; see the log of its node for the details"
+                    f" {one_line(error)}; see the log of its node for the details{self._blamed()}"
                 ),
             )
             if self._fatal is not None:
@@ -370,6 +467,7 @@ class ActorPool(Generic[A]):
     def _kill(self, member: Member[A]) -> None:
         member.ready.clear()
         member.life += 1
+        member.inputs = []
         member.killed = member.process
         kill(member.handle, no_restart=False)
 
@@ -414,7 +512,22 @@ class ActorPool(Generic[A]):
     def _give_up(self, fatal: UserError) -> None:
         """Make every later call raise `fatal`, and those that wait for a member too."""
         self._fatal = fatal
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_exception(fatal)
+        for line in (self._waiting_alone, self._waiting):
+            while line:
+                turn = line.popleft().place
+                if not turn.done():
+                    turn.set_exception(fatal)
+
+    def _refuse_if_given_up(self, name: str) -> None:
+        if self._suspects.is_given_up(name):
+            raise InputGivenUp(f"{name} was given up before: {self._role}s failed at it")
+
+    def _blamed(self) -> str:
+        names = self._suspects.failed_alone
+        return f". Failures with one input alone: {', '.join(names)}" if names else ""
+
+    def _why_given_up(self, name: str, last: str) -> str:
+        return (
+            f"{name}: {MAX_ALONE} {self._role}s failed at it, one after the other, while they had"
+            f" nothing else to do, the last one with: {last}; the log of its node has the details"
+        )

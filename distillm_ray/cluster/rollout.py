@@ -63,7 +63,14 @@ class GeneratorActor(PooledActor):
     @ray.method
     async def update_weights(self, weights: PublishedWeights, keep_in_flight: bool) -> float:
         """Take these weights; returns the seconds until they were in place."""
-        buckets = await asyncio.gather(*weights.buckets)
+        limit_s = self._generator.config.stall_timeout_s
+        try:
+            buckets = await asyncio.wait_for(asyncio.gather(*weights.buckets), limit_s)
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"the weights of version {weights.version} did not arrive within"
+                f" rollout.stall_timeout_s = {limit_s:g} s"
+            ) from error
         resolved = Weights(
             version=weights.version,
             buckets=tuple(buckets),
@@ -121,14 +128,19 @@ class GeneratorPool(ActorPool[GeneratorActor]):
         Raises:
             ActorLost: the generator died or hung.
             SlowRequest: the response took longer than its limit.
+            InputGivenUp: generators fail at this prompt.
         """
-        return await self.call(lambda handle: handle.generate.remote(demand))
+        return await self.call(
+            f"prompt {demand.prompt_id} of the training data",
+            lambda handle: handle.generate.remote(demand),
+        )
 
     async def respond(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
         """Respond to a prompt outside of the demand, with the newest weights.
 
         Raises:
-            ClusterError: the response took longer than its limit `MAX_SLOW` times.
+            ClusterError: the response took longer than its limit `MAX_SLOW` times, or generators
+                fail at this prompt.
         """
         for _ in range(MAX_SLOW - 1):
             with contextlib.suppress(SlowRequest):
@@ -140,7 +152,8 @@ class GeneratorPool(ActorPool[GeneratorActor]):
 
     async def _respond(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> Rollout:
         return await self.call_until_done(
-            lambda handle: handle.respond.remote(prompt, sampling, seed)
+            f"prompt {prompt.prompt_id}",
+            lambda handle: handle.respond.remote(prompt, sampling, seed),
         )
 
     async def update(self, weights: PublishedWeights) -> float:

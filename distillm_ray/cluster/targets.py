@@ -293,7 +293,9 @@ class ScorerPool(ActorPool[ScorerActor]):
     async def _score_and_store(self, rollout: Rollout, index: int, key: str) -> ScoreReport:
         """Only the report is awaited here; the payload does not pass through this process."""
         with self.scoring.running():
-            report, payload_ref = await self.call_until_done(lambda handle: _score(handle, rollout))
+            report, payload_ref = await self.call_until_done(
+                f"sequence {rollout.rollout_id}", lambda handle: _score(handle, rollout)
+            )
             shared = is_shared(rollout)
             await self._stores.call(
                 index, lambda store: store.put.remote(key, payload_ref, report, shared)

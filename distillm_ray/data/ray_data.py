@@ -6,17 +6,19 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 from ray.data.datasource import FileBasedDatasource
-from ray.exceptions import RayTaskError
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
 from distillm_ray.data.files import DataFile
-from distillm_ray.data.tokenizing import MapRows, places_of, raw_batches, raw_table
-from distillm_ray.errors import DataError
+from distillm_ray.data.tokenizing import MapFiles, MapRows, places_of, raw_batches, raw_table
+from distillm_ray.errors import ClusterError, DataError
 
 _BYTES_PER_TASK = 8 * 2**20  # smaller tasks do not pay for loading the tokenizer
 _CPUS_OF_READING = 0.1  # a task that reads mostly waits for those that tokenize
@@ -48,15 +50,19 @@ class RowsDatasource(FileBasedDatasource):
         return filesystem.open_input_file(path)
 
 
-def map_files(files: Sequence[DataFile], map_rows: MapRows) -> pa.Table:
-    """The table of `tokenizing.map_files`. Needs a connection to Ray and free CPUs.
+def mapper(*, stall_timeout_s: float) -> MapFiles:
+    """`tokenizing.map_files` on a cluster. Needs a connection to Ray and free CPUs.
 
-    Raises:
-        DataError: a file cannot be read.
+    It raises ClusterError when nothing was read for `stall_timeout_s`, `run.startup_timeout_s`.
     """
+    return partial(_map_files, stall_timeout_s=stall_timeout_s)
+
+
+def _map_files(files: Sequence[DataFile], map_rows: MapRows, *, stall_timeout_s: float) -> pa.Table:
     num_bytes = sum(file.path.stat().st_size for file in files)
     num_tasks = -(-num_bytes // _BYTES_PER_TASK)
-    with _settings_of_ray_data(progress_bars=num_bytes >= _BYTES_WITH_PROGRESS_BAR):
+    progress_bars = num_bytes >= _BYTES_WITH_PROGRESS_BAR
+    with _settings(progress_bars=progress_bars, stall_timeout_s=stall_timeout_s):
         # Reading has other resources than tokenizing, or Ray Data would do both in a task a file.
         dataset = ray.data.read_datasource(
             RowsDatasource(files),
@@ -70,6 +76,12 @@ def map_files(files: Sequence[DataFile], map_rows: MapRows) -> pa.Table:
                 if block.num_rows:
                     # A copy: the block's place in the object store is free for the next.
                     tables.append(block.take(np.arange(block.num_rows)))
+        except (ExecutionTimeoutError, GetTimeoutError) as error:
+            raise ClusterError(
+                f"no row was read for run.startup_timeout_s = {stall_timeout_s:g} s: all CPUs of"
+                " the cluster are in use, or a node hangs; free a CPU, or raise"
+                " run.startup_timeout_s"
+            ) from error
         except RayTaskError as error:
             if isinstance(error.cause, DataError):
                 # The first line only: Ray adds the task's stack trace and notes on retries.
@@ -87,25 +99,26 @@ def _first_place(table: pa.Table) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _settings_of_ray_data(*, progress_bars: bool) -> Iterator[None]:
-    """Silence the plan and the progress bar that Ray Data shows for every execution.
+def _settings(*, progress_bars: bool, stall_timeout_s: float) -> Iterator[None]:
+    """Silence the plan and the progress bar that Ray Data shows for every execution, and limit it.
 
-    Blocks have the size of a task within it.
+    Ray Data would wait for half an hour for a free CPU. Blocks have the size of a task.
     """
     context = ray.data.DataContext.get_current()
     block_bytes, context.target_max_block_size = context.target_max_block_size, _BYTES_PER_TASK
     # The second logger warns that the bars are off.
     loggers = [logging.getLogger(name) for name in ("ray.data", "ray.data._internal.progress")]
     levels = [logger.level for logger in loggers]
-    before = context.enable_progress_bars
+    before = context.enable_progress_bars, context.execution_no_progress_timeout_s
     context.enable_progress_bars = progress_bars
+    context.execution_no_progress_timeout_s = stall_timeout_s
     if not progress_bars:
         loggers[0].setLevel(logging.WARNING)
         loggers[1].setLevel(logging.ERROR)
     try:
         yield
     finally:
-        context.enable_progress_bars = before
+        context.enable_progress_bars, context.execution_no_progress_timeout_s = before
         context.target_max_block_size = block_bytes
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -11,10 +11,10 @@ from distillm_ray.cluster.learner import LearnerJob, Links
 def run(job: LearnerJob) -> None:
     """Train from the newest complete checkpoint, or from the beginning, to the end or a stop."""
     # Imported in the worker: the driver, which imports this module, loads no DeepSpeed.
-    import ray  # noqa: PLC0415
     import torch  # noqa: PLC0415
 
     from distillm_ray.batching import pack, plan_validation  # noqa: PLC0415
+    from distillm_ray.cluster.actors import ask  # noqa: PLC0415
     from distillm_ray.config.files import dump_config  # noqa: PLC0415
     from distillm_ray.data.decoding import decode  # noqa: PLC0415
     from distillm_ray.learner.checkpoint import CheckpointDirectory  # noqa: PLC0415
@@ -45,7 +45,11 @@ def run(job: LearnerJob) -> None:
         compare_engine=not config.mixes_teacher,
     )
     check_shared(config.run.directory, learner, dump_config(config))
-    held_out = ray.get(job.validation)
+    held_out = ask(
+        job.validation,
+        "the held-out rows, which the driver's node has (run.startup_timeout_s)",
+        timeout_s=config.run.startup_timeout_s,
+    )
     plans = ((),) * learner.num_ranks
     if held_out:
         plans = plan_validation(

@@ -48,6 +48,7 @@ class Counters:
     looping: int = 0
     dropped: int = 0  # by the filter
     lost: int = 0  # ordinals given out again
+    given_up: int = 0  # prompts at which generators failed, again and again
     duplicates: int = 0
     late: int = 0  # trained on at an age above rollout.lookahead + rollout.sync_interval - 2
     generate_seconds: float = 0.0  # wall-clock with at least one call to the role in progress

@@ -188,6 +188,17 @@ class ReplayBuffer:
         """Report that an ordinal's generation failed; the next `take_demand` returns it again."""
         self._ordinals.lose(ordinal)
 
+    def give_up(self, ordinal: int, prompt_id: str) -> None:
+        """Report that no generation of a prompt succeeds.
+
+        The next `take_demand` returns the ordinal with another prompt. Later ordinals of this
+        prompt take another one too; each stays what it is on resume.
+
+        Raises:
+            DataError: no other prompt is left.
+        """
+        self._ordinals.give_up(ordinal, prompt_id)
+
     def upcoming_dataset(self) -> list[Rollout]:
         """Data-set and corpus sequences that the open steps will draw, each visit returned once.
 
@@ -366,6 +377,7 @@ class ReplayBuffer:
             dataset_position=position.dataset_position,
             fresh_counts={s: n for s, n in self._fresh_counts.items() if s >= completed},
             outstanding=self._ordinals.outstanding(),
+            given_up=self._ordinals.given_up,
             finished=(*drawn, *self._ordinals.finished()),
             replay=position.replay,
             duplicates=self._ordinals.duplicates,
@@ -400,6 +412,7 @@ class ReplayBuffer:
             end=state.first_ordinal + sum(self._fresh_counts.values()),
             finished=state.finished,
             outstanding=state.outstanding,
+            given_up=state.given_up,
         )
         self._ordinals.duplicates = state.duplicates
         self._late = state.late

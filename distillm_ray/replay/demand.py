@@ -1,16 +1,19 @@
 """The ordinals of fresh rollouts: which are demanded, in flight and finished.
 
-An ordinal numbers one demanded rollout. Its prompt never changes; the first step that takes it
-trains on it as fresh. The ordinals in [first, end) are demanded and not drawn yet; each of them is
+An ordinal numbers one demanded rollout; the first step that takes it trains on it as fresh. Its
+prompt is a function of the seed and the ordinal, and changes only where that prompt is given up.
+Then it is the first of an order of the ordinal's own that is not: the same one, whichever prompts
+were given up first. The ordinals in [first, end) are demanded and not drawn yet; each of them is
 queued, in flight or finished.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from distillm_ray.replay.draw import EpochOrder, Stream
+from distillm_ray.errors import DataError
+from distillm_ray.replay.draw import EpochOrder, Stream, generator
 from distillm_ray.types import Demand, Prompt, Rollout
 
 
@@ -20,6 +23,8 @@ class Ordinals:
     def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
         """Ordinals walk over `prompts` in an order that depends on `seed`; none is demanded yet."""
         self._prompts = prompts
+        self._seed = seed
+        self._given_up: set[str] = set()  # prompt ids
         self._order = EpochOrder(seed=seed, stream=Stream.PROMPTS, size=len(prompts))
         self._first = 0
         self._end = 0
@@ -54,19 +59,38 @@ class Ordinals:
 
         Their generation must start with weights of `min_version` or newer.
         """
-        for index, ordinal in zip(
-            self._order.indices(self._end, end), range(self._end, end), strict=True
-        ):
-            self._open[ordinal] = _demand(self._prompts[index], ordinal, min_version)
+        for ordinal, number in enumerate(self.prompts(self._end, end), self._end):
+            self._open[ordinal] = _demand(self._prompts[number], ordinal, min_version)
             self._queued[ordinal] = None
         self._end = max(self._end, end)
 
     def prompts(self, start: int, stop: int) -> list[int]:
         """The numbers of the prompts of the ordinals `start` to `stop - 1`."""
-        return self._order.indices(start, stop)
+        indices = self._order.indices(start, stop)
+        return [
+            self._unless_given_up(number, ordinal) for ordinal, number in enumerate(indices, start)
+        ]
+
+    def number_of(self, rollout: Rollout) -> int:
+        """The number of a rollout's prompt, which may have been given up since."""
+        assert rollout.ordinal is not None
+        (number,) = self._order.indices(rollout.ordinal, rollout.ordinal + 1)
+        return next(
+            one
+            for one in self._candidates(number, rollout.ordinal)
+            if self._prompts[one].prompt_id == rollout.prompt_id
+        )
+
+    @property
+    def given_up(self) -> tuple[str, ...]:
+        """The ids of the prompts that were given up."""
+        return tuple(sorted(self._given_up))
 
     def take(self) -> list[Demand]:
         """Return the queued ordinals, in order. They are in flight from now on."""
+        for ordinal in self._queued:
+            if self._open[ordinal].prompt_id in self._given_up:
+                self._open[ordinal] = self._with_its_prompt(self._open[ordinal])
         taken = [self._open[ordinal] for ordinal in self._queued]
         self._queued.clear()
         return taken
@@ -93,6 +117,17 @@ class Ordinals:
         self._open[ordinal] = replace(demand, attempt=demand.attempt + 1)
         self._queued[ordinal] = None
 
+    def give_up(self, ordinal: int, prompt_id: str) -> None:
+        """Use a prompt no more, and queue an ordinal of it again. What is finished stays.
+
+        Raises:
+            DataError: every prompt is given up.
+        """
+        self._given_up.add(prompt_id)
+        if len(self._given_up) >= len(self._prompts):
+            raise DataError("data.train: generators fail at every prompt")
+        self.lose(ordinal)
+
     def complete(self, count: int) -> bool:
         """Whether the next `count` ordinals are finished, without looking at each."""
         return self._first_missing >= self._first + count
@@ -111,9 +146,12 @@ class Ordinals:
         return drawn
 
     def outstanding(self) -> tuple[tuple[int, str, int, int], ...]:
-        """(ordinal, prompt id, min_version, attempt) of what is queued or in flight."""
+        """(ordinal, prompt id, min_version, attempt) of what is queued or in flight.
+
+        The prompt is the one of the next attempt.
+        """
         return tuple(
-            (ordinal, demand.prompt_id, demand.min_version, demand.attempt)
+            (ordinal, self._with_its_prompt(demand).prompt_id, demand.min_version, demand.attempt)
             for ordinal, demand in sorted(self._open.items())
         )
 
@@ -128,6 +166,7 @@ class Ordinals:
         end: int,
         finished: Iterable[Rollout],
         outstanding: Iterable[tuple[int, str, int, int]],
+        given_up: Iterable[str],
     ) -> None:
         """Restore the ordinals [first, end) of a saved state; what was in flight is queued.
 
@@ -139,6 +178,7 @@ class Ordinals:
         """
         self._first = self._first_missing = first
         self._end = end
+        self._given_up = set(given_up)
         self._open.clear()
         self._queued.clear()
         self._finished = {
@@ -150,7 +190,8 @@ class Ordinals:
         for ordinal, prompt_id, min_version, attempt in outstanding:
             if ordinal >= end:
                 continue
-            prompt = self._prompts[self._order.indices(ordinal, ordinal + 1)[0]]
+            (number,) = self.prompts(ordinal, ordinal + 1)
+            prompt = self._prompts[number]
             if prompt.prompt_id != prompt_id:
                 raise ValueError(
                     f"the prompts must be those of the saved buffer, got {prompt.prompt_id!r} for"
@@ -159,6 +200,31 @@ class Ordinals:
                 )
             self._open[ordinal] = _demand(prompt, ordinal, min_version, attempt)
             self._queued[ordinal] = None
+
+    def _unless_given_up(self, number: int, ordinal: int) -> int:
+        """The prompt of this number, or the ordinal's substitute for it."""
+        if not self._given_up:
+            return number
+        return next(
+            one
+            for one in self._candidates(number, ordinal)
+            if self._prompts[one].prompt_id not in self._given_up
+        )
+
+    def _candidates(self, number: int, ordinal: int) -> Iterator[int]:
+        """The prompt of an ordinal, and its substitutes in their order."""
+        yield number
+        yield from (
+            generator(self._seed, Stream.SUBSTITUTES, ordinal)
+            .permutation(len(self._prompts))
+            .tolist()
+        )
+
+    def _with_its_prompt(self, demand: Demand) -> Demand:
+        """The demand with the prompt that its ordinal has now."""
+        (number,) = self.prompts(demand.ordinal, demand.ordinal + 1)
+        prompt = self._prompts[number]
+        return replace(demand, prompt_id=prompt.prompt_id, prompt_ids=prompt.token_ids)
 
     def _skip_finished(self) -> None:
         """Move past what is finished; over a run this looks at every ordinal once."""

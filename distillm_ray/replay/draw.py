@@ -27,6 +27,7 @@ class Stream(IntEnum):
     PROMPTS = 2  # index: epoch over the prompts of fresh rollouts
     DEMONSTRATIONS = 3  # index: epoch over the data-set responses
     CORPUS = 4  # index: epoch over the pieces of the corpus
+    SUBSTITUTES = 5  # index: ordinal whose prompt was given up
 
 
 def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:

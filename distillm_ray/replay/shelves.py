@@ -106,7 +106,6 @@ class Shelves:
         num_dataset = self._batch_size - num_student
         rng = generator(self._seed, Stream.REPLAY, step)
         chosen = rng.choice(len(before.replay), size=num_replay, replace=False).tolist()
-        first = self.ordinals.first
         fresh = self.ordinals.draw(num_fresh)
         start = self._dataset_position
         supply = {
@@ -119,11 +118,7 @@ class Shelves:
         corpus = tuple(_drawn(one, Shelf.CORPUS, step) for one in self.corpus_of(step))
         if self._paired:
             assert num_replay == num_dataset == 0, "pairs have no other slots"
-            numbers = self.ordinals.prompts(first, first + num_fresh)
-            pairs = [
-                (self._demonstrations[number], one)
-                for number, one in zip(numbers, fresh, strict=True)
-            ]
+            pairs = [(self._demonstrations[self.ordinals.number_of(one)], one) for one in fresh]
             assert all(learned.prompt_id == one.prompt_id for learned, one in pairs)
             return Taken(
                 sequences=(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from distillm_ray.types import FinishReason, Prompt, Rollout, Source
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,6 +32,7 @@ class BufferState:
     dataset_position: int
     fresh_counts: dict[int, int]  # step -> fresh rollouts promised to it
     outstanding: tuple[tuple[int, str, int, int], ...]  # ordinal, prompt id, min_version, attempt
+    given_up: tuple[str, ...]  # prompt ids
     finished: tuple[Rollout, ...]
     replay: tuple[Rollout, ...]  # oldest first
     duplicates: int
@@ -84,6 +85,7 @@ class BufferState:
         # JSON keeps neither integer keys nor tuples.
         values["fresh_counts"] = {int(s): n for s, n in values["fresh_counts"].items()}
         values["outstanding"] = tuple(tuple(entry) for entry in values["outstanding"])
+        values["given_up"] = tuple(values["given_up"])
         return cls(
             **values,
             finished=tuple(rollouts[:num_finished]),

@@ -22,6 +22,7 @@ import numpy as np
 from distillm_ray.config import VllmEngine
 from distillm_ray.directory_lock import locked
 from distillm_ray.models.dtypes import resolve_dtype
+from distillm_ray.rollout.engine_owner import own_engine
 from distillm_ray.rollout.generator import Generator, Request, Response
 from distillm_ray.types import Bucket, FinishReason
 from distillm_ray.weights.buckets import write_buckets
@@ -72,6 +73,7 @@ class VllmGenerator(Generator):
         on_cpu = self.job.device == "cpu"
         num_threads = self.config.num_threads
         os.environ.update(vllm_environment(device=self.job.device, num_threads=num_threads))
+        own_engine()
         remove_abandoned_weights(node_local_memory())
         # Imported here because vLLM reads its environment at import.
         from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
@@ -103,6 +105,8 @@ class VllmGenerator(Generator):
         self._serial = itertools.count()
         self._engine = AsyncLLM.from_engine_args(arguments)
         await self._engine.collective_rpc("limit_vocabulary", args=(self.job.vocabulary_size,))
+        if on_cpu and self.config.tensor_parallel > 1:
+            await self._engine.collective_rpc("unlink_shared_memory")
 
     async def stop(self) -> None:
         """Shut the engine down. Requests in flight fail."""

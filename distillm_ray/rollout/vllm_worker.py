@@ -1,12 +1,8 @@
-"""Code that runs inside vLLM's worker processes: vocabulary limit and weight loading."""
+"""Code that runs inside vLLM's worker processes: vocabulary limit, weight loading, their end."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,10 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
+from distillm_ray.rollout.engine_owner import end_with_owner
 from distillm_ray.weights.buckets import read_tensors
+
+_SHARED_MEMORY = "/dev/shm/vllm_dist_"
 
 
 class WorkerExtension:
@@ -40,6 +39,16 @@ class WorkerExtension:
 
         model.compute_logits = limited
 
+    def unlink_shared_memory(self) -> None:
+        """Remove the names of the memory through which workers on a CPU exchange tensors.
+
+        Every worker has mapped it by now. vLLM leaves it behind, also at its normal end.
+        """
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+            _, slash, rest = line.partition("/")
+            if (path := slash + rest).startswith(_SHARED_MEMORY):
+                Path(path).unlink(missing_ok=True)
+
     def take_weights(self, directory: str) -> None:
         """Replace the model's weights with those in `directory`, named as in the checkpoint.
 
@@ -61,13 +70,4 @@ class WorkerExtension:
                 layer.quant_method.process_weights_after_loading(layer)
 
 
-def _end_with_parent() -> None:
-    """Exit when the generator is killed; vLLM's engine process would live on with its memory."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(2)
-    os._exit(1)
-
-
-if multiprocessing.parent_process() is not None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+end_with_owner()

@@ -51,7 +51,7 @@ class Trouble(PooledActor):
             return
         if only_once:
             Path(only_once).touch()
-        match action:
+        match action.partition(" ")[0]:  # what follows tells one input from another
             case "die":
                 os._exit(1)
             case "raise":
@@ -97,6 +97,17 @@ class FakeGenerator(Trouble):
 
     async def takes_weights(self) -> bool:
         return self.taking
+
+
+class DemandedGenerator(FakeGenerator):
+    """Responds to a demand as a real one does; its prompt's id tells it what to do."""
+
+    async def generate(self, demand: Demand) -> Rollout:
+        await asyncio.sleep(0.02)
+        await self.obey(demand.prompt_id)
+        await asyncio.sleep(0.02)
+        name = f"student-{demand.ordinal}"
+        return make.rollout(name, prompt_id=demand.prompt_id, ordinal=demand.ordinal)
 
 
 class FakeScorer(Trouble):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
+from distillm_ray.cluster import buffer as buffer_module
 from distillm_ray.cluster.actors import BufferLost
-from distillm_ray.cluster.buffer import BufferActor
+from distillm_ray.cluster.buffer import BufferActor, ReplayProducer
 from distillm_ray.cluster.learner import Links
+from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.config import Config
-from distillm_ray.errors import RunDirectoryError
+from distillm_ray.errors import ClusterError, RunDirectoryError
 from distillm_ray.types import DrawFacts, TrainingData, TrainStep, Validation
 from tests import make
 from tests.integration.actors import (
@@ -111,6 +116,27 @@ def draw(links: Links, step: int) -> DrawFacts:
     return plan.facts
 
 
+async def test_a_frozen_buffer_is_noticed_by_the_orchestrator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffer_module, "_WORK_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(buffer_module, "CALL_TIMEOUT_S", 2.0)
+    actor = remote_buffer(small_config(tmp_path))
+    pid = get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    nothing: Any = None
+    log = AsyncLog(None)
+    producer = ReplayProducer(actor, nothing, log, restore_limit_s=2.0)
+    assert (await producer.work()).demand == (), "it waits for its restore"
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ClusterError, match=r"no reply within .* s: the replay buffer"):
+            await producer.work()
+        with pytest.raises(ClusterError, match=r"buffer's restore \(run\.startup_timeout_s\)"):
+            await producer.restore(None, 0)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_a_restored_buffer_ignores_work_of_an_earlier_incarnation(tmp_path: Path) -> None:
     config = small_config(tmp_path, schedule={"type": "fixed", "phi": 1.0})
     buffer = remote_buffer(config)
@@ -120,12 +146,12 @@ def test_a_restored_buffer_ignores_work_of_an_earlier_incarnation(tmp_path: Path
         return get(call)
 
     assert not restore(1)
-    before = get(buffer.work.remote())
+    before = get(buffer.work.remote(60.0))
     kill_and_await_restart(buffer)
     prompt_id = before.demand[0].prompt_id
     response = make.rollout("student-0", ordinal=0, prompt_id=prompt_id)
     get([buffer.add.remote(1, response), buffer.lose.remote(1, 1)])
-    work = buffer.work.remote()
+    work = buffer.work.remote(60.0)
     assert not ray.wait([work], timeout=0.5)[0]
     assert restore(2)
     after = get(work)

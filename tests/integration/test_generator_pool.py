@@ -146,13 +146,13 @@ async def test_a_user_error_is_raised_unchanged_and_replaces_no_actor() -> None:
 async def test_too_many_failures_in_a_row_end_every_call_with_a_message() -> None:
     pool = pool_of(remote(FakeGenerator), max_in_flight=1)
     await pool.start()
-    for _ in range(MAX_FAILURES - 1):
+    for index in range(MAX_FAILURES - 1):
         with pytest.raises(ActorLost):
-            await pool.generate(demand("raise"))
+            await pool.generate(demand(f"raise {index}"))
     await pool.generate(demand())  # a success resets the count
-    for _ in range(MAX_FAILURES - 1):
+    for index in range(MAX_FAILURES - 1):
         with pytest.raises(ActorLost):
-            await pool.generate(demand("raise"))
+            await pool.generate(demand(f"raise {index} again"))
     last = asyncio.create_task(pool.generate(demand("raise")))
     waiting = asyncio.create_task(pool.respond(make.prompt(), GREEDY, 0))
     message = r"^generator 0 failed 3 times in a row, the last time with: RuntimeError: out of mem"

@@ -250,5 +250,5 @@ def test_data_read_in_process_are_those_that_ray_data_reads(config: Path, tmp_pa
         tokenizing.tokenize_rows, renderer=renderer, config=settings, require_responses=True
     )
     in_process = tokenizing.map_files(files, tokenize)
-    assert in_process.equals(ray_data.map_files(files, tokenize))
+    assert in_process.equals(ray_data.mapper(stall_timeout_s=60.0)(files, tokenize))
     assert in_process["kind"].to_pylist().count(None) == in_process.num_rows - 3
