@@ -8,7 +8,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+)
 
 T = TypeVar("T")
 
@@ -36,6 +43,12 @@ Amount = Annotated[Number, Field(ge=0.0)]
 Above0 = Annotated[Number, Field(gt=0.0)]
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float32"]
 """`auto` is bfloat16 where the processor computes it natively, else float32."""
+
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_PREFIX = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?/"
+LabelKey = Annotated[str, StringConstraints(pattern=f"^({_PREFIX})?{_NAME}$")]
+LabelValue = Annotated[str, StringConstraints(pattern=f"^{_NAME}$")]
+"""Labels of nodes, as Ray and Kubernetes write them."""
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 
