@@ -282,8 +282,12 @@ def manifest(
         str | None,
         typer.Option(help="--ray-up: type of the machines; --skypilot: accelerator, as in H100."),
     ] = None,
-    node_gpus: Annotated[int, typer.Option(help="GPUs of one machine.", min=1)] = 8,
-    node_cpus: Annotated[int, typer.Option(help="CPUs of one machine.", min=1)] = 64,
+    node_gpus: Annotated[
+        int | None, typer.Option(help="GPUs of one machine; 8 by default.", min=1)
+    ] = None,
+    node_cpus: Annotated[
+        int | None, typer.Option(help="CPUs of one machine; 64 by default.", min=1)
+    ] = None,
     node_memory_gib: Annotated[
         int | None, typer.Option(help="Memory of one machine; not written if unknown.", min=1)
     ] = None,

@@ -33,10 +33,10 @@ HEAD_MEMORY_GIB = 16  # beyond its object store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What one machine of the cluster has."""
+    """What one machine of the cluster can give; by default what most with eight GPUs can."""
 
-    gpus: int
-    cpus: int
+    gpus: int = 8
+    cpus: int = 64
     memory_gib: int | None = None  # None: not known
 
 
@@ -112,8 +112,9 @@ def pods(config: Config, device: Device, machine: Machine, store_gib: int | None
                 f" {role.gpus:g}: the rest of the GPU would be idle; set {role.section}.num_gpus=1,"
                 " or share machines with --slurm, --skypilot or --ray-up"
             )
-        most = _processes_per_machine(role, machine) if role.section == "learner" else 1
-        _processes_per_machine(role, machine)  # at least one
+        most = _processes_per_machine(role, machine)
+        if role.section != "learner":
+            most = 1
         count = math.ceil(role.count / most)
         each = math.ceil(role.count / count)
         gpus = each * int(role.gpus)
@@ -190,7 +191,8 @@ def _processes_per_machine(role: RoleSpec, machine: Machine) -> int:
     if role.cpus > 0:
         most = min(most, machine.cpus // role.cpus)
     if most < 1:
-        keys = " or ".join(key for key in (role.gpus_key, role.cpus_key))
+        above = ((role.gpus_key, role.gpus, machine.gpus), (role.cpus_key, role.cpus, machine.cpus))
+        keys = " and ".join(key for key, asked, there in above if asked > there)
         raise ConfigError(
             f"a {role.role} needs {role.gpus:g} GPUs and {role.cpus:g} CPUs on one machine, which"
             f" has {machine.gpus} GPUs and {machine.cpus} CPUs (--node-gpus, --node-cpus); lower"

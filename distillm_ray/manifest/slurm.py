@@ -57,9 +57,9 @@ def slurm(job: Job, layout: Layout) -> str:
         ' > "$RAY_AUTH_TOKEN_PATH")',
         "",
         'mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
-        "# Runs a command on one of the nodes, by its number.",
+        "# Becomes a command on one of the nodes, by its number; for subshells only.",
         "on() {",
-        '  srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK"'
+        '  exec srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK"'
         ' --nodelist="${nodes[$1]}" "${@:2}"',
         "}",
         "trap 'rm -f \"$RAY_AUTH_TOKEN_PATH\"; kill $(jobs -p) 2> /dev/null || true; wait' EXIT",

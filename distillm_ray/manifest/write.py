@@ -31,26 +31,34 @@ class Request:
     format: Format
     image: str | None = None
     machine_type: str | None = None
-    node_gpus: int = 8
-    node_cpus: int = 64
+    node_gpus: int | None = None
+    node_cpus: int | None = None
     node_memory_gib: int | None = None
     object_store_gib: int | None = None
 
     @property
     def options(self) -> list[str]:
-        """The options again, those with default values left out."""
-        shown = [f"--{self.format}"]
-        for name, value, default in (
-            ("image", self.image, None),
-            ("machine-type", self.machine_type, None),
-            ("node-gpus", self.node_gpus, 8),
-            ("node-cpus", self.node_cpus, 64),
-            ("node-memory-gib", self.node_memory_gib, None),
-            ("object-store-gib", self.object_store_gib, None),
-        ):
-            if value != default:
-                shown += [f"--{name}", str(value)]
-        return shown
+        """The options again."""
+        given = (
+            ("image", self.image),
+            ("machine-type", self.machine_type),
+            ("node-gpus", self.node_gpus),
+            ("node-cpus", self.node_cpus),
+            ("node-memory-gib", self.node_memory_gib),
+            ("object-store-gib", self.object_store_gib),
+        )
+        named = [(f"--{name}", str(value)) for name, value in given if value is not None]
+        return [f"--{self.format}", *(part for pair in named for part in pair)]
+
+    @property
+    def machine(self) -> Machine:
+        """What one machine can give."""
+        usual = Machine()
+        return Machine(
+            gpus=self.node_gpus or usual.gpus,
+            cpus=self.node_cpus or usual.cpus,
+            memory_gib=self.node_memory_gib,
+        )
 
 
 def write(path: Path, overrides: Sequence[str], request: Request) -> str:
@@ -63,11 +71,8 @@ def write(path: Path, overrides: Sequence[str], request: Request) -> str:
     config = _load(path, overrides, request)
     device = "cpu" if config.run.device == "cpu" else "cuda"
     _check_machine_type(request, device)
-    machine = Machine(
-        gpus=request.node_gpus, cpus=request.node_cpus, memory_gib=request.node_memory_gib
-    )
     lay_out = pods if request.format == "kuberay" else machines
-    layout = lay_out(config, device, machine, request.object_store_gib)
+    layout = lay_out(config, device, request.machine, request.object_store_gib)
     job = make_job(
         config,
         path,
