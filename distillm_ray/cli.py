@@ -267,6 +267,72 @@ def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 
 @app.command()
+def manifest(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    *,
+    kuberay: Annotated[bool, typer.Option("--kuberay", help="A RayJob for KubeRay.")] = False,
+    ray_up: Annotated[bool, typer.Option("--ray-up", help="A cluster file for `ray up`.")] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="A batch script for Slurm.")] = False,
+    skypilot: Annotated[bool, typer.Option("--skypilot", help="A task for SkyPilot.")] = False,
+    image: Annotated[
+        str | None, typer.Option(help="The image of deploy/Dockerfile, in your registry.")
+    ] = None,
+    machine_type: Annotated[
+        str | None,
+        typer.Option(help="--ray-up: type of the machines; --skypilot: accelerator, as in H100."),
+    ] = None,
+    node_gpus: Annotated[
+        int | None, typer.Option(help="GPUs of one machine; 8 by default.", min=1)
+    ] = None,
+    node_cpus: Annotated[
+        int | None, typer.Option(help="CPUs of one machine; 64 by default.", min=1)
+    ] = None,
+    node_memory_gib: Annotated[
+        int | None, typer.Option(help="Memory of one machine; not written if unknown.", min=1)
+    ] = None,
+    object_store_gib: Annotated[
+        int | None,
+        typer.Option(help="Object store of a node; by default targets and 16 more.", min=1),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; printed by default.", parser=_path)
+    ] = None,
+) -> None:
+    """A manifest that runs this config on a cluster: KubeRay, `ray up`, Slurm or SkyPilot."""
+    with _user_errors():
+        from distillm_ray.manifest.write import Format, Request, write
+
+        flags: tuple[tuple[Format, bool], ...] = (
+            ("kuberay", kuberay),
+            ("ray-up", ray_up),
+            ("slurm", slurm),
+            ("skypilot", skypilot),
+        )
+        asked: list[Format] = [name for name, given in flags if given]
+        if len(asked) != 1:
+            raise UserError(
+                "manifest needs one of --kuberay, --ray-up, --slurm and --skypilot, got"
+                f" {' and '.join(f'--{name}' for name in asked) or 'none'}"
+            )
+        request = Request(
+            format=asked[0],
+            image=image,
+            machine_type=machine_type,
+            node_gpus=node_gpus,
+            node_cpus=node_cpus,
+            node_memory_gib=node_memory_gib,
+            object_store_gib=object_store_gib,
+        )
+        text = write(config, overrides or [], request)
+        if output is None:
+            typer.echo(text, nl=False)
+        else:
+            output.write_text(text, encoding="utf-8")
+            typer.echo(f"wrote {output}")
+
+
+@app.command()
 def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Prove what can be proven in a minute: rows, packing, heads, export, responses."""
     with _user_errors():

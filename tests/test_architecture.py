@@ -28,7 +28,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("report",),
     ("preflight", "watch"),
-    ("check", "checkpoint_export", "jobs", "local", "new_student", "pipeline", "plan", "scoring"),
+    (
+        "check",
+        "checkpoint_export",
+        "jobs",
+        "local",
+        "manifest",
+        "new_student",
+        "pipeline",
+        "plan",
+        "scoring",
+    ),
     ("doctor",),
     ("cli",),
 )

@@ -92,6 +92,7 @@ def test_a_full_disk_gives_a_message_and_any_other_disk_error_a_stack_trace(
         ["train", "CONFIG", "learner.stepz=5"],
         ["train", "nowhere.yaml"],
         ["show", "CONFIG"],
+        ["manifest", "CONFIG", "--slurm"],
         ["plan", "--help"],
         ["plan", "CONFIG", "learner.stepz=5"],
         ["plan", "CONFIG", "--stages", "nowhere.json"],

@@ -688,6 +688,19 @@ def test_defaults_that_follow_from_another_section_are_filled_in() -> None:
     assert shown == config, "the resolved config is complete"
 
 
+@pytest.mark.parametrize("key", ["pool", "example.com/pool", "a/B_c.d-e", "x" * 63])
+def test_labels_of_nodes_are_what_ray_and_kubernetes_take(key: str) -> None:
+    assert make.config(learner={"node_labels": {key: "a100"}}).learner.node_labels == {key: "a100"}
+
+
+@pytest.mark.parametrize("label", ["", "-x", "x y", "x/", "a/b/c", "A/b", "x" * 64])
+def test_other_labels_are_refused_by_key(label: str) -> None:
+    with pytest.raises(ConfigError, match=r"learner.node_labels.*must be at most 63 letters"):
+        parse_config(make.tree(learner={"node_labels": {label: "a"}}), name="x.yaml")
+    with pytest.raises(ConfigError, match=r"learner.node_labels.pool: must be at most 63 letters"):
+        parse_config(make.tree(learner={"node_labels": {"pool": label}}), name="x.yaml")
+
+
 def load_text(text: str) -> Config:
     return parse_config(yaml.safe_load(text), name="x.yaml")
 

@@ -276,3 +276,31 @@ def test_threads_follow_the_cpus_unless_they_are_set() -> None:
     config = make.config(rollout={"num_cpus": 3.5}, learner={"num_cpus": 0, "num_threads": 2})
     threads = {role.role: role.num_threads for role in training(config, "cpu").roles}
     assert threads == {"learner": 2, "generator": 3, "scorer": 1}
+
+
+def test_a_role_with_node_labels_needs_room_on_such_nodes() -> None:
+    config = make.config(
+        rollout={"actors": 2, "node_labels": {"pool": "generators"}},
+        learner={"node_labels": {"pool": "learners", "zone": "a"}},
+    )
+    learners = {"pool": "learners", "zone": "a", "ray.io/node-id": "1"}
+
+    def nodes(generators: int) -> Available:
+        labelled = Node(cpus=generators, labels={"pool": "generators"})
+        return Available(nodes=(Node(cpus=4), labelled, Node(cpus=1, labels=learners)))
+
+    check(train_phases(config, "cpu"), nodes(2))
+    message = refusal(config, "cpu", nodes(1))
+    assert (
+        "only 1 of 2 generator processes fit: each needs 1 CPUs and 0 GPUs on one node with"
+        " pool=generators, the nodes with pool=generators have 1 CPUs and 0 GPUs; lower"
+        " rollout.actors or rollout.num_cpus, or change rollout.node_labels" in message
+    )
+    unlabelled = refusal(config, "cpu", Available(nodes=(Node(cpus=8),)))
+    assert "the nodes with pool=learners, zone=a have nothing: there is none" in unlabelled
+
+
+def test_a_role_without_labels_leaves_labelled_nodes_to_those_that_need_them() -> None:
+    config = make.config(teacher={"node_labels": {"pool": "scorers"}}, rollout={"num_cpus": 2})
+    labelled = Node(cpus=2, labels={"pool": "scorers"})
+    check(train_phases(config, "cpu"), Available(nodes=(labelled, Node(cpus=2))))

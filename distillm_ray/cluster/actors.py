@@ -49,6 +49,7 @@ def pooled(role: type[A], spec: RoleSpec, device: Device) -> ActorClass[A]:
         max_restarts=-1,
         max_task_retries=0,
         max_concurrency=MAX_CONCURRENCY,
+        label_selector=dict(spec.node_labels),
         runtime_env={"env_vars": thread_settings(spec.num_threads, device)},
     )
 

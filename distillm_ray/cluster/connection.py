@@ -63,15 +63,16 @@ def connect(config: Config, *, weights_bytes: int = 0, namespace: str = "distill
 
 def available() -> Available:
     """What the connected cluster offers."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
     return Available(
         nodes=tuple(
             Node(
-                cpus=node.get("CPU", 0),
-                gpus=node.get("GPU", 0),
-                object_store_bytes=int(node.get("object_store_memory", 0)),
+                cpus=resources.get("CPU", 0),
+                gpus=resources.get("GPU", 0),
+                object_store_bytes=int(resources.get("object_store_memory", 0)),
+                labels=labels,
             )
-            for node in nodes
+            for resources, labels in nodes
         )
     )
 

@@ -206,7 +206,10 @@ class LearnerGroup(threading.Thread):
             _run_worker,
             train_loop_config={"worker": self._worker, "job": job},
             scaling_config=ScalingConfig(
-                num_workers=spec.count, use_gpu=spec.gpus > 0, resources_per_worker=resources
+                num_workers=spec.count,
+                use_gpu=spec.gpus > 0,
+                resources_per_worker=resources,
+                label_selector=dict(spec.node_labels) or None,
             ),
             torch_config=TorchConfig(
                 backend="nccl" if job.device == "cuda" else "gloo",

@@ -17,8 +17,8 @@ only coordinate (replay buffer, target stores, orchestrator, log, run control) a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -41,11 +41,17 @@ class RoleSpec:
     gpus: float  # per process
     gpus_key: str
     num_threads: int  # CPU threads per process
+    node_labels: Mapping[str, str]  # that a node must have to run such a process
 
     @property
     def cpus_key(self) -> str:
         """The config key of `cpus`."""
         return f"{self.section}.num_cpus"
+
+    @property
+    def labels_key(self) -> str:
+        """The config key of `node_labels`."""
+        return f"{self.section}.node_labels"
 
     def keys(self, device: Device) -> list[str]:
         """The config keys that set what this role asks for."""
@@ -223,6 +229,7 @@ def _spec(
         gpus=gpus if device == "cuda" else 0.0,
         gpus_key=gpus_key,
         num_threads=process.num_threads,
+        node_labels=process.node_labels,
     )
 
 
@@ -236,6 +243,7 @@ class Node:
     cpus: float
     gpus: float = 0.0
     object_store_bytes: int | None = None  # None: not known
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,22 +358,39 @@ def _beyond_stores(phase: Phase, nodes: Sequence[Node]) -> list[str]:
 def _unplaceable(phase: Phase, nodes: Sequence[Node]) -> list[str]:
     """Enough in total, but a process cannot be split over nodes: first-fit decreasing."""
     free = [[node.cpus, node.gpus] for node in nodes]
-    largest_first = sorted(phase.roles, key=lambda role: (role.gpus, role.cpus), reverse=True)
-    for role in largest_first:
+    choosy_and_large_first = sorted(
+        phase.roles,
+        key=lambda role: (bool(role.node_labels), role.gpus, role.cpus),
+        reverse=True,
+    )
+    for role in choosy_and_large_first:
+        wanted = role.node_labels.items()
         for placed in range(role.count):
             home = next(
-                (place for place in free if place[0] >= role.cpus and place[1] >= role.gpus),
+                (
+                    place
+                    for place, node in zip(free, nodes, strict=True)
+                    if wanted <= node.labels.items()
+                    and place[0] >= role.cpus
+                    and place[1] >= role.gpus
+                ),
                 None,
             )
             if home is None:
                 keys = role.keys("cuda" if role.gpus > 0 else "cpu")
+                suitable = [node for node in nodes if wanted <= node.labels.items()]
                 offers = ", ".join(
-                    f"{_amount(node.cpus)} CPUs and {_amount(node.gpus)} GPUs" for node in nodes
+                    f"{_amount(node.cpus)} CPUs and {_amount(node.gpus)} GPUs" for node in suitable
                 )
+                labels, remedy = "", f"lower {' or '.join(keys)}"
+                if wanted:
+                    pairs = ", ".join(f"{key}={value}" for key, value in wanted)
+                    labels, remedy = f" with {pairs}", f"{remedy}, or change {role.labels_key}"
                 return [
                     f"{phase.name}: only {placed} of {role.count} {role.role} processes fit: each"
-                    f" needs {_amount(role.cpus)} CPUs and {_amount(role.gpus)} GPUs on one node,"
-                    f" the nodes have {offers}; lower {' or '.join(keys)}"
+                    f" needs {_amount(role.cpus)} CPUs and {_amount(role.gpus)} GPUs on one"
+                    f" node{labels}, the nodes{labels} have {offers or 'nothing: there is none'};"
+                    f" {remedy}"
                 ]
             home[0] -= role.cpus
             home[1] -= role.gpus

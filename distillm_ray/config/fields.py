@@ -8,7 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+)
 
 T = TypeVar("T")
 
@@ -36,6 +42,28 @@ Amount = Annotated[Number, Field(ge=0.0)]
 Above0 = Annotated[Number, Field(gt=0.0)]
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float32"]
 """`auto` is bfloat16 where the processor computes it natively, else float32."""
+
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
+_LABEL_PREFIX = re.compile(r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?")
+
+
+def _label_key(text: str) -> str:
+    _label(_LABEL_PREFIX.sub("", text, count=1))
+    return text
+
+
+def _label(text: str) -> str:
+    if not _LABEL.fullmatch(text):
+        raise ValueError(
+            "must be at most 63 letters, digits, -, _ and ., the first and last of them a letter or"
+            f" digit, got {text!r}: Ray and Kubernetes take no other labels"
+        )
+    return text
+
+
+LabelKey = Annotated[str, AfterValidator(_label_key)]
+LabelValue = Annotated[str, AfterValidator(_label)]
+"""Labels of nodes, as Ray and Kubernetes write them. A key may begin with a domain and a slash."""
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 

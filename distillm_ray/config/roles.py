@@ -16,6 +16,8 @@ from distillm_ray.config.fields import (
     Dtype,
     Fraction,
     Integer,
+    LabelKey,
+    LabelValue,
     MayChange,
     NonNegative,
     Number,
@@ -41,6 +43,8 @@ class ProcessConfig(Section):
         default_factory=lambda values: max(1, int(values.get("num_cpus", 1))),
         validate_default=False,
     )  # CPU threads; default: num_cpus
+    # Nodes that run it must have these labels (`ray start --labels`).
+    node_labels: MayChange[dict[LabelKey, LabelValue]] = Field(default_factory=dict)
 
 
 class PoolConfig(ProcessConfig):

@@ -114,6 +114,7 @@ def start_held_out_loss(
         num_cpus=spec.cpus,
         num_gpus=spec.gpus,
         max_retries=0,
+        label_selector=dict(spec.node_labels),
         runtime_env={"env_vars": thread_settings(spec.num_threads, device)},
     )(_held_out_loss)
     return task.remote(

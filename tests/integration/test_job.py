@@ -1,4 +1,4 @@
-"""`ray job submit` on a cluster of our own: log, exit code, stop and resume.
+"""`ray job submit` on a cluster of our own: log, exit code, stop and resume, with a token.
 
 The cluster has its own ports and its own folder. The tests end only the processes that they have
 started, so that they do not disturb another Ray on this machine.
@@ -15,7 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(4 *
 
 BIN = Path(sys.executable).parent
 STEPS = 60
+TOKEN = uuid.uuid4().hex  # of the cluster
 ROLES = ("GeneratorActor", "ScorerActor", "TargetStore", "BufferActor", "Orchestrator", "RayTrain")
 CONNECT_SCRIPT = """
 from pathlib import Path
@@ -113,7 +114,8 @@ def head() -> Iterator[Head]:
     environment = {
         **clean_environment(),
         MARK: mark,
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
         "RAY_TMPDIR": str(folder),
         # Ray's defaults, 60 and 30 s, are too short on a busy machine.
         "RAY_raylet_start_wait_time_s": "150",
@@ -218,6 +220,19 @@ def test_a_stopped_job_leaves_a_checkpoint_and_no_actor_and_resumes_when_submitt
     assert [record.step for record in records(run, StepRecord)] == list(range(1, STEPS + 1))
     assert [record.status for record in records(run, DoneRecord)] == ["stopped", "complete"]
     assert list((run / "model").glob("*.safetensors"))
+    assert TOKEN not in output
+    for path in (path for path in run.rglob("*") if path.is_file()):
+        assert TOKEN.encode() not in path.read_bytes(), f"{path} holds the cluster's token"
+
+
+def test_a_job_without_the_token_is_refused(head: Head, config: Path) -> None:
+    stranger = {**head.environment, "RAY_AUTH_TOKEN": "another"}
+    submitted = replace(head, environment=stranger).submit(
+        "stranger", config.parent, "distillm-ray", "train", config.name
+    )
+    code, output = finish(submitted, LIMIT_S)
+    assert code != 0
+    assert "token" in output.lower()
 
 
 def test_a_job_with_a_bad_config_fails_with_the_message(head: Head, config: Path) -> None:

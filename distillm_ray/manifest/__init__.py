@@ -1,0 +1,1 @@
+"""Manifests for clusters, from a config: pure functions from role specs to documents."""
