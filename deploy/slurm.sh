@@ -38,10 +38,10 @@ trap 'rm -f "$RAY_AUTH_TOKEN_PATH"; kill $(jobs -p) 2> /dev/null || true; wait' 
 head_ip=$(on 0 hostname --ip-address)
 head_ip="${head_ip%% *}"
 export RAY_ADDRESS="$head_ip:6379"
-on 0 ray start --head --node-ip-address="$head_ip" --port=6379 --block --num-cpus=64 --object-store-memory=19327352832 --labels=distillm-ray=learner --disable-usage-stats &
+on 0 ray start --head --node-ip-address="$head_ip" --port=6379 --block --num-cpus=64 --object-store-memory=34359738368 --labels=distillm-ray=learner --disable-usage-stats &
 timeout 300 bash -c "until ray health-check --address $RAY_ADDRESS > /dev/null 2>&1; do sleep 2; done"
-on 1 ray start --address="$RAY_ADDRESS" --block --num-cpus=64 --object-store-memory=19327352832 --labels=distillm-ray=learner --disable-usage-stats &
-on 2 ray start --address="$RAY_ADDRESS" --block --num-cpus=64 --object-store-memory=19327352832 --labels=distillm-ray=generator-scorer --disable-usage-stats &
+on 1 ray start --address="$RAY_ADDRESS" --block --num-cpus=64 --object-store-memory=34359738368 --labels=distillm-ray=learner --disable-usage-stats &
+on 2 ray start --address="$RAY_ADDRESS" --block --num-cpus=64 --object-store-memory=34359738368 --labels=distillm-ray=generator-scorer --disable-usage-stats &
 timeout 900 python - <<'END'
 import time
 import ray

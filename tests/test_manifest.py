@@ -20,6 +20,7 @@ from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError, ConfigError
 from distillm_ray.manifest.job import SHARED, STOP_S, check_shells
 from distillm_ray.manifest.layout import (
+    AUTO_TARGETS_GIB,
     SHM_MARGIN_GIB,
     TRANSIT_GIB,
     Layout,
@@ -337,7 +338,7 @@ def test_pods_have_shared_memory_for_the_object_store_and_the_shared_directory(
 ) -> None:
     cluster = ray_job["spec"]["rayClusterSpec"]
     store = int(cluster["headGroupSpec"]["rayStartParams"]["object-store-memory"])
-    assert store == (TRANSIT_GIB + 2) * GIB
+    assert store == (TRANSIT_GIB + AUTO_TARGETS_GIB) * GIB
     for group in cluster["workerGroupSpecs"]:
         assert group["rayStartParams"]["object-store-memory"] == str(store)
     for spec in pod_specs(ray_job).values():

@@ -25,6 +25,8 @@ LABEL = "distillm-ray"  # of nodes: the name of their group
 
 TRANSIT_GIB = 16
 """Of the object store, for weights and batches: two versions of 2 billion parameters in float32."""
+AUTO_TARGETS_GIB = 16
+"""Of the object store, for target stores where `targets.max_bytes` is auto."""
 SHM_MARGIN_GIB = 4
 """Of /dev/shm beyond the object store: NCCL and vLLM keep their own buffers there."""
 HEAD_CPUS = 4
@@ -221,6 +223,8 @@ def _checked(
     use = phases[0].store_use
     num_nodes = has_head + sum(group.count for group in groups)
     targets_gib = math.ceil(math.ceil(use.stores / num_nodes) * use.store_bytes / GIB)
+    if use.stores and config.targets.max_bytes == "auto":
+        targets_gib = AUTO_TARGETS_GIB
     if store_gib is None:
         store_gib = targets_gib + TRANSIT_GIB
     layout = Layout(groups=tuple(groups), store_gib=store_gib, has_head=has_head)
