@@ -31,8 +31,8 @@ from tests.integration.tiny import (
     clean_environment,
     kill_marked,
     make_config,
-    marked_processes,
     records,
+    wait_until_gone,
 )
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(4 * LIMIT_S)]
@@ -144,7 +144,7 @@ def test_a_slurm_job_stops_at_its_time_limit_with_a_checkpoint_and_resumes_when_
     assert job.wait(LIMIT_S) == 0, batch.log()
     assert f"resumed from step {last_step}" in batch.log()
     assert (directory / "requeued").read_text() == "17\n", "it was not stopped"
-    assert marked_processes(batch.mark) == []
+    assert wait_until_gone(batch.mark, 20.0) == []
     for path in (path for path in run.rglob("*") if path.is_file()):
         assert secret.encode() not in path.read_bytes(), path
     assert secret not in batch.log()
