@@ -124,6 +124,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                     )
                 )
                 config = config.with_rows(len(splits.train.prompts))
+                written = config  # without the size of the stores, which is this cluster's
                 view.expect(config.learner.num_steps)
                 _check_metric(config, splits)
                 for line in opening_lines(config, splits, tokenizer):
@@ -137,7 +138,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
         with held(config.run.directory):
             # Checked again: another job may have used the directory until now.
             resume_from = check_run_directory(config)
-            write_atomically(config.run.directory / CONFIG_FILE, dump_config(config).encode())
+            write_atomically(config.run.directory / CONFIG_FILE, dump_config(written).encode())
             keep_or_compare(config.run.directory, splits, resumed=resume_from is not None)
             ends = preflight.student.ends(splits.train.end_token_id)
             for line in write_first_rows(config.run.directory, splits, tokenizer, ends):

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from distillm_ray.models import packed_attention
 from distillm_ray.models.packed_attention import (
     BY_SEQUENCE,
     UnknownAttention,
@@ -148,3 +149,42 @@ def test_arguments_without_influence_are_ignored() -> None:
     expected = attend(boundaries=(0, 2, 6))
     ignored = {"use_cache": False, "position_ids": torch.arange(6)}
     assert torch.equal(attend(boundaries=(0, 2, 6), **ignored), expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_short_sequences_train_in_bfloat16_as_exactly_as_with_sdpa(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(architecture).bfloat16().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        setattr(model.config, name, 0.0)
+    explicit, found = packed_attention._explicit, []
+
+    def counted(*arguments: Any) -> Tensor:
+        found.append(arguments)
+        return explicit(*arguments)
+
+    monkeypatch.setattr(packed_attention, "_explicit", counted)
+    results = []
+    for short in (0, packed_attention.SHORT):
+        monkeypatch.setattr(packed_attention, "SHORT", short)
+        hidden_LD = run(model, BY_SEQUENCE).float()
+        assert bool(found) == (short > 0)
+        model.zero_grad()
+        hidden_LD.square().mean().backward()
+        gradients = [one.grad.float() for one in model.parameters() if one.grad is not None]
+        results.append(torch.cat([one.flatten() for one in (hidden_LD.detach(), *gradients)]))
+    found.clear()
+    with torch.no_grad():
+        run(model.eval(), BY_SEQUENCE)
+    assert not found, "without a backward sdpa is faster"
+    model.float().zero_grad()
+    hidden_LD = run(model, BY_SEQUENCE)
+    hidden_LD.square().mean().backward()
+    gradients = [one.grad for one in model.parameters() if one.grad is not None]
+    exact = torch.cat([one.flatten() for one in (hidden_LD.detach(), *gradients)])
+    in_sdpa, in_memory = ((one - exact).norm() for one in results)
+    assert in_memory <= 1.2 * in_sdpa

@@ -174,7 +174,7 @@ def test_weights_and_batches_in_transit_need_room_on_every_node() -> None:
     weights=st.integers(0, 500),
     batches=st.integers(0, 500),
 )
-def test_the_room_for_targets_is_the_largest_that_fits_into_nine_tenths(
+def test_the_room_for_targets_fits_on_any_node_that_gets_a_store(
     sizes: list[int], stores: int, weights: int, batches: int
 ) -> None:
     nodes = with_stores(*sizes).nodes
@@ -188,10 +188,11 @@ def test_the_room_for_targets_is_the_largest_that_fits_into_nine_tenths(
     assume(all(size * 9 // 10 >= transit for size in sizes))
     room = room_for_targets(phase("auto"), nodes)
     assert room is not None and room % stores == 0
+    most = -(-stores // len(sizes))  # on one node, if they are spread
+    smallest = min(sizes) * 9 // 10 - transit
+    assert most * room // stores <= smallest < most * (room // stores + 1)
     if room:
         check((phase(room),), used)
-    with pytest.raises(ClusterError):
-        check((phase(room + stores),), used)
 
 
 def test_the_room_for_targets_is_not_known_where_a_node_does_not_say() -> None:

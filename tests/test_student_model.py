@@ -57,6 +57,13 @@ def test_lora_trains_only_its_adapters_on_every_linear_layer_of_the_backbone(
     assert type(model.get_output_embeddings()) is torch.nn.Linear
 
 
+def test_a_lora_target_that_is_no_linear_layer_is_refused(directory: Path) -> None:
+    lora = LoraConfig(target_modules=("q_proj", "embed_tokens"))
+    student = StudentConfig(model=directory, dtype="float32", lora=lora)
+    with pytest.raises(ModelError, match=r"student\.lora\.target_modules must name linear layers"):
+        load_student(student, device=torch.device("cpu"), zero_stage=1)
+
+
 def test_a_lora_target_that_the_model_lacks_is_named(directory: Path) -> None:
     lora = LoraConfig(target_modules=("no_such_layer",))
     student = StudentConfig(model=directory, dtype="float32", lora=lora)

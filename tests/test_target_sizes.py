@@ -88,7 +88,6 @@ def test_what_no_term_compares_with_the_teacher_needs_no_room() -> None:
         (300, True, 300),
         (None, True, 2 * 480),
         (5000, False, 5000),
-        (0, True, 1),
     ],
 )
 def test_auto_is_twice_what_is_expected_as_far_as_there_is_room(
@@ -99,6 +98,16 @@ def test_auto_is_twice_what_is_expected_as_far_as_there_is_room(
         token=10, step=40, open_steps=80, replay=100, data=300, num_data=3, is_known=is_known
     )
     assert with_room(config, found, room).targets.limit == limit
+
+
+@pytest.mark.parametrize(("room", "is_known"), [(39, True), (-5, True), (9, False)])
+def test_auto_without_room_for_a_step_is_refused(room: int, is_known: bool) -> None:
+    step = 40 if is_known else 0
+    found = TargetSizes(
+        token=10, step=step, open_steps=0, replay=0, data=0, num_data=0, is_known=is_known
+    )
+    with pytest.raises(ConfigError, match=r"targets\.max_bytes=auto must find room .* larger"):
+        with_room(make.config(), found, room)
 
 
 def test_auto_without_any_figure_is_two_gibibytes() -> None:

@@ -18,7 +18,7 @@ from distillm_ray.config import LoraConfig
 from distillm_ray.learner.student_model import add_adapters
 from distillm_ray.types import AdapterBase
 from distillm_ray.weights.adapters import with_adapters
-from distillm_ray.weights.buckets import read_tensors, to_tensors
+from distillm_ray.weights.buckets import read_tensors, tensor_names, to_tensors
 from distillm_ray.weights.export import export_model
 from distillm_ray.weights.gather import gather
 from distillm_ray.weights.gather_adapters import adapted_weights, gather_adapters
@@ -161,6 +161,18 @@ def test_whole_weights_are_published_where_the_directory_has_other_names(tmp_pat
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert adapted_weights(model, tmp_path) == {}
     assert adapted_weights(tiny_model(), tmp_path) == {}
+
+
+def test_a_second_set_of_weights_in_the_directory_is_not_read(tmp_path: Path) -> None:
+    model = adapted("llama", tmp_path)
+    names = set(dict(read_tensors(tmp_path)))
+    save_file({"layers.0.wq": torch.zeros(2)}, tmp_path / "consolidated.safetensors")
+    assert set(dict(read_tensors(tmp_path))) == tensor_names(tmp_path) == names
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert set(dict(read_tensors(tmp_path))) == tensor_names(tmp_path) == names
+    assert len(adapted_weights(model, tmp_path)) > 0
 
 
 def test_adapters_of_another_model_are_refused(tmp_path: Path) -> None:

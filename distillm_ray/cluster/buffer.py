@@ -167,7 +167,8 @@ class BufferActor(Reporting):
             RunDirectoryError: the state is of other data or of another version's format.
         """
         async with self._lock:
-            self._restored = build_buffer(self._config, data)
+            # In a thread: it reads all rows, and other calls must be answered meanwhile.
+            self._restored = await asyncio.to_thread(build_buffer, self._config, data)
             if state is not None:
                 try:
                     self._restored.restore(state)

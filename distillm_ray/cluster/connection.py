@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+import psutil
 import ray
 
 from distillm_ray.cluster.address import knock
@@ -84,8 +85,13 @@ def resolve_device(config: Config) -> Device:
     return "cuda" if available().gpus > 0 else "cpu"
 
 
-def _local_store_bytes(config: Config, weights_bytes: int) -> int | None:
-    """Room for all targets, the weights and the batches in transit; None: Ray's own choice."""
+def _local_store_bytes(config: Config, weights_bytes: int) -> int:
+    """Room for all targets, the weights and the batches in transit.
+
+    With `targets.max_bytes: auto` it is 30 % of the free memory, Ray's own choice, or more if the
+    weights need it.
+    """
+    transit = weights_bytes + 2 * 2**30
     if config.targets.max_bytes == "auto":
-        return None
-    return config.targets.limit + weights_bytes + 2 * 2**30
+        return max(psutil.virtual_memory().available * 3 // 10, 2 * transit)
+    return config.targets.limit + transit

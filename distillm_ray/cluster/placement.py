@@ -17,6 +17,7 @@ only coordinate (replay buffer, target stores, orchestrator, log, run control) a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -293,19 +294,14 @@ def _problems(phase: Phase, available: Available) -> list[str]:
 def room_for_targets(phase: Phase, nodes: Sequence[Node]) -> int | None:
     """Bytes that the phase's target stores can hold together; None: the nodes do not say.
 
-    Each store is on one node, beside weights and batches in transit. A tenth of a node's object
-    store stays free for everything else.
+    Ray spreads them over the nodes, any of which may be the smallest, beside weights and batches in
+    transit. A tenth of a node's object store stays free for everything else.
     """
     room, count = _object_stores(nodes), phase.store_use.stores
     if room is None or count == 0:
         return None
-    free = [size * 9 // 10 - _transit_bytes(phase, nodes) for size in room]
-    # The best size of a store fills some node without a rest.
-    sizes = {size // share for size in free for share in range(1, count + 1)}
-    fitting = [
-        size for size in sizes if size > 0 and sum(max(one, 0) // size for one in free) >= count
-    ]
-    return count * max(fitting, default=0)
+    smallest = min(room) * 9 // 10 - _transit_bytes(phase, nodes)
+    return count * max(smallest // math.ceil(count / len(room)), 0)
 
 
 def _object_stores(nodes: Sequence[Node]) -> list[int] | None:

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -219,5 +221,12 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
         raise ModelError(
             f"student.lora.target_modules {sorted(names)} do not fit the model: {error}"
         ) from error
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, LoraLinear):
+            raise ModelError(
+                f"student.lora.target_modules must name linear layers, got {name}, a"
+                f" {type(module).__name__}: its adapter would be trained and never exported; leave"
+                " it out"
+            )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)

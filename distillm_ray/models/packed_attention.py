@@ -98,7 +98,7 @@ def by_sequence(
         )
         mask = _window_mask(end - start, sliding_window, query.device)
         plain = softcap is None and s_aux is None
-        if plain and not (causal and mask is None and _is_slow_in_sdpa(query)):
+        if plain and not (causal and mask is None and _is_slow_in_sdpa(module, query)):
             part, _ = sdpa_attention_forward(
                 module,
                 query,
@@ -126,13 +126,15 @@ def _explicit(
     softcap: float | None,
     s_aux_H: Tensor | None,
 ) -> Tensor:
-    """Attention whose scores are in memory, in float32; causal where there is no mask."""
+    """Attention whose scores are in memory; causal where there is no mask."""
     batch, heads, length, size = query_BHLD.shape
     groups = key_BGLD.shape[1]
     # M: the queries of all heads that share their keys and values.
     query_BGMD = query_BHLD.reshape(batch, groups, -1, size)
     scale = size**-0.5 if scaling is None else scaling
-    scores_BGML = query_BGMD.float() @ key_BGLD.float().transpose(2, 3)
+    if query_BHLD.device.type == "cpu":  # costs nothing there; a GPU has no tensor cores for it
+        query_BGMD, key_BGLD = query_BGMD.float(), key_BGLD.float()
+    scores_BGML = query_BGMD @ key_BGLD.transpose(2, 3)
     scores_BHLL = scores_BGML.view(batch, heads, length, length) * scale
     if softcap is not None:
         scores_BHLL = torch.tanh(scores_BHLL / softcap) * softcap
@@ -142,7 +144,7 @@ def _explicit(
     if s_aux_H is not None:
         sinks = s_aux_H.reshape(1, -1, 1, 1).expand(batch, heads, length, 1)
         scores_BHLL = torch.cat([scores_BHLL, sinks.to(scores_BHLL.dtype)], dim=-1)
-    weights_BHLL = scores_BHLL.softmax(-1).to(query_BHLD.dtype)
+    weights_BHLL = scores_BHLL.softmax(-1, dtype=torch.float32).to(query_BHLD.dtype)
     if s_aux_H is not None:
         weights_BHLL = weights_BHLL[..., :-1]
     weights_BHLL = nn.functional.dropout(weights_BHLL, dropout, module.training)
@@ -150,13 +152,14 @@ def _explicit(
     return part_BGMD.view(batch, heads, length, -1).transpose(1, 2).contiguous()
 
 
-def _is_slow_in_sdpa(query_BHLD: Tensor) -> bool:
+def _is_slow_in_sdpa(module: nn.Module, query_BHLD: Tensor) -> bool:
     """Whether sdpa's backward takes longer than one with the scores in memory.
 
-    In bfloat16 on a CPU it takes three times as long at 72 tokens, as long at 256.
+    In bfloat16 on a CPU it takes three times as long at 72 tokens, as long at 256. Whether there is
+    a backward depends on the mode alone: a forward pass that is repeated in it must be the same.
     """
     return (
-        query_BHLD.requires_grad
+        module.training
         and query_BHLD.device.type == "cpu"
         and query_BHLD.dtype == torch.bfloat16
         and query_BHLD.shape[2] <= SHORT

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -169,16 +169,25 @@ def _cpu_seconds() -> float:
 
 
 def _cpu_seconds_of(process: int) -> float:
-    """Of a process and all below it."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    """Of a process and all below it; 0 if it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
     ticks = int(fields[11]) + int(fields[12])  # utime and stime, behind the name and its bracket
     below = sum(_cpu_seconds_of(child) for child in _children(process))
     return ticks / os.sysconf("SC_CLK_TCK") + below
 
 
 def _children(process: int) -> list[int]:
-    threads = Path(f"/proc/{process}/task").iterdir()
-    return [int(child) for one in threads for child in (one / "children").read_text().split()]
+    threads: list[Path] = []
+    with suppress(FileNotFoundError):  # it has ended
+        threads += Path(f"/proc/{process}/task").iterdir()
+    found: list[int] = []
+    for one in threads:
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            found += map(int, (one / "children").read_text().split())
+    return found
 
 
 def _shortest(clock: Callable[[], float], run: Callable[[], object], device: Device) -> float:

@@ -94,10 +94,21 @@ def with_room(config: Config, sizes: TargetSizes, room: int | None) -> Config:
 
     Args:
         room: bytes that all stores can have together; None if that is not known.
+
+    Raises:
+        ConfigError: there is no room for a step.
     """
     if config.targets.max_bytes != "auto":
         return config
     expected = sizes.data + sizes.replay + sizes.open_steps
+    least = max(sizes.step, sizes.token)
+    if room is not None and room < least:
+        raise ConfigError(
+            f"targets.max_bytes=auto must find room for the targets of a step, about {least:,}"
+            f" bytes, got {max(room, 0):,}: the nodes' object stores hold no more beside weights"
+            " and batches in transit; start Ray with a larger --object-store-memory, lower"
+            " learner.batch_size, or use targets.type=top_k"
+        )
     limit = UNKNOWN_ROOM if room is None else room
     if sizes.is_known:
         limit = min(limit, 2 * expected)

@@ -69,17 +69,27 @@ def write_buckets(buckets: Iterable[Bucket], directory: Path) -> None:
 
 
 def tensor_names(directory: Path) -> set[str]:
-    """The tensors of all safetensors files in a directory."""
+    """The tensors of a model directory."""
     names: set[str] = set()
-    for path in directory.glob("*.safetensors"):
+    for path in _weight_files(directory):
         with safe_open(path, framework="pt") as file:
             names.update(file.keys())
     return names
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of all safetensors files in a directory, one at a time."""
-    for path in sorted(directory.glob("*.safetensors")):
+    """Yield the tensors of a model directory, one at a time."""
+    for path in _weight_files(directory):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (a handle, not a dictionary)
                 yield name, file.get_tensor(name)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that transformers would load: others may hold a second set of weights."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [directory / name for name in sorted(named)]
+    whole = directory / "model.safetensors"
+    return [whole] if whole.exists() else sorted(directory.glob("*.safetensors"))

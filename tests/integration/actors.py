@@ -117,6 +117,7 @@ def small_config(directory: Path, **sections: dict[str, Any]) -> Config:
         "run": {"directory": directory / "run", "startup_timeout_s": 60},
         "learner": {"steps": 4, "batch_size": 2, "data_timeout_s": 60},
         "rollout": {"timeout_s": 30},
+        "targets": {"max_bytes": 20_000_000},
     }
     for name, values in sections.items():
         defaults[name] = defaults.get(name, {}) | values
