@@ -14,13 +14,12 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(2 *
 STEPS = 6
 
 
-@pytest.mark.parametrize("engine", ["{type: vllm, max_num_seqs: 8}", "{type: transformers}"])
 def test_generators_sample_from_the_adapted_student_of_which_they_get_the_adapters(
-    engine: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     config = make_config(tmp_path, steps=STEPS, batch_size=8)
     command = (
-        *("train", str(config), f"rollout.engine={engine}"),
+        *("train", str(config), "rollout.engine={type: vllm, max_num_seqs: 8}"),
         *("student.lora={rank: 1, alpha: 4}", "learner.learning_rate=0.1"),
         *("validation={interval: 2, probe_prompts: 4}", "checkpoint.interval=100"),
     )
