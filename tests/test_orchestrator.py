@@ -63,6 +63,7 @@ class FakeBuffer:
         self.todo: asyncio.Queue[Work] = asyncio.Queue()
         self.added: list[Rollout] = []
         self.lost: list[int] = []
+        self.given_up: tuple[str, ...] = ()
         self.incarnation = 0
         self.on_restore: Callable[[], None] = lambda: None
         self.expected = 0
@@ -85,9 +86,11 @@ class FakeBuffer:
         self.lost.append(ordinal)
         self.give(make.demand(ordinal, attempt=self.lost.count(ordinal)))
 
-    async def give_up(self, ordinal: int, prompt_id: str) -> None:
+    async def give_up(self, ordinal: int, prompt_id: str) -> tuple[str, ...]:
         self.events.append(f"give up {prompt_id}")
+        self.given_up = tuple(sorted({*self.given_up, prompt_id}))
         await self.lose(ordinal)
+        return self.given_up
 
     async def restore(self, state: bytes | None, completed: int) -> int:
         self.incarnation += 1
@@ -264,6 +267,15 @@ async def test_too_many_prompts_that_are_given_up_end_the_run_with_their_names()
     setup.buffer.give(*(of_prompt(ordinal, f"p{ordinal}") for ordinal in ordinals))
     with pytest.raises(ClusterError, match=r"at most 8 prompts .*, got p0, p1, .*, p8: the engi"):
         await setup.run_until(MAX_GIVEN_UP + 1)
+
+
+async def test_prompts_that_were_given_up_before_a_restart_count() -> None:
+    setup = Setup()
+    setup.buffer.given_up = tuple(f"old{number}" for number in range(MAX_GIVEN_UP))
+    setup.generators.script[0, 0] = InputGivenUp("prompt p0: they failed")
+    setup.buffer.give(of_prompt(0, "p0"))
+    with pytest.raises(ClusterError, match=r"at most 8 prompts .*, got old0, .*, p0: the engi"):
+        await setup.run_until(1)
 
 
 async def test_without_a_teacher_nothing_is_scored() -> None:

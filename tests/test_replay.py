@@ -622,7 +622,9 @@ def test_an_ordinal_in_flight_for_a_prompt_that_is_given_up_elsewhere_may_still_
 def test_a_run_whose_prompts_all_fail_is_refused_by_key() -> None:
     buffer = Run(phi=1.0, num_prompts=2).buffer()
     buffer.give_up(0, "p0")
-    with pytest.raises(DataError, match=r"data\.train: generators fail at every prompt"):
+    with pytest.raises(
+        DataError, match=r"data\.train: generators fail at every one of its 2 prompts"
+    ):
         buffer.give_up(1, "p1")
 
 

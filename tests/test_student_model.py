@@ -64,6 +64,13 @@ def test_a_lora_target_that_is_no_linear_layer_is_refused(directory: Path) -> No
         load_student(student, device=torch.device("cpu"), zero_stage=1)
 
 
+def test_the_output_head_as_a_lora_target_is_refused(directory: Path) -> None:
+    lora = LoraConfig(target_modules=("q_proj", "lm_head"))
+    student = StudentConfig(model=directory, dtype="float32", lora=lora)
+    with pytest.raises(ModelError, match=r"student\.lora\.target_modules must not name the output"):
+        load_student(student, device=CPU, zero_stage=1)
+
+
 def test_a_lora_target_that_the_model_lacks_is_named(directory: Path) -> None:
     lora = LoraConfig(target_modules=("no_such_layer",))
     student = StudentConfig(model=directory, dtype="float32", lora=lora)

@@ -130,15 +130,18 @@ class BufferActor(Reporting):
                 self._work_changed.notify_all()
 
     @ray.method
-    async def give_up(self, incarnation: int, ordinal: int, prompt_id: str) -> None:
+    async def give_up(self, incarnation: int, ordinal: int, prompt_id: str) -> tuple[str, ...]:
         """Have other prompts take the place of this one, in this ordinal and in later ones.
 
-        Ignored if it belongs to an earlier incarnation.
+        Returns the ids of all prompts that the run has given up, in earlier attempts too. Ignored
+        if it belongs to an earlier incarnation.
         """
         async with self._lock:
-            if incarnation == self._incarnation:
-                self._buffer.give_up(ordinal, prompt_id)
-                self._work_changed.notify_all()
+            if incarnation != self._incarnation:
+                return ()
+            given_up = self._buffer.give_up(ordinal, prompt_id)
+            self._work_changed.notify_all()
+            return given_up
 
     @ray.method
     async def counters(self, incarnation: int) -> BufferCounters:
@@ -287,10 +290,10 @@ class ReplayProducer:
         """Give an ordinal out again."""
         await reply(self._actor.lose.remote(self._incarnation, ordinal), _WHAT)
 
-    async def give_up(self, ordinal: int, prompt_id: str) -> None:
-        """Have other prompts take the place of this one, in this ordinal and in later ones."""
+    async def give_up(self, ordinal: int, prompt_id: str) -> tuple[str, ...]:
+        """Have other prompts take the place of this one; returns all that are given up."""
         call = self._actor.give_up.remote(self._incarnation, ordinal, prompt_id)
-        await reply(call, _WHAT)
+        return await reply(call, _WHAT)
 
     async def restore(self, state: bytes | None, completed: int) -> int:
         """Go to a checkpoint's state, or to the beginning; returns the new incarnation."""

@@ -312,13 +312,13 @@ class Orchestrator:
             self._given_up.add(demand.prompt_id)
             self._counts["given_up"] += 1
             await self._log.add(EventRecord(name="prompt given up", detail=str(reason)))
-        if len(self._given_up) > MAX_GIVEN_UP:
-            names = ", ".join(sorted(self._given_up))
+        given_up = await self._buffer.give_up(demand.ordinal, demand.prompt_id)
+        if len(given_up) > MAX_GIVEN_UP:
+            names = ", ".join(given_up)
             raise ClusterError(
                 f"at most {MAX_GIVEN_UP} prompts may be given up, got {names}: the engines or these"
                 f" rows are at fault. The last one: {reason}"
             ) from reason
-        await self._buffer.give_up(demand.ordinal, demand.prompt_id)
 
     async def _bring_to(self, weights: PublishedWeights) -> None:
         self._sync_seconds += await self._generators.update(weights)

@@ -228,5 +228,10 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
                 f" {type(module).__name__}: its adapter would be trained and never exported; leave"
                 " it out"
             )
+    if isinstance(model.get_output_embeddings(), LoraLayer):
+        raise ModelError(
+            "student.lora.target_modules must not name the output head: the loss reads its weight"
+            " without an adapter, which would never be trained; leave it out"
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)

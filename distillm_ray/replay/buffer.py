@@ -188,8 +188,8 @@ class ReplayBuffer:
         """Report that an ordinal's generation failed; the next `take_demand` returns it again."""
         self._ordinals.lose(ordinal)
 
-    def give_up(self, ordinal: int, prompt_id: str) -> None:
-        """Report that no generation of a prompt succeeds.
+    def give_up(self, ordinal: int, prompt_id: str) -> tuple[str, ...]:
+        """Report that no generation of a prompt succeeds; returns all that the run has given up.
 
         The next `take_demand` returns the ordinal with another prompt. Later ordinals of this
         prompt take another one too; each stays what it is on resume.
@@ -198,6 +198,7 @@ class ReplayBuffer:
             DataError: no other prompt is left.
         """
         self._ordinals.give_up(ordinal, prompt_id)
+        return self._ordinals.given_up
 
     def upcoming_dataset(self) -> list[Rollout]:
         """Data-set and corpus sequences that the open steps will draw, each visit returned once.

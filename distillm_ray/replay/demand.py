@@ -125,7 +125,10 @@ class Ordinals:
         """
         self._given_up.add(prompt_id)
         if len(self._given_up) >= len(self._prompts):
-            raise DataError("data.train: generators fail at every prompt")
+            raise DataError(
+                f"data.train: generators fail at every one of its {len(self._prompts)} prompts; see"
+                " the events `prompt given up` in metrics.jsonl, and the logs of their nodes"
+            )
         self.lose(ordinal)
 
     def complete(self, count: int) -> bool:

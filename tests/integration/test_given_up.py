@@ -66,9 +66,10 @@ class Producer:
         self.buffer.lose(ordinal)
         self.changed.set()
 
-    async def give_up(self, ordinal: int, prompt_id: str) -> None:
-        self.buffer.give_up(ordinal, prompt_id)
+    async def give_up(self, ordinal: int, prompt_id: str) -> tuple[str, ...]:
+        given_up = self.buffer.give_up(ordinal, prompt_id)
         self.changed.set()
+        return given_up
 
 
 async def run(buffer: ReplayBuffer, num_generators: int, log: Events) -> list[tuple[int, str]]:
