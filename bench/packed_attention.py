@@ -40,6 +40,7 @@ def run(model: PreTrainedModel, num_sequences: int, *, backward: bool) -> None:
     """One row through the body."""
     position_ids_L = torch.arange(SEQUENCE).repeat(num_sequences)
     token_ids_L = torch.arange(len(position_ids_L)) + 100
+    model.train(backward)
     with torch.set_grad_enabled(backward):
         path = RowPath(attention=attention_of(model))
         hidden_LD = run_row(backbone_of(model), token_ids_L, position_ids_L, path)
