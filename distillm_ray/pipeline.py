@@ -466,6 +466,7 @@ class Run:
                 orchestrator=self.orchestrator,
                 log=self.log,
                 control=self.control,
+                driver_node=ray.get_runtime_context().get_node_id(),
                 stores=self._stores,
                 identity=self._identity,
             ),

@@ -352,6 +352,7 @@ class RunStatus:
     stop: bool = False  # the job was asked to end: write a checkpoint and return
     failure: str | None = None  # an error that a restart does not repair; it ends the job
     waiting: str = ""  # what the learners wait for; empty if they do not wait
+    leaving: frozenset[str] = frozenset()  # ids of the nodes that the cluster will take away soon
 
     @property
     def ends(self) -> bool:

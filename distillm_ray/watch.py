@@ -14,6 +14,7 @@ import ray
 from ray.actor import ActorProxy
 from ray.exceptions import RayActorError
 
+from distillm_ray.cluster import preemption
 from distillm_ray.cluster.actors import ask
 from distillm_ray.cluster.control import ControlClient
 from distillm_ray.cluster.learner import LearnerGroup
@@ -39,10 +40,16 @@ class Watch:
 
     Args:
         view: shows phases, notes and records.
+        leaving_nodes: ids of the nodes that the cluster will take away soon.
     """
 
-    def __init__(self, view: ConsoleView) -> None:
+    def __init__(
+        self,
+        view: ConsoleView,
+        leaving_nodes: Callable[[], frozenset[str]] = preemption.leaving_nodes,
+    ) -> None:
         self.view = view
+        self._leaving_nodes = leaving_nodes
         self.phase_seconds: dict[str, float] = {}
         self.control: ControlClient | None = None
         self.group: LearnerGroup | None = None
@@ -130,13 +137,19 @@ class Watch:
         rollouts = orchestrator.run.remote()  # opens the buffer
         position = 0
         told = False
+        left: frozenset[str] = frozenset()
         while group.is_alive():
             group.join(_POLL_S)
             position = self._show(log, position)
             if self._stop.is_set() and not told:
                 told = True
                 self.view.note("stopping: the learners write a checkpoint first")
-            status = self.control.update(self._phase, stop=self._stop.is_set())
+            leaving = self._leaving_nodes()
+            for node in sorted(leaving - left):
+                self.view.note(f"node {node} will be taken away")
+                group.expect_loss_of(node)
+            left |= leaving
+            status = self.control.update(self._phase, stop=self._stop.is_set(), leaving=leaving)
             self.view.waiting(status.waiting)
             if status.failure is not None:
                 raise UserError(status.failure)

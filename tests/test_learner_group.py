@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,9 @@ from typing import Any, cast
 
 import pytest
 from ray.exceptions import RayActorError
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.train import PreemptionInfo
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from distillm_ray.cluster.actors import BufferLost
 from distillm_ray.cluster.learner import LearnerGroup
@@ -111,3 +114,53 @@ def test_failures_at_the_same_checkpoint_end_the_run_at_the_limit(tmp_path: Path
     with pytest.raises(RunFailed, match=r"the same checkpoint learner\.max_restarts = 2 times"):
         learners.raise_failure()
     assert len(fits) == 3
+
+
+def lost_node(*, preempted: bool) -> WorkerGroupError:
+    death = RayActorError("a1", "its node is gone", preempted=preempted)
+    return WorkerGroupError("one", {1: WorkerHealthCheckFailedError("a health check", death)})
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        lost_node(preempted=True),
+        PreemptionError(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"n": [1]}), True),
+    ],
+    ids=["of a rank", "of the group"],
+)
+def test_any_number_of_preemptions_is_survived(tmp_path: Path, failure: Exception) -> None:
+    failures, said = [failure] * 5, list[str]()
+
+    def fit() -> None:
+        if failures:
+            raise failures.pop()
+
+    config = make.config(run={"directory": tmp_path}, learner={"max_restarts": 0})
+    learners = group(config, fit, say=said.append)
+    learners.start()
+    learners.join(60)
+    learners.raise_failure()
+    assert len(said) == 5
+
+
+def test_the_first_failure_after_a_notice_is_the_preemption_and_the_next_one_counts(
+    tmp_path: Path,
+) -> None:
+    said = list[str]()
+    started = threading.Event()
+
+    def fit() -> None:
+        started.wait(60)
+        raise lost_node(preempted=False)
+
+    config = make.config(run={"directory": tmp_path}, learner={"max_restarts": 0})
+    learners = group(config, fit, say=said.append)
+    learners.start()
+    learners.expect_loss_of("n1")
+    started.set()
+    learners.join(60)
+    with pytest.raises(RunFailed):
+        learners.raise_failure()
+    (one,) = said
+    assert "after the notice that a node will be taken away; back to step 0" in one

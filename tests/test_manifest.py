@@ -359,10 +359,13 @@ def test_a_shutdown_of_pods_waits_for_the_checkpoint(ray_job: dict[str, Any]) ->
     for name, spec in pod_specs(ray_job).items():
         assert spec["terminationGracePeriodSeconds"] > STOP_S
         (container,) = spec["containers"]
+        drain = {one["name"]: one["value"] for one in container["env"]}
+        assert drain == {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(STOP_S)}
         if "lifecycle" in container:
             held[name] = container["lifecycle"]["preStop"]["exec"]["command"][-1]
     assert set(held) == {"head", "learner"}, "generators and scorers have nothing to save"
     assert "pkill -TERM" in held["head"]
+    assert 'pkill -TERM -f "[r]ay start"' in held["learner"], "it is drained, so the run saves"
     for command in held.values():
         checked = subprocess.run(["bash", "-n", "-c", command], check=False)
         assert checked.returncode == 0

@@ -21,7 +21,7 @@ from distillm_ray.learner import train_loop
 from distillm_ray.learner.checkpoint import CheckpointDirectory
 from distillm_ray.learner.prefetch import Prefetcher, PreparedStep
 from distillm_ray.learner.train_loop import TrainLoop
-from distillm_ray.log.records import EventRecord, ProbeRecord, Record, Sample
+from distillm_ray.log.records import CheckpointRecord, EventRecord, ProbeRecord, Record, Sample
 from distillm_ray.log.stopping import ENDED_EARLY, Standing
 from distillm_ray.types import (
     TRAINING,
@@ -83,6 +83,7 @@ class Roles:
         self.validated = -1
         self.stop_at: int | None = None
         self.failure: str | None = None
+        self.leaving: dict[str, int] = {}  # nodes, and after which step their notice comes
         self.phase = TRAINING
         self.waits: list[str] = []
         self.wants = True
@@ -96,7 +97,14 @@ class Roles:
     @property
     def links(self) -> Links:
         role = cast(Any, self)
-        return Links(buffer=role, orchestrator=role, log=role, control=role, targets=role)
+        return Links(
+            buffer=role,
+            orchestrator=role,
+            log=role,
+            control=role,
+            targets=role,
+            nodes=("of the rank", "of the driver"),
+        )
 
     # ---- the replay buffer
 
@@ -194,7 +202,8 @@ class Roles:
 
     def status(self) -> RunStatus:
         stop = self.completed == self.stop_at
-        return RunStatus(phase=self.phase, stop=stop, failure=self.failure)
+        leaving = frozenset(name for name, at in self.leaving.items() if self.completed >= at)
+        return RunStatus(phase=self.phase, stop=stop, failure=self.failure, leaving=leaving)
 
     def wait_for(self, what: str) -> RunStatus:
         self.waits.append(what)
@@ -685,3 +694,47 @@ def test_a_loss_that_is_not_zero_against_itself_ends_the_run(tmp_path: Path, val
     with pytest.raises(ModelError, match=r"must be 0, got (0\.01|nan) nats"):
         run(roles, learner, config)
     assert learner.trained_on == []
+
+
+def saved_steps(roles: Roles) -> list[int]:
+    return [record.step for record in roles.records if isinstance(record, CheckpointRecord)]
+
+
+@pytest.mark.parametrize("node", ["of the rank", "of the driver"])
+def test_a_notice_that_a_node_will_be_taken_away_is_answered_by_a_checkpoint(
+    tmp_path: Path, node: str
+) -> None:
+    config = make_config(tmp_path)
+    roles, learner = Roles(config), FakeLearner()
+    roles.leaving = {node: 3}
+    assert run(roles, learner, config) == 6, "the run uses the node for as long as it is there"
+    assert saved_steps(roles) == [2, 3, 4, 6]
+    (told,) = [one for one in roles.records if getattr(one, "name", "") == "preemption"]
+    assert isinstance(told, EventRecord)
+    assert f"node {node}" in told.detail
+
+
+def test_what_has_a_checkpoint_is_not_saved_again(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    roles = Roles(config)
+    roles.leaving = {"of the rank": 0, "of the driver": 4}
+    run(roles, FakeLearner(), config)
+    assert saved_steps(roles) == [2, 4, 6]
+
+
+def test_a_notice_for_a_node_of_others_changes_nothing(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    roles = Roles(config)
+    roles.leaving = {"of a generator": 3}
+    run(roles, FakeLearner(), config)
+    assert saved_steps(roles) == [2, 4, 6]
+
+
+def test_a_notice_is_answered_while_samples_are_missing(tmp_path: Path) -> None:
+    config = make_config(tmp_path, data_timeout_s=1.0)
+    roles = Roles(config)
+    roles.missing_step = 3
+    roles.leaving = {"of the rank": 3}
+    with pytest.raises(ClusterError, match="samples of step 3"):
+        run(roles, FakeLearner(), config)
+    assert saved_steps(roles) == [2, 3]

@@ -1,8 +1,8 @@
 """Run control: the small actor that every phase asks whether to go on.
 
-It keeps the phase, a request to stop, a failure that ends the job, and what the run waits for. The
-driver writes the phase and the stop request and reads the rest; learners read the phase and the
-stop request and write failures and what they wait for.
+It keeps the phase, a request to stop, the nodes that will be taken away, a failure that ends the
+job, and what the run waits for. The driver writes the first three and reads the rest; learners read
+the first three and write the rest.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _WHAT = "run control"
 class ControlActor(Reporting):
     """Holds a `RunStatus`.
 
-    After a crash it starts empty. The driver repeats phase and stop request with every `update`.
+    After a crash it starts empty. The driver repeats what it wrote with every `update`.
     """
 
     def __init__(self) -> None:
         self._status = RunStatus()
 
     @ray.method
-    def update(self, phase: str, stop: bool) -> RunStatus:
-        """Set what the driver decides."""
-        self._status = dataclasses.replace(self._status, phase=phase, stop=stop)
+    def update(self, phase: str, stop: bool, leaving: frozenset[str]) -> RunStatus:
+        """Set what the driver decides or sees."""
+        self._status = dataclasses.replace(self._status, phase=phase, stop=stop, leaving=leaving)
         return self._status
 
     @ray.method
@@ -63,9 +63,9 @@ class ControlClient:
     def __init__(self, actor: ActorProxy[ControlActor]) -> None:
         self._actor = actor
 
-    def update(self, phase: str, *, stop: bool) -> RunStatus:
-        """Set phase and stop request; returns the status. Called by the driver."""
-        return ask(self._actor.update.remote(phase, stop), _WHAT)
+    def update(self, phase: str, *, stop: bool, leaving: frozenset[str] = frozenset()) -> RunStatus:
+        """Set phase, stop request and leaving nodes; returns the status. Called by the driver."""
+        return ask(self._actor.update.remote(phase, stop, leaving), _WHAT)
 
     def status(self) -> RunStatus:
         """The status as it is now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,11 @@ from ray.actor import ActorProxy
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import (
+    PreemptionError,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 
 from distillm_ray.cluster.actors import BufferLost, thread_settings
 from distillm_ray.cluster.buffer import BufferActor, ReplayConsumer
@@ -25,6 +30,7 @@ from distillm_ray.cluster.orchestrator import (
     collective_limit_s,
 )
 from distillm_ray.cluster.placement import RoleSpec
+from distillm_ray.cluster.preemption import is_preemption
 from distillm_ray.cluster.reporter import Reporter
 from distillm_ray.cluster.targets import TargetReader, TargetStoreActor
 from distillm_ray.config import Config
@@ -43,6 +49,7 @@ class Wires:
     orchestrator: ActorProxy[OrchestratorActor]
     log: ActorProxy[LogActor]
     control: ActorProxy[ControlActor]
+    driver_node: str  # id of the node of driver, buffer and orchestrator
     stores: Sequence[ActorProxy[TargetStoreActor]] = ()
     identity: TargetIdentity | None = None  # of the targets; None without a teacher
 
@@ -56,6 +63,7 @@ class Links:
     log: LogClient
     control: ControlClient
     targets: TargetReader | None = None  # None without a teacher
+    nodes: tuple[str, ...] = ()  # ids of the rank's node and the driver's
     reporter: Reporter = field(default_factory=lambda: Reporter("learner"))
 
     @classmethod
@@ -76,6 +84,7 @@ class Links:
             log=LogClient(wires.log),
             control=ControlClient(wires.control),
             targets=targets,
+            nodes=(ray.get_runtime_context().get_node_id(), wires.driver_node),
         )
 
 
@@ -127,7 +136,8 @@ class LearnerGroup(threading.Thread):
     """Runs Ray Train's `fit`, which blocks, in a thread: the driver watches the run meanwhile.
 
     When ranks or Ray Train's controller fail, it runs `fit` again. Ray Train would count the
-    failures of the run's whole life.
+    failures of the run's whole life. Preemptions do not count at all: what Ray calls one, and the
+    first failure after a notice.
     """
 
     def __init__(
@@ -151,6 +161,7 @@ class LearnerGroup(threading.Thread):
         self._max_restarts = job.config.learner.max_restarts
         self._directory = job.config.run.directory
         self._failure: BaseException | None = None
+        self._leaving: frozenset[str] = frozenset()  # nodes with a notice since the last failure
 
     def run(self) -> None:
         """Return when all ranks have ended; a failure is kept for `raise_failure`."""
@@ -161,12 +172,24 @@ class LearnerGroup(threading.Thread):
                     self._trainer().fit()
                     return
                 except (TrainingFailedError, RayActorError) as error:
-                    restarts = restarts.after_failure(self._newest_checkpoint())
-                    if restarts.exhausted or _raised_by_user_error(error):
+                    step = self._newest_checkpoint()
+                    why = _what_failed(error)
+                    if _raised_by_user_error(error):
                         raise
-                    self._say(f"{_what_failed(error)}; back to step {restarts.step}")
+                    if self._leaving or is_preemption(error):
+                        why += ", after the notice that a node will be taken away"
+                        self._leaving = frozenset()
+                    else:
+                        restarts = restarts.after_failure(step)
+                        if restarts.exhausted:
+                            raise
+                    self._say(f"{why}; back to step {step}")
         except BaseException as error:
             self._failure = error  # raised again in the driver's thread
+
+    def expect_loss_of(self, node: str) -> None:
+        """The cluster will take this node away."""
+        self._leaving |= {node}
 
     def raise_failure(self) -> None:
         """Raise what the group ended with, if it failed. Call it after the thread's end only.
@@ -188,7 +211,7 @@ class LearnerGroup(threading.Thread):
             case other:
                 raise other
         path = self._directory / FAILURE_FILE
-        path.write_text(str(failure), encoding="utf-8")
+        path.write_text("".join(traceback.format_exception(failure)), encoding="utf-8")
         raise RunFailed(
             f"{_what_failed(failure)}. The learners went back to the same checkpoint"
             f" learner.max_restarts = {self._max_restarts} times, which is the limit. {path} and"
@@ -218,7 +241,7 @@ class LearnerGroup(threading.Thread):
             run_config=RunConfig(
                 name="learners",
                 storage_path=str((self._directory / "ray_train").resolve()),
-                failure_config=FailureConfig(max_failures=0),
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
                 worker_runtime_env={
                     "env_vars": {
                         "DS_ACCELERATOR": job.device,
@@ -256,6 +279,8 @@ def _raised_by_user_error(error: Exception) -> bool:
 
 def _what_failed(error: Exception) -> str:
     """Who failed and how, on one line."""
+    if isinstance(error, PreemptionError):
+        return "the learners lost a node"
     if not isinstance(error, WorkerGroupError):
         return f"the controller of the learners failed: {_first_line(error)}"
     rank, cause = next(iter(_causes(error).items()))

@@ -11,6 +11,8 @@ The order of the parts matters:
   the validation, so that the generators already work while it runs.
 - A checkpoint holds the state as of draw `completed`. Batches prefetched beyond it are dropped.
 - A checkpoint is committed when the log has every step before it.
+- When the cluster will take a node of the learners or the driver away, a checkpoint is written at
+  once, and the ranks go on for as long as they have that node.
 
 Rank 0 alone talks to the other roles. What it decides by their replies it tells the other ranks,
 because a rank that leaves the loop alone would leave the others in a collective.
@@ -121,6 +123,8 @@ class TrainLoop:
         self._rouge_l = math.nan  # of the newest validation, if its probes were scored
         self._skipped_in_a_row = 0
         self._published = 0  # the generators loaded the student's directory: version 0
+        self._saved = 0  # the step of the newest checkpoint
+        self._nodes: frozenset[str] = frozenset()  # ids of those that the run cannot lose
         self._warned = False
         self._checked_itself = False
 
@@ -138,7 +142,9 @@ class TrainLoop:
         """
         if self._learner.remark:
             self._log(EventRecord(name="student", detail=self._learner.remark))
-        completed = saved = self._begin(start)
+        completed = self._saved = self._begin(start)
+        nodes = self._learner.collect(self._links.nodes)
+        self._nodes = frozenset(node for of_rank in nodes for node in of_rank)
         total_steps = self._config.learner.num_steps
         rule = self._rule_that_ends()
         with self._prefetcher(completed) as prefetcher:
@@ -164,12 +170,9 @@ class TrainLoop:
                     rule = rule or self._rule_that_ends()
                     at_end = at_end or bool(rule)
                 if completed % self._config.checkpoint.interval == 0 or at_end or is_best:
-                    with self._doing("checkpoint"):
-                        self._save(completed)
-                    saved = completed
-        if saved < completed:
-            with self._doing("checkpoint"):
-                self._save(completed)
+                    self._save(completed)
+        if self._saved < completed:
+            self._save(completed)
         if completed == total_steps or rule:
             with self._doing("export"):
                 self._finish(completed, rule if completed < total_steps else "")
@@ -235,7 +238,8 @@ class TrainLoop:
     def _await_batches(self, prefetcher: Prefetcher, step: int) -> PreparedStep | None:
         """The batches of `step` as soon as every rank has its own; None if the run must end.
 
-        Every rank checks for its batches and rank 0 asks run control; one collective shares both
+        The notice that a node will be taken away is seen here, and answered by a checkpoint. Every
+        rank checks for its batches and rank 0 asks run control; one collective shares both
         results with all ranks. So all ranks start a step or none does, and a stop request is
         noticed while samples are missing. Time counts as waiting, and against
         `learner.data_timeout_s`, in the training phase only: what comes before it may take longer
@@ -248,7 +252,7 @@ class TrainLoop:
         early = False
         while True:
             prepared = prepared or prefetcher.poll(step, _POLL_S)
-            was_early, ends, early = early, False, False
+            was_early, ends, early, leaves = early, False, False, False
             if self._speaks:
                 if prepared is None:
                     reason = self._links.buffer.waiting_for(step) or "the teacher targets"
@@ -256,12 +260,18 @@ class TrainLoop:
                 else:
                     status = control.wait_for("") if reason else control.status()
                 ends, early = status.ends, status.phase != TRAINING
-            missing, ends, early = self._learner.any_of(prepared is None, ends, early)
+                leaves = self._lose(status.leaving)
+            missing, ends, early, leaves = self._learner.any_of(
+                prepared is None, ends, early, leaves
+            )
             now = time.monotonic()
             waited_s += 0.0 if early or was_early else now - since
             since = now
             if ends:
                 return None
+            if leaves and self._saved < step:
+                self._save(step)
+                since = time.monotonic()
             if prepared is not None and not missing:
                 return dataclasses.replace(prepared, wait_seconds=waited_s)
             if waited_s > self._config.learner.data_timeout_s:
@@ -270,6 +280,15 @@ class TrainLoop:
                     f" {self._config.learner.data_timeout_s:g} s; waiting for"
                     f" {reason or 'another rank'}"
                 )
+
+    def _lose(self, leaving: frozenset[str]) -> bool:
+        """Note which nodes of the run will be taken away; whether there is one more."""
+        new = self._nodes & leaving
+        self._nodes -= new
+        for node in sorted(new):
+            detail = f"node {node}, of learners or the driver, will be taken away"
+            self._log(EventRecord(name="preemption", detail=detail))
+        return bool(new)
 
     def _check_itself(self, prepared: PreparedStep, completed: int) -> None:
         """Prove on the first batch that the loss is 0 where the teacher equals the student.
@@ -453,6 +472,11 @@ class TrainLoop:
 
     def _save(self, completed: int) -> None:
         """Write the checkpoint of `completed`. On a full disk the checkpoints before it stay."""
+        with self._doing("checkpoint"):
+            self._write_checkpoint(completed)
+        self._saved = completed
+
+    def _write_checkpoint(self, completed: int) -> None:
         started = time.monotonic()
         checkpoints = self._checkpoints
         with self._failing_together():

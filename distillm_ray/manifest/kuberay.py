@@ -23,14 +23,19 @@ _HOLD_FOR_DRIVER = (
     'pkill -TERM -f "bin/[d]istillm-ray train";'
     ' while pgrep -f "bin/[d]istillm-ray train" > /dev/null; do sleep 1; done'
 )
-_HOLD_FOR_LEARNERS = 'while pgrep -f "[r]ay::RayTrainWorker" > /dev/null; do sleep 1; done'
+# Ray drains a node whose `ray start` gets SIGTERM, which the run answers by a checkpoint.
+_DRAIN_FOR_LEARNERS = (
+    'pkill -TERM -f "[r]ay start"; while pgrep -f "[r]ay::RayTrainWorker" > /dev/null;'
+    " do sleep 1; done"
+)
 
 
 def kuberay(job: Job, layout: Layout, image: str) -> str:
     """The document.
 
     A pod that is shut down first runs its `preStop` command, within its grace period: the head's
-    asks the driver to stop, and both wait for the checkpoint. A retried RayJob makes a new cluster,
+    asks the driver to stop, a learner's tells Ray that the node will go, and both wait for the
+    checkpoint. A retried RayJob makes a new cluster,
     whose driver finds the checkpoint in the run directory.
 
     Raises:
@@ -80,7 +85,7 @@ def kuberay(job: Job, layout: Layout, image: str) -> str:
 
 def _group(layout: Layout, group: NodeGroup, image: str, store: dict[str, str]) -> dict[str, Any]:
     labels = layout.labels(group)
-    hold = _HOLD_FOR_LEARNERS if group.learns else None
+    hold = _DRAIN_FOR_LEARNERS if group.learns else None
     resources = _resources(group.cpus, group.gpus, group.memory_gib)
     return {
         "groupName": group.name,
@@ -103,6 +108,7 @@ def _pod(
             {"containerPort": PORT, "name": "gcs-server"},
             {"containerPort": 8265, "name": "dashboard"},
         ]
+    container["env"] = [{"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": str(STOP_S)}]
     container["securityContext"] = {"allowPrivilegeEscalation": False}
     container["volumeMounts"] = [
         {"name": "shared-mem", "mountPath": "/dev/shm"},

@@ -26,6 +26,14 @@ def test_the_driver_and_the_learners_see_the_same_status(control: Actor) -> None
     assert not learner.status().ends
 
 
+def test_learners_see_which_nodes_will_be_taken_away(control: Actor) -> None:
+    driver, learner = ControlClient(control), ControlClient(control)
+    driver.update(TRAINING, stop=False, leaving=frozenset({"a1"}))
+    assert learner.status().leaving == {"a1"}
+    driver.update(TRAINING, stop=False)
+    assert not learner.status().leaving
+
+
 def test_a_stop_request_of_the_driver_ends_the_run_in_a_learner(control: Actor) -> None:
     ControlClient(control).update(TRAINING, stop=True)
     status = ControlClient(control).status()

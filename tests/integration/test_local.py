@@ -5,6 +5,7 @@ Greedy and strictly on-policy, so that nothing depends on an engine's batches or
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -106,25 +107,32 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(config: Path, name: str, overrides: Sequence[str]) -> Path:
-    run = config.parent / name
-    overrides = [
-        one.replace("[", f"[{config.parent}/") if ".jsonl" in one else one for one in overrides
-    ]
-    command = ("train", str(config), f"run.directory={run}", *EXACT, *overrides)
-    with Driver(*command, log=run.with_suffix(".log")) as driver:
-        assert driver.wait(LIMIT_S) == 0, driver.output()
-    return run
+def train(config: Path, **overrides: Sequence[str]) -> list[Path]:
+    """Run them side by side; returns the run directories."""
+    runs, drivers = list[Path](), list[Driver]()
+    with contextlib.ExitStack() as stack:
+        for name, given in overrides.items():
+            run = config.parent / name
+            absolute = (
+                one.replace("[", f"[{config.parent}/") if ".jsonl" in one else one for one in given
+            )
+            command = ("train", str(config), f"run.directory={run}", *EXACT, *absolute)
+            runs.append(run)
+            drivers.append(stack.enter_context(Driver(*command, log=run.with_suffix(".log"))))
+        for driver in drivers:
+            assert driver.wait(LIMIT_S) == 0, driver.output()
+    return runs
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def pair(request: pytest.FixtureRequest, config: Path) -> Pair:
     method: str = request.param
-    return Pair(
-        method=method,
-        cluster=train(config, f"{method}-cluster", METHODS[method]),
-        local=train(config, f"{method}-local", ("run.mode=local", *METHODS[method])),
+    cluster, local = train(
+        config,
+        **{f"{method}-cluster": METHODS[method]},
+        **{f"{method}-local": ("run.mode=local", *METHODS[method])},
     )
+    return Pair(method=method, cluster=cluster, local=local)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -199,8 +207,11 @@ def test_the_work_of_generator_and_scorer_is_the_same(pair: Pair) -> None:
 def test_weights_that_are_published_a_step_later_give_other_parameters(config: Path) -> None:
     """The comparison above can tell one version of the generating weights from the next."""
     method = ("run.mode=local", *METHODS["on-policy"])
-    strict = train(config, "strict", method)
-    stale = train(config, "stale", (*method, "rollout.sync_interval=2", "rollout.max_staleness=1"))
+    strict, stale = train(
+        config,
+        strict=method,
+        stale=(*method, "rollout.sync_interval=2", "rollout.max_staleness=1"),
+    )
     assert distance(weights(strict), weights(stale)) > 100 * ROUNDING
     assert records(stale, StepRecord)[3].fresh_age_max == 1
 
@@ -209,10 +220,9 @@ def test_a_run_on_a_cluster_trains_on_a_mixture_and_probes_the_student_alone(
     config: Path,
 ) -> None:
     """Sampled, so not comparable token by token with a local run."""
-    run = train(
+    (run,) = train(
         config,
-        "mixed",
-        (
+        mixed=(
             *METHODS["minillm"],
             "learner.steps=6",
             "rollout.sampling.temperature=1",

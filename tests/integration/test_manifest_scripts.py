@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from distillm_ray.cli import EXIT_STOPPED, app
 from distillm_ray.log.records import StepRecord
 from distillm_ray.manifest.text import PORT
-from tests.integration.test_job import free_ports
+from tests.integration.ray_nodes import free_ports
 from tests.integration.tiny import (
     LIMIT_S,
     MARK,
