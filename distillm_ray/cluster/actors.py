@@ -57,13 +57,16 @@ def pooled(role: type[A], spec: RoleSpec, device: Device) -> ActorClass[A]:
 def beside_driver(
     role: type[A], *, survives: bool = False, concurrent: bool = True
 ) -> ActorClass[A]:
-    """An actor class that only coordinates, on the driver's node.
+    """An actor class that only coordinates, on the driver's node and nowhere else.
+
+    Soft affinity would let Ray put it on another node while this one starts processes, and the run
+    would end with a node that it can do without.
 
     Args:
         survives: restart it after a crash and repeat the calls that the crash interrupted.
         concurrent: it is asynchronous and serves many calls at a time.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return _remote(
         role,
         num_cpus=0,
