@@ -183,9 +183,10 @@ def describe_packed(packed: PackedModel, head_error: float) -> str:
     proof = packed.path.proof
     assert proof is not None
     eager = "" if proof.from_eager is None else f", eager {proof.from_eager:.1e}"
+    gradients = "" if proof.gradients is None else f", gradients {proof.gradients:.1e}"
     return (
         f"{packed.path.describe}; {str(packed.model.dtype).removeprefix('torch.')}; differs from"
-        f" each sequence alone by {proof.from_alone:.1e}{eager} (rounding: up to"
+        f" each sequence alone by {proof.from_alone:.1e}{eager}{gradients} (rounding: up to"
         f" {tolerance_of(packed.model.dtype):g}); head from logits {head_error:.1e}"
     )
 

@@ -97,7 +97,7 @@ def load_packed_model(
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{key_of(role)}: {directory} cannot be loaded: {error}") from error
-    model, path = choose_path(load, config, key=key_of(role))
+    model, path = choose_path(load, config, key=key_of(role), trained=role == "student")
     return PackedModel(model=model, path=path)
 
 

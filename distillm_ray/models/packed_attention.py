@@ -80,15 +80,7 @@ def by_sequence(
             argument that this function does not know.
     """
     name = type(module).__name__
-    unknown = [key for key, value in others.items() if value is not None and value is not False]
-    unknown = sorted(set(unknown) - _IRRELEVANT)
-    if unknown:
-        raise UnknownAttention(f"{name} passes {', '.join(unknown)} to its attention")
-    if attention_mask is not None:
-        raise UnknownAttention(f"{name} makes its own attention mask")
-    if boundaries is None:
-        raise UnknownAttention(f"{name} does not hand arguments on to its attention")
-    assert boundaries[0] == 0 and boundaries[-1] == query_BHLD.shape[2]
+    boundaries = checked_boundaries(name, query_BHLD, attention_mask, boundaries, others)
     # As in transformers' sdpa.
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     parts = []
@@ -113,6 +105,30 @@ def by_sequence(
             part = _explicit(module, query, key, value, mask, scaling, dropout, softcap, s_aux)
         parts.append(part)
     return torch.cat(parts, dim=1), None
+
+
+def checked_boundaries(
+    name: str,
+    query_BHLD: Tensor,
+    attention_mask: Tensor | None,
+    boundaries: Sequence[int] | None,
+    others: dict[str, Any],
+) -> tuple[int, ...]:
+    """The boundaries, where the attention `name` is called in a way that this project knows.
+
+    Raises:
+        UnknownAttention: see `by_sequence`.
+    """
+    unknown = [key for key, value in others.items() if value is not None and value is not False]
+    unknown = sorted(set(unknown) - _IRRELEVANT)
+    if unknown:
+        raise UnknownAttention(f"{name} passes {', '.join(unknown)} to its attention")
+    if attention_mask is not None:
+        raise UnknownAttention(f"{name} makes its own attention mask")
+    if boundaries is None:
+        raise UnknownAttention(f"{name} does not hand arguments on to its attention")
+    assert boundaries[0] == 0 and boundaries[-1] == query_BHLD.shape[2]
+    return tuple(boundaries)
 
 
 def _explicit(

@@ -4,7 +4,7 @@ The ways, from the fastest:
 
     attention                     a row is                             for
     --------------------------    ---------------------------------    --------------------------
-    FlashAttention                one pass over the whole row          plain attention on a GPU
+    varlen kernel                 one pass; one launch a layer         plain attention on a GPU
     one sequence at a time        one pass; attention in pieces        most models
     what transformers chooses     one pass under a block mask          classes with own attention
     what transformers chooses     a pass for each of its sequences     convolutions, recurrences
@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from distillm_ray.errors import ModelError
 from distillm_ray.models.packed_attention import (
@@ -35,8 +34,8 @@ from distillm_ray.models.packed_attention import (
     UnknownAttention,
     supports_by_sequence,
 )
+from distillm_ray.models.varlen_attention import VARLEN, why_not_varlen
 
-FLASH = "flash_attention_2"
 # Lengths of the sequences that are checked; every second one gets other tokens. A convolution leaks
 # into the first few positions of a sequence, and a fresh model leaks so little that bfloat16 may
 # round one leak away: many boundaries show it.
@@ -65,6 +64,9 @@ class RowProof:
 
     from_alone: float  # a row, from each of its sequences alone
     from_eager: float | None  # each sequence alone, from eager attention; None: it is eager
+    # Gradients of a row under the varlen kernel, from those that PyTorch derives for the other
+    # ways; None: another way, or a model that is not trained.
+    gradients: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,7 @@ class RowPath:
     """How a model runs a packed row.
 
     Args:
-        attention: an attention implementation of transformers, or `BY_SEQUENCE`.
+        attention: an attention implementation of transformers, `VARLEN` or `BY_SEQUENCE`.
         packs_up_to: a row with a longer sequence runs one sequence a pass; 0: every row does,
             None: no row.
         notes: why faster ways were not taken.
@@ -149,23 +151,24 @@ def attention_of(model: PreTrainedModel) -> str:
 
 
 def soft_cap_of(config: PretrainedConfig) -> float | None:
-    """The soft cap of attention scores, which sdpa and FlashAttention leave out."""
+    """The soft cap of attention scores, which sdpa leaves out."""
     return getattr(config.get_text_config(), "attn_logit_softcapping", None)
 
 
 def attention_arguments(attention: str, bounds: Sequence[int]) -> dict[str, Any]:
     """What a forward pass hands to its attention: the starts of the sequences, and the length."""
-    return {"boundaries": tuple(bounds)} if attention == BY_SEQUENCE else {}
+    return {"boundaries": tuple(bounds)} if attention in (BY_SEQUENCE, VARLEN) else {}
 
 
 def choose_path(
-    load: Load, config: PretrainedConfig, *, key: str
+    load: Load, config: PretrainedConfig, *, key: str, trained: bool
 ) -> tuple[PreTrainedModel, RowPath]:
     """The model in evaluation mode, and the first way that is proven exact.
 
     Args:
         load: loads the model with an attention implementation; None lets transformers choose.
         key: names the model in messages.
+        trained: the model will run backward too.
 
     Raises:
         ModelError: no way is exact, with the reason for each.
@@ -181,7 +184,8 @@ def choose_path(
         path = RowPath(attention=BY_SEQUENCE, packs_up_to=packs_up_to, notes=tuple(notes))
         found = proof.of(path)
         if isinstance(found, RowProof):
-            return model, _with_flash(model, proof, replace(path, proof=found))
+            path = replace(path, proof=found)
+            return model, _with_varlen(model, proof, path, trained) if _is_on_gpu(model) else path
         notes.append(found)
         model.set_attn_implementation(own)
     for limit in dict.fromkeys((packs_up_to, 0)):
@@ -241,22 +245,29 @@ def packing_limit(model: PreTrainedModel) -> tuple[int | None, str]:
     return None, ""
 
 
-def _with_flash(model: PreTrainedModel, proof: _Proof, path: RowPath) -> RowPath:
-    """FlashAttention where it is installed and the model needs no more than it computes.
+def _is_on_gpu(model: PreTrainedModel) -> bool:
+    return model.device.type == "cuda"
 
-    The model runs by sequence, so all arguments of its attention are known.
+
+def _with_varlen(model: PreTrainedModel, proof: _Proof, path: RowPath, trained: bool) -> RowPath:
+    """The varlen kernel where it computes what the model needs; else `path` and the reason.
+
+    `path` runs by sequence and is proven: all arguments of the model's attention are known. The
+    kernel has a backward pass of its own, which is compared with the one that PyTorch derives.
     """
-    sinks = any("sink" in name for name, _ in model.named_parameters())
-    plain = soft_cap_of(model.config) is None and not sinks
-    on_gpu = model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
-    if not plain or not on_gpu or not is_flash_attn_2_available():
-        return path
-    model.set_attn_implementation(FLASH)
-    found = proof.of(replace(path, attention=FLASH))
-    if isinstance(found, RowProof):
-        return replace(path, attention=FLASH, proof=found)
-    model.set_attn_implementation(BY_SEQUENCE)
-    return path
+    note = why_not_varlen(model.device, model.dtype)
+    if not note:
+        expected_LD = proof.gradients(path) if trained else None
+        model.set_attn_implementation(VARLEN)
+        faster = replace(path, attention=VARLEN)
+        found = proof.of(faster)
+        if isinstance(found, RowProof) and expected_LD is not None:
+            found = proof.of_backward(faster, found, expected_LD)
+        if isinstance(found, RowProof):
+            return replace(faster, proof=found)
+        note = found
+        model.set_attn_implementation(BY_SEQUENCE)
+    return replace(path, notes=(*path.notes, note))
 
 
 class _Proof:
@@ -308,6 +319,20 @@ class _Proof:
             return f"{name}: differs from eager attention by {from_eager:.2g}"
         return RowProof(from_alone=from_alone, from_eager=from_eager)
 
+    def of_backward(self, path: RowPath, proof: RowProof, expected_LD: Tensor) -> RowProof | str:
+        """`proof` with the difference from the expected gradients, or what is wrong with them."""
+        name = path.attention
+        try:
+            found_LD = self.gradients(path)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the kernel's own
+            return f"{name}: its backward pass fails: {type(error).__name__}: {error}"
+        apart = _apart(found_LD, expected_LD)
+        if not apart <= tolerance_of(self._model.dtype):
+            return f"{name}: its gradients differ from those of {BY_SEQUENCE} by {apart:.2g}"
+        return replace(proof, gradients=apart)
+
     def _eager(self, load: Load) -> Tensor | None:
         """Eager attention on each sequence alone; None if transformers has no other for it."""
         model, alone = self._model, RowPath(attention="eager", packs_up_to=0)
@@ -329,6 +354,25 @@ class _Proof:
         ids_L = (self._ids_L if token_ids_L is None else token_ids_L).to(model.device)
         positions_L = self._positions_L.to(model.device)
         return run_row(backbone_of(model), ids_L, positions_L, path).float().cpu()
+
+    def gradients(self, path: RowPath) -> Tensor:
+        """`[L, D]`, float32, in main memory: of a random projection, at the input embeddings."""
+        found: list[Tensor] = []
+
+        def track(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            found.append(output.detach().requires_grad_())
+            return found[-1].clone()  # some models scale it in place
+
+        hook = self._model.get_input_embeddings().register_forward_hook(track)
+        ids_L, positions_L = (x.to(self._model.device) for x in (self._ids_L, self._positions_L))
+        try:
+            hidden_LD = run_row(backbone_of(self._model), ids_L, positions_L, path)
+        finally:
+            hook.remove()
+        numbers = torch.Generator().manual_seed(0)
+        to_LD = torch.randn(hidden_LD.shape, generator=numbers).to(hidden_LD.device)
+        gradients = torch.autograd.grad((hidden_LD.float() * to_LD).sum(), found)
+        return torch.cat([one[0] for one in gradients]).float().cpu()
 
 
 def _apart(found_LD: Tensor, expected_LD: Tensor) -> float:
