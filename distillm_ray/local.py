@@ -39,7 +39,7 @@ import torch
 from torch import nn
 
 from distillm_ray.batching import draw_facts, pack, plan_step, plan_validation
-from distillm_ray.config import Config, FilterConfig, LearnerConfig
+from distillm_ray.config import ActorRange, Config, FilterConfig, LearnerConfig
 from distillm_ray.config.files import dump_config
 from distillm_ray.data.splits import Splits, splits_of
 from distillm_ray.errors import ConfigError, RunDirectoryError, UserError
@@ -576,12 +576,12 @@ def check(config: Config) -> None:
                 "transformers",
                 "vLLM runs in processes of its own",
             ),
-            ("rollout.actors", rollout.actors, 1, one_copy),
+            ("rollout.actors", _as_written(rollout.actors), 1, one_copy),
             ("rollout.tensor_parallel", rollout.tensor_parallel, 1, one_copy),
         ]
     if config.teacher is not None and config.loss.needs_teacher:
         rules += [
-            ("teacher.actors", config.teacher.actors, 1, one_copy),
+            ("teacher.actors", _as_written(config.teacher.actors), 1, one_copy),
             ("teacher.tensor_parallel", config.teacher.tensor_parallel, 1, one_copy),
             ("targets.stores", config.targets.stores, 1, "one process has one store"),
         ]
@@ -604,6 +604,12 @@ def check(config: Config) -> None:
         + "\n".join(lines)
         + f"\nAdd {overrides}, or set run.mode=cluster"
     )
+
+
+def _as_written(actors: int | ActorRange) -> int | str:
+    if isinstance(actors, ActorRange):
+        return f"{{min: {actors.min}, max: {actors.max}}}"
+    return actors
 
 
 def _as_yaml(value: object) -> str:

@@ -21,6 +21,7 @@ Every wait also ends with a stop request (SIGTERM, SIGINT) or a failure, noticed
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -42,8 +43,8 @@ from distillm_ray.cluster.orchestrator import (
     publish_limit_s,
     start_orchestrator,
 )
-from distillm_ray.cluster.rollout import start_generators
-from distillm_ray.cluster.targets import flush_stores, start_scorers, start_stores
+from distillm_ray.cluster.rollout import GeneratorStarter
+from distillm_ray.cluster.targets import ScorerStarter, flush_stores, start_stores
 from distillm_ray.config import Config
 from distillm_ray.config.files import dump_config
 from distillm_ray.data import ray_data
@@ -259,7 +260,13 @@ class Trained:
 
     responder: Responder
     step: int  # the version of its weights
-    actors: tuple[Any, ...]
+    actors: tuple[Any, ...]  # besides those that elastic pools have added
+
+    def release(self) -> None:
+        """End generators and scorers, and return their CPUs and GPUs."""
+        with contextlib.suppress(RayError):  # those added end with an orchestrator that is gone
+            ask(self.responder.orchestrator.release_added.remote(), "the orchestrator")
+        release(self.actors)
 
 
 def _evaluate(
@@ -292,7 +299,7 @@ def _evaluate(
             lambda known: evaluator.after(trained.responder, known, version=trained.step),
         )
         if trained is not None:
-            release(trained.actors)
+            trained.release()
         if not done:
             steps = _checkpointed(config)
             attempt("exported student", lambda known: evaluator.exported(known, version=steps))
@@ -412,23 +419,25 @@ class Run:
         self.control.report_to.remote(self.log, "control")
         self._buffer = start_buffer(config)
         self._buffer.report_to.remote(self.log, "buffer")
-        self.generators = []
+        self.generators, generator_starter = [], None
         if config.wants_generators:
             end_token_id = splits.train.end_token_id
             job = student_job(config, preflight.student, end_token_id=end_token_id, device=device)
             spec = placement.generators(config, device)
-            self.generators = start_generators(spec, config.rollout, job)
-        self.scorers, self._stores = [], []
+            generator_starter = GeneratorStarter(spec=spec, config=config.rollout, job=job)
+            self.generators = generator_starter.start()
+        self.scorers, self._stores, scorer_starter = [], [], None
         self._identity = preflight.target_identity(config, device)
         if self._identity is not None:
             assert config.teacher is not None
-            self.scorers = start_scorers(
-                placement.scorers(config, device),
-                config.teacher,
-                config.targets,
+            scorer_starter = ScorerStarter(
+                spec=placement.scorers(config, device),
+                teacher=config.teacher,
+                targets=config.targets,
                 vocabulary_size=preflight.vocabulary_size,
                 device=device,
             )
+            self.scorers = scorer_starter.start()
             self._stores = start_stores(
                 config.targets,
                 library_settings(config, self._identity),
@@ -440,9 +449,12 @@ class Run:
             buffer=self._buffer,
             data=ray.put(splits.to_draw_from()),
             log=self.log,
+            control=self.control,
             scorers=self.scorers,
             stores=self._stores,
             identity=self._identity,
+            generator_starter=generator_starter,
+            scorer_starter=scorer_starter,
         )
         self.orchestrator = start_orchestrator(config, config.rollout, self.generators, peers)
 

@@ -24,7 +24,7 @@ from distillm_ray.cluster import placement
 from distillm_ray.cluster.actors import release
 from distillm_ray.cluster.connection import available, connect, resolve_device
 from distillm_ray.cluster.log import AsyncLog
-from distillm_ray.cluster.targets import ScorerPool, flush_stores, start_scorers, start_stores
+from distillm_ray.cluster.targets import ScorerPool, ScorerStarter, flush_stores, start_stores
 from distillm_ray.config import Config
 from distillm_ray.data import ray_data
 from distillm_ray.data.files import check_files
@@ -81,13 +81,14 @@ def score(config: Config, view: ConsoleView) -> list[str]:
     identity = found.target_identity(config, device)
     assert config.teacher is not None
     assert identity is not None
-    scorers = start_scorers(
-        placement.scorers(config, device),
-        config.teacher,
-        config.targets,
+    starter = ScorerStarter(
+        spec=placement.scorers(config, device),
+        teacher=config.teacher,
+        targets=config.targets,
         vocabulary_size=found.vocabulary_size,
         device=device,
     )
+    scorers = starter.start()
     parts = distinct(training_sequences(config, splits), identity)
     # Nothing reads the targets here: a byte for each store keeps none of them in memory.
     small = config.targets.model_copy(update={"max_bytes": config.targets.stores})
@@ -101,8 +102,9 @@ def score(config: Config, view: ConsoleView) -> list[str]:
             startup_timeout_s=config.run.startup_timeout_s,
             log=AsyncLog(None),
             min_actors=config.teacher.min_actors,
+            starter=starter,
         )
-        count = CALLS_PER_SCORER * config.teacher.actors
+        count = CALLS_PER_SCORER * config.teacher.most
         tally = asyncio.run(_keep_all(pool, parts, view, num_calls=count))
     finally:
         for warning in flush_stores(stores):
@@ -193,6 +195,9 @@ async def _keep_all(
             await check()
             await asyncio.sleep(_POLL_S)
 
+    async def waited() -> float:
+        return time.monotonic()  # nothing else goes on: all time is spent waiting for scorers
+
     async def check() -> None:
         for store in await pool.counters():
             for warning in store.warnings:
@@ -200,7 +205,7 @@ async def _keep_all(
             if store.library.stopped:
                 raise RunDirectoryError(store.library.stopped)
 
-    watching = asyncio.create_task(watch())
+    watching = asyncio.gather(watch(), pool.follow(waited))
     working = asyncio.gather(*(work() for _ in range(num_calls)))
     await asyncio.wait({watching, working}, return_when=asyncio.FIRST_COMPLETED)
     if watching.done():
@@ -208,6 +213,7 @@ async def _keep_all(
         watching.result()
     watching.cancel()
     await working
+    pool.release_added()
     await pool.flush()
     await check()
     view.progress(tally.there + tally.scored, total, "sequences")

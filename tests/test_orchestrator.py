@@ -10,6 +10,7 @@ from unittest.mock import AsyncMock
 import pytest
 
 from distillm_ray.cluster.busy_clock import BusyClock
+from distillm_ray.cluster.elastic_pool import PoolSize
 from distillm_ray.cluster.orchestrator_loop import MAX_GIVEN_UP, Orchestrator
 from distillm_ray.cluster.pool import ActorLost, InputGivenUp
 from distillm_ray.config import FilterConfig, SamplingConfig
@@ -140,6 +141,10 @@ class FakeGenerators:
     async def rewind(self) -> None:
         self.events.append("rewind")
 
+    @property
+    def size(self) -> PoolSize:
+        return PoolSize(ready=3, starting=1)
+
 
 class FakeTargets:
     """Counts two tokens for each sequence that is not stored yet."""
@@ -148,6 +153,7 @@ class FakeTargets:
         self.events = events
         self.stored: set[str] = set()
         self.scoring = BusyClock()
+        self.size = PoolSize(ready=2, starting=0)
 
     async def ensure(self, rollout: Rollout) -> int:
         if rollout.rollout_id in self.stored:

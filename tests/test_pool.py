@@ -14,13 +14,8 @@ import pytest
 from ray.exceptions import RayError
 
 from distillm_ray.cluster import pool as pool_module
-from distillm_ray.cluster.pool import (
-    MAX_FAILURES,
-    ActorLost,
-    ActorPool,
-    InputGivenUp,
-    Member,
-)
+from distillm_ray.cluster.member import MAX_FAILURES, Member
+from distillm_ray.cluster.pool import ActorLost, ActorPool, InputGivenUp
 from distillm_ray.cluster.suspects import MAX_ALONE, MAX_SHARED
 from distillm_ray.errors import ClusterError, ModelError, UserError
 from tests.integration.actors import Events
@@ -122,7 +117,7 @@ async def test_a_call_that_is_cancelled_while_it_waits_is_passed_over() -> None:
 async def test_a_call_that_is_cancelled_with_its_place_in_hand_passes_it_on() -> None:
     calls = Calls()
     await calls.make(3)
-    calls.pool._release(calls.members[0])  # hands the place of call 0 to call 1
+    calls.pool._places.release(calls.members[0])  # hands the place of call 0 to call 1
     calls.tasks[1].cancel()  # before it could run
     await settle()
     assert calls.order == [0, 2]
@@ -133,13 +128,13 @@ async def test_a_call_whose_member_was_killed_meanwhile_stays_the_first_in_line(
     calls = Calls()
     [member] = calls.members
     await calls.make(3)
-    calls.pool._release(member)
+    calls.pool._places.release(member)
     member.ready.clear()  # killed before call 1 could run
     member.life += 1
     await settle()
     assert (calls.order, member.in_flight) == ([0], 0)
     member.ready.set()
-    calls.pool._hand_out()
+    calls.pool._places.hand_out()
     await settle()
     assert calls.order == [0, 1]
 
@@ -150,7 +145,7 @@ async def test_a_member_that_gets_ready_takes_as_many_calls_as_it_has_places() -
     member.ready.clear()
     await calls.make(10)
     member.ready.set()
-    calls.pool._hand_out()
+    calls.pool._places.hand_out()
     await settle()
     assert (calls.order, member.in_flight) == ([0, 1, 2], 3)
 
@@ -159,7 +154,7 @@ async def test_giving_up_ends_all_calls_that_wait_and_those_that_come_later() ->
     calls = Calls()
     await calls.make(3)
     calls.tasks[1].cancel()
-    calls.pool._give_up(ClusterError("it failed too often"))
+    calls.pool._places.give_up(ClusterError("it failed too often"))
     await calls.make(1)
     for task in (calls.tasks[2], calls.tasks[3]):
         with pytest.raises(ClusterError, match="it failed too often"):
@@ -204,7 +199,7 @@ class Degraded:
         if member.name in self.failing:
             raise self.failing[member.name]
         member.ready.set()
-        self.pool._hand_out()
+        self.pool._places.hand_out()
 
     async def call(self) -> str:
         """The name of the member that replied."""
@@ -328,7 +323,7 @@ class Poisoned(Degraded):
     ) -> None:
         super().__init__(num_members, monkeypatch)
         self.poison = poison
-        self.pool._max_in_flight = max_in_flight
+        self.pool._places.max_in_flight = max_in_flight
         self.crash = {member.handle: asyncio.Event() for member in self.pool._members}
         self.in_flight: dict[str, list[str]] = {str(handle): [] for handle in self.crash}
         self.beside: dict[str, int] = {}  # the most calls that an input last had beside it

@@ -86,6 +86,7 @@ class Roles:
         self.leaving: dict[str, int] = {}  # nodes, and after which step their notice comes
         self.phase = TRAINING
         self.waits: list[str] = []
+        self.waited: list[float] = []  # seconds, as run control was told
         self.wants = True
         self.wants_from_validation: int | None = None
         self.missing_step: int | None = None
@@ -205,8 +206,10 @@ class Roles:
         leaving = frozenset(name for name, at in self.leaving.items() if self.completed >= at)
         return RunStatus(phase=self.phase, stop=stop, failure=self.failure, leaving=leaving)
 
-    def wait_for(self, what: str) -> RunStatus:
-        self.waits.append(what)
+    def wait_for(self, what: str, waited_s: float) -> RunStatus:
+        if what or (self.waits and self.waits[-1]):
+            self.waits.append(what)
+        self.waited.append(waited_s)
         return self.status()
 
 

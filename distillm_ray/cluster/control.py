@@ -40,9 +40,9 @@ class ControlActor(Reporting):
         return self._status
 
     @ray.method
-    def wait_for(self, what: str) -> RunStatus:
-        """Set what the learners wait for; empty if they do not wait."""
-        self._status = dataclasses.replace(self._status, waiting=what)
+    def wait_for(self, what: str, waited_s: float) -> RunStatus:
+        """Set what the learners wait for, if they do, and for how long they have waited so far."""
+        self._status = dataclasses.replace(self._status, waiting=what, waited_s=waited_s)
         return self._status
 
     @ray.method
@@ -71,9 +71,9 @@ class ControlClient:
         """The status as it is now."""
         return ask(self._actor.status.remote(), _WHAT)
 
-    def wait_for(self, what: str) -> RunStatus:
-        """Set what the learners wait for; returns the status."""
-        return ask(self._actor.wait_for.remote(what), _WHAT)
+    def wait_for(self, what: str, waited_s: float) -> RunStatus:
+        """Set what the learners wait for, and for how long they have; returns the status."""
+        return ask(self._actor.wait_for.remote(what, waited_s), _WHAT)
 
     def fail(self, message: str) -> None:
         """Report an error that a restart does not fix."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import ray
 from ray.actor import ActorProxy
 
 from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, beside_driver, reply
 from distillm_ray.cluster.buffer import BufferActor, ReplayProducer
+from distillm_ray.cluster.control import ControlActor
 from distillm_ray.cluster.log import AsyncLog, LogActor
 from distillm_ray.cluster.orchestrator_loop import Orchestrator
 from distillm_ray.cluster.process_meter import source_of
@@ -19,12 +21,14 @@ from distillm_ray.cluster.response_stream import ResponseStream
 from distillm_ray.cluster.rollout import (
     GeneratorActor,
     GeneratorPool,
+    GeneratorStarter,
     PublishedWeights,
 )
 from distillm_ray.cluster.targets import (
     MAX_SCORING_ROUNDS,
     ScorerActor,
     ScorerPool,
+    ScorerStarter,
     TargetStoreActor,
 )
 from distillm_ray.config import Config, GeneratorPoolConfig, SamplingConfig
@@ -51,9 +55,13 @@ class TrainingPeers:
     buffer: ActorProxy[BufferActor]
     data: ray.ObjectRef[TrainingData]
     log: ActorProxy[LogActor]
+    control: ActorProxy[ControlActor]
     scorers: Sequence[ActorProxy[ScorerActor]] = ()
     stores: Sequence[ActorProxy[TargetStoreActor]] = ()
     identity: TargetIdentity | None = None  # of the targets; set where there are scorers
+    # For pools whose config has a range of actors:
+    generator_starter: GeneratorStarter | None = None
+    scorer_starter: ScorerStarter | None = None
 
 
 class OrchestratorActor:
@@ -83,6 +91,7 @@ class OrchestratorActor:
                 startup_timeout_s=startup_timeout_s,
                 log=log,
                 timeline=timeline,
+                starter=None if peers is None else peers.generator_starter,
             )
         if peers is not None and peers.scorers:
             assert config.teacher is not None
@@ -96,6 +105,7 @@ class OrchestratorActor:
                 log=log,
                 min_actors=config.teacher.min_actors,
                 timeline=timeline,
+                starter=peers.scorer_starter,
             )
         self._loop = Orchestrator(
             buffer=buffer,
@@ -104,6 +114,7 @@ class OrchestratorActor:
             log=log,
             response_filter=config.rollout.filter,
             scores_rollouts=config.loss.compares(Source.STUDENT),
+            waited=None if peers is None else partial(_waited, peers.control),
             timeline=timeline,
         )
         self._stream = ResponseStream()
@@ -127,6 +138,11 @@ class OrchestratorActor:
         await self._loop.finish()
         if (report := self._reporter.send()) is not None:
             await reply(report, "the log")
+
+    @ray.method
+    async def release_added(self) -> None:
+        """End the generators and scorers that elastic pools have added: their work is done."""
+        self._loop.release_added()
 
     @ray.method
     async def restore(self, state: bytes | None, completed: int) -> None:
@@ -177,6 +193,11 @@ class OrchestratorActor:
             Usage(role=role, source=f"{source_of(os.getpid())} {role}s", cost=cost)
             for role, cost in self._loop.costs().items()
         ]
+
+
+async def _waited(control: ActorProxy[ControlActor]) -> float:
+    """For how many seconds the learners have waited for samples, so far."""
+    return (await reply(control.status.remote(), "run control")).waited_s
 
 
 def start_orchestrator(
@@ -283,7 +304,7 @@ def publish_limit_s(config: Config) -> float:
     Every generator may have to finish all its requests first, load, and be replaced.
     """
     pool = config.rollout
-    in_flight = pool.max_in_flight * pool.actors
+    in_flight = pool.max_in_flight * pool.fewest
     drained_s = pool.limit_s(in_flight, config.longest_response)
     return drained_s + pool.stall_timeout_s + config.run.startup_timeout_s + CALL_TIMEOUT_S
 

@@ -29,11 +29,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from distillm_ray.cluster.buffer import ReplayProducer
 from distillm_ray.cluster.busy_clock import BusyClock
+from distillm_ray.cluster.elastic_pool import PoolSize
 from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.pool import ActorLost, InputGivenUp
 from distillm_ray.cluster.rollout import MAX_SLOW, GeneratorPool, PublishedWeights, too_slow
@@ -41,7 +42,13 @@ from distillm_ray.cluster.targets import ScorerPool
 from distillm_ray.config import FilterConfig, SamplingConfig
 from distillm_ray.errors import ClusterError
 from distillm_ray.log.costs import Role, RoleCost
-from distillm_ray.log.records import BufferSizes, Counters, EventRecord, StepRecord
+from distillm_ray.log.records import (
+    ActorCounts,
+    BufferSizes,
+    Counters,
+    EventRecord,
+    StepRecord,
+)
 from distillm_ray.log.timeline import Timeline
 from distillm_ray.rollout.generator import SlowRequest
 from distillm_ray.rollout.responses import (
@@ -64,6 +71,8 @@ class Orchestrator:
         generators: None where nothing generates.
         scorers: None where no term of the loss compares with a teacher.
         scores_rollouts: whether any compares the student's responses with it.
+        waited: for how many seconds the learners have waited for samples; elastic pools follow it
+            while `run` works. None: pools keep their size.
         timeline: gets a slice for each ordinal.
     """
 
@@ -76,9 +85,11 @@ class Orchestrator:
         log: AsyncLog,
         response_filter: FilterConfig,
         scores_rollouts: bool = True,
+        waited: Callable[[], Awaitable[float]] | None = None,
         timeline: Timeline | None = None,
     ) -> None:
         self._timeline = timeline or Timeline()
+        self._waited = waited
         self._optional_buffer = buffer
         self._optional_generators = generators
         self._scorers = scorers
@@ -103,8 +114,12 @@ class Orchestrator:
 
     async def start(self) -> None:
         """Start generators and scorers; returns when all are ready."""
-        pools = [pool for pool in (self._optional_generators, self._scorers) if pool is not None]
-        await asyncio.gather(*(pool.start() for pool in pools))
+        await asyncio.gather(*(pool.start() for pool in self._pools))
+
+    def release_added(self) -> None:
+        """End the actors that elastic pools have added. No work may be left."""
+        for pool in self._pools:
+            pool.release_added()
 
     async def run(self) -> None:
         """Work until `finish` is called and the last weights have arrived.
@@ -112,6 +127,11 @@ class Orchestrator:
         The first exception of a task is raised here and ends the run.
         """
         woken = asyncio.create_task(self._wake.wait())
+        following: list[asyncio.Task[None]] = []
+        if self._waited is not None:
+            following = [asyncio.create_task(pool.follow(self._waited)) for pool in self._pools]
+        for task in following:  # a restore does not cancel them
+            task.add_done_callback(self._ended)
         try:
             while True:
                 work = asyncio.create_task(self._buffer.work())
@@ -134,7 +154,10 @@ class Orchestrator:
                         self._spawn(self.ensure_targets((rollout,)))
         finally:
             woken.cancel()
+            for task in following:
+                task.cancel()
             await self._cancel_all()
+            await asyncio.gather(*following, return_exceptions=True)
 
     async def finish(self) -> None:
         """Make `run` return: the learners have ended."""
@@ -231,9 +254,26 @@ class Orchestrator:
             in_flight=buffer.outstanding,
             target_bytes=sum(store.nbytes for store in stores),
         )
-        return StepRecord.build(train, facts, buffer=sizes, work=work.since(since)), work
+        return StepRecord.build(
+            train, facts, buffer=sizes, work=work.since(since), actors=self._actors()
+        ), work
 
     # ---- inside ----------------------------------------------------------------------------------
+
+    @property
+    def _pools(self) -> list[GeneratorPool | ScorerPool]:
+        return [pool for pool in (self._optional_generators, self._scorers) if pool is not None]
+
+    def _actors(self) -> ActorCounts:
+        none = PoolSize(ready=0, starting=0)
+        generators = none if self._optional_generators is None else self._optional_generators.size
+        scorers = none if self._scorers is None else self._scorers.size
+        return ActorCounts(
+            generators=generators.ready,
+            generators_starting=generators.starting,
+            scorers=scorers.ready,
+            scorers_starting=scorers.starting,
+        )
 
     @property
     def _buffer(self) -> ReplayProducer:

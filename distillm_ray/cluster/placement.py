@@ -11,7 +11,8 @@ nothing is started here.
     score        scoring: scorers
 
 Phases run one after the other, so each must fit alone. Ray keeps an actor pending, without an
-error, for as long as its resources are missing; that is why the sums are checked first. Actors that
+error, for as long as its resources are missing; that is why the sums are checked first, of elastic
+pools with the processes that they start with: more are used where there is room. Actors that
 only coordinate (replay buffer, target stores, orchestrator, log, run control) ask for no CPU.
 """
 
@@ -36,7 +37,8 @@ class RoleSpec:
 
     role: str
     section: str  # of the config; its keys set the numbers
-    count: int
+    count: int  # that the role starts with and keeps
+    most: int  # of an elastic pool, which asks for more where there is room; else `count`
     count_key: str  # of the config; empty where the count is not configurable
     cpus: float  # per process
     gpus: float  # per process
@@ -198,9 +200,10 @@ def _pool(role: str, section: str, pool: PoolConfig, device: Device) -> RoleSpec
         role,
         section,
         pool,
-        pool.actors,
-        f"{section}.actors",
+        pool.fewest,
+        f"{section}.actors" if pool.most == pool.fewest else f"{section}.actors.min",
         device,
+        most=pool.most,
         default_gpus=pool.tensor_parallel,
         default_gpus_key=f"{section}.tensor_parallel",
     )
@@ -214,6 +217,7 @@ def _spec(
     count_key: str,
     device: Device,
     *,
+    most: int | None = None,
     default_gpus: float = 1,
     default_gpus_key: str = "",
 ) -> RoleSpec:
@@ -225,6 +229,7 @@ def _spec(
         role=role,
         section=section,
         count=count,
+        most=count if most is None else most,
         count_key=count_key,
         cpus=process.num_cpus,
         gpus=gpus if device == "cuda" else 0.0,
@@ -418,6 +423,10 @@ def _amount(value: float) -> str:
     return f"{value:g}"
 
 
+def _span(least: float, most: float) -> str:
+    return _amount(least) if least == most else f"{_amount(least)} to {_amount(most)}"
+
+
 # ---- show ----------------------------------------------------------------------------------------
 
 
@@ -433,15 +442,19 @@ def render_show(config: Config, device: Device) -> str:
             table.add_row(
                 phase.name if index == 0 else "",
                 role.role,
-                str(role.count),
+                _span(role.count, role.most),
                 _amount(role.cpus),
                 _amount(role.gpus),
-                _amount(role.count * role.cpus),
-                _amount(role.count * role.gpus),
+                _span(role.count * role.cpus, role.most * role.cpus),
+                _span(role.count * role.gpus, role.most * role.gpus),
                 ", ".join(role.keys(device)),
             )
         if len(phase.roles) > 1:
-            sums = (_amount(phase.cpus), _amount(phase.gpus))
+            most = [(role.most * role.cpus, role.most * role.gpus) for role in phase.roles]
+            sums = (
+                _span(phase.cpus, sum(cpus for cpus, _ in most)),
+                _span(phase.gpus, sum(gpus for _, gpus in most)),
+            )
             table.add_row("", "together", "", "", "", *sums, "")
         table.add_section()
     console = Console(width=130, color_system=None, force_terminal=False)
@@ -461,6 +474,12 @@ def render_show(config: Config, device: Device) -> str:
                 " (targets.library, targets.library_max_bytes)",
                 soft_wrap=True,
             )
+        for role in phases[0].roles:
+            if role.most > role.count:
+                console.print(
+                    f"{role.section}.actors: the run needs room for {role.count} and asks for up to"
+                    f" {role.most} while the learners wait for them"
+                )
         if config.mixes_teacher:
             console.print(
                 "each generator holds the teacher beside the student (rollout.teacher_mix)"

@@ -1,8 +1,6 @@
 """A pool of actors, and what happens when one of them fails.
 
-A call goes to the member with the fewest calls in flight. Where all are full, calls wait in the
-order of their arrival, and each call that ends hands its place to the first of them: one wake-up,
-however many wait.
+Which call runs on which member is decided in places.py.
 
 A member whose call raises, that makes no progress with its calls, or that dies is killed. Ray
 restarts its process, on another node if need be, and the pool prepares it again. Ray itself never
@@ -30,26 +28,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, TypeVar
 
-import ray
 from ray.actor import ActorProxy
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from distillm_ray.cluster.actors import cause_of, kill, one_line
 from distillm_ray.cluster.busy_clock import BusyClock
 from distillm_ray.cluster.log import AsyncLog
-from distillm_ray.cluster.reporter import Reporting
+from distillm_ray.cluster.member import MAX_FAILURES, A, Member
+from distillm_ray.cluster.places import Place, Places
 from distillm_ray.cluster.suspects import MAX_ALONE, Suspects
 from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.log.costs import Role, RoleCost
 from distillm_ray.log.records import EventRecord
 from distillm_ray.log.timeline import Timeline
 
-MAX_FAILURES = 3
 _RESTART_POLL_S = 0.2
 _FIRST_PAUSE_S = 10.0  # before a missing member is tried again
 _LONGEST_PAUSE_S = 300.0
@@ -65,68 +61,7 @@ class InputGivenUp(ClusterError):
     """Members failed at an input, again and again, while they had no other."""
 
 
-class PooledActor(Reporting):
-    """An actor of a pool. Its process may be replaced under the same handle."""
-
-    @ray.method
-    async def process(self) -> str:
-        """Identifies the process: a restarted actor returns another value."""
-        return ray.get_runtime_context().get_worker_id()
-
-    @ray.method
-    async def start(self) -> None:
-        """Load the model. Called once in each process."""
-        raise NotImplementedError
-
-    @ray.method
-    async def remark(self) -> str:
-        """What a user should know about how the model runs; empty if nothing."""
-        return ""
-
-    @ray.method
-    async def silent_s(self) -> float:
-        """For how many seconds it has not got on with its calls; 0 if it owes nothing."""
-        raise NotImplementedError
-
-
-A = TypeVar("A", bound=PooledActor)
 Result = TypeVar("Result")
-
-
-@dataclass(slots=True, eq=False)
-class Member(Generic[A]):
-    """One actor of a pool."""
-
-    name: str
-    handle: ActorProxy[A]
-    in_flight: int = 0
-    inputs: list[str] = field(default_factory=list)  # of the calls in flight in this life
-    alone: bool = False  # its call must have no other beside it
-    failures: int = 0  # without a success in between
-    absent: bool = False  # its latest start failed
-    life: int = 0  # how often it was replaced
-    process: str = ""  # the process that started last
-    killed: str = ""  # the process that was killed last, which may still reply for a while
-    looked: float = 0.0  # when it was last seen to get on, on the monotonic clock
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
-    busy: BusyClock = field(default_factory=BusyClock)
-
-    @property
-    def missing(self) -> bool:
-        """Whether the pool does not count on it."""
-        return self.absent or self.failures >= MAX_FAILURES
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Turn(Generic[A]):
-    """A call that waits for its place."""
-
-    place: asyncio.Future[Place[A]]
-    name: str  # of its input
-
-
-Place: TypeAlias = tuple[Member[A], int]
-"""A member on which a call may run, and the member's life when the call was admitted."""
 
 
 class ActorPool(Generic[A]):
@@ -150,21 +85,33 @@ class ActorPool(Generic[A]):
         self._min_actors = min_actors
         self._role: Role = role
         self._timeline = timeline or Timeline()
-        self._queue = BusyClock()
-        self._members = [
-            Member(name=f"{role} {index}", handle=handle) for index, handle in enumerate(handles)
-        ]
-        self._max_in_flight = max_in_flight
+        self._clocks: dict[str, BusyClock] = {}  # by name of a member, also of those released
+        self._members: list[Member[A]] = []
+        for handle in handles:
+            self._enlist(handle)
         self._stall_timeout_s = stall_timeout_s
         self._startup_timeout_s = startup_timeout_s
         self._log = log
-        self._waiting: deque[_Turn[A]] = deque()  # calls, the first to come first
-        self._waiting_alone: deque[_Turn[A]] = deque()  # those that need a member for themselves
-        self._reserved: Member[A] | None = None  # takes no call until it is free for one of these
         self._suspects = Suspects()
+        self._places: Places[A] = Places(
+            self._members,
+            max_in_flight=max_in_flight,
+            suspects=self._suspects,
+            role=role,
+            timeline=self._timeline,
+        )
         self._one_by_one: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by suspect
         self._recoveries: set[asyncio.Task[None]] = set()
-        self._fatal: UserError | None = None
+
+    def _enlist(self, handle: ActorProxy[A]) -> Member[A]:
+        """A new member, under the first name that is free."""
+        taken = {member.name for member in self._members}
+        names = (f"{self._role} {index}" for index in range(len(taken) + 1))
+        name = next(name for name in names if name not in taken)
+        busy = self._clocks.setdefault(name, BusyClock())
+        member = Member(name=name, handle=handle, busy=busy)
+        self._members.append(member)
+        return member
 
     async def start(self) -> None:
         """Start every member.
@@ -197,14 +144,14 @@ class ActorPool(Generic[A]):
         """
         self._refuse_if_given_up(name)
         if not self._suspects.runs_alone(name):
-            place = await self._acquire(name, alone=False)
+            place = await self._places.acquire(name, alone=False)
             if not self._suspects.runs_alone(name):
                 return await self._call(name, invoke, place, alone=False)
-            self._release(place[0])  # an equal input failed while this one waited
+            self._places.release(place[0])  # an equal input failed while this one waited
         async with self._one_by_one[name]:
             self._refuse_if_given_up(name)
             alone = self._suspects.runs_alone(name)
-            place = await self._acquire(name, alone=alone)
+            place = await self._places.acquire(name, alone=alone)
             return await self._call(name, invoke, place, alone=alone)
 
     async def _call(
@@ -231,7 +178,7 @@ class ActorPool(Generic[A]):
             raise ActorLost(f"{member.name}: {one_line(error)}") from error
         finally:
             inputs.remove(name)
-            self._release(member, alone=alone)
+            self._places.release(member, alone=alone)
         member.failures = 0
         self._suspects.succeeded(member.name, name)
         return result
@@ -270,8 +217,8 @@ class ActorPool(Generic[A]):
     def cost(self) -> RoleCost:
         """How long the members were busy, and how long calls waited for one."""
         return RoleCost(
-            busy_seconds=sum(member.busy.seconds for member in self._members),
-            queue_seconds=self._queue.call_seconds,
+            busy_seconds=sum(clock.seconds for clock in list(self._clocks.values())),
+            queue_seconds=self._places.queue.call_seconds,
         )
 
     async def restart(self) -> None:
@@ -284,13 +231,14 @@ class ActorPool(Generic[A]):
         for recovery in recoveries:
             recovery.cancel()
         await asyncio.gather(*recoveries, return_exceptions=True)
-        for member in self._members:
+        members = list(self._members)
+        for member in members:
             self._kill(member)
-        back = await asyncio.gather(*(self._try_start(member) for member in self._members))
-        if self._fatal is not None:
-            raise self._fatal
-        for member, is_back in zip(self._members, back, strict=True):
-            if not is_back:
+        back = await asyncio.gather(*(self._try_start(member) for member in members))
+        if self._places.fatal is not None:
+            raise self._places.fatal
+        for member, is_back in zip(members, back, strict=True):
+            if not is_back and member in self._members:
                 self._recover_in_background(member)
 
     async def _start(self, member: Member[A]) -> None:
@@ -332,104 +280,10 @@ class ActorPool(Generic[A]):
                 f" {self._startup_timeout_s:g} s: {latest}"
             ) from error
         member.ready.set()
-        self._hand_out()
+        self._places.hand_out()
 
     async def _prepare(self, member: Member[A]) -> None:
         """Bring a started member to the state of the others. Overridden by pools that have one."""
-
-    async def _acquire(self, name: str, *, alone: bool) -> Place[A]:
-        """Take a place, or wait in line for one.
-
-        A call that is cancelled when it has just got its place passes it on. If the member was
-        killed meanwhile, the call is the first in line again.
-
-        Args:
-            alone: the place of a member that has no other call, and gets none.
-        """
-        line = self._waiting_alone if alone else self._waiting
-        enqueue = line.append
-        while True:
-            if self._fatal is not None:
-                raise self._fatal
-            if not alone and (place := self._take()) is not None:
-                return place
-            turn: _Turn[A] = _Turn(asyncio.get_running_loop().create_future(), name)
-            enqueue(turn)
-            if alone:
-                self._hand_out()
-            try:
-                with (
-                    self._queue.running(),
-                    self._timeline.count(self._role, f"{self._role}s, queue"),
-                ):
-                    member, life = await turn.place
-            except asyncio.CancelledError:
-                got = turn.place
-                if got.done() and not got.cancelled() and got.exception() is None:
-                    self._release(got.result()[0], alone=alone)
-                elif alone:
-                    self._hand_out()  # a member may be reserved for it
-                raise
-            if member.life == life:
-                return member, life
-            member.in_flight -= 1
-            member.alone = False
-            enqueue = line.appendleft
-
-    def _take(self) -> Place[A] | None:
-        """A place on the least busy member; None while none is free."""
-        able = [
-            member
-            for member in self._members
-            if member.ready.is_set()
-            and member.in_flight < self._max_in_flight
-            and not member.alone
-            and member is not self._reserved
-        ]
-        if not able:
-            return None
-        member = min(able, key=lambda item: item.in_flight)
-        member.in_flight += 1
-        return member, member.life
-
-    def _take_alone(self, name: str) -> Place[A] | None:
-        """A member without other calls; while there is none, one gets no more calls."""
-        able = [member for member in self._members if member.ready.is_set() and not member.alone]
-        if self._reserved not in able:
-            failed = self._suspects.failed_alone_on(name)
-            self._reserved = min(
-                able, key=lambda item: (item.name in failed, item.in_flight), default=None
-            )
-        member = self._reserved
-        if member is None or member.in_flight > 0:
-            return None
-        self._reserved = None
-        member.alone = True
-        member.in_flight = 1
-        return member, member.life
-
-    def _release(self, member: Member[A], *, alone: bool = False) -> None:
-        member.in_flight -= 1
-        if alone:
-            member.alone = False
-        self._hand_out()
-
-    def _hand_out(self) -> None:
-        """Give every free place to the first that waits, so that no call waits beside one."""
-        self._serve(self._waiting_alone, lambda turn: self._take_alone(turn.name))
-        if not self._waiting_alone:
-            self._reserved = None
-        self._serve(self._waiting, lambda _: self._take())
-
-    def _serve(self, line: deque[_Turn[A]], take: Callable[[_Turn[A]], Place[A] | None]) -> None:
-        while line:
-            if line[0].place.done():  # cancelled
-                line.popleft()
-                continue
-            place = take(line[0])
-            if place is None:
-                return
-            line.popleft().place.set_result(place)
 
     async def _replace(
         self, member: Member[A], life: int, error: BaseException, inputs: Sequence[str] = ()
@@ -447,6 +301,8 @@ class ActorPool(Generic[A]):
             member.failures += 1
         self._kill(member)
         await self._log.add(EventRecord(name=f"{member.name} failed", detail=one_line(error)))
+        if await self._dismissed(member, one_line(error)):
+            return
         if member.missing:
             await self._miss(
                 member,
@@ -455,8 +311,8 @@ class ActorPool(Generic[A]):
                     f" {one_line(error)}; see the log of its node for the details{self._blamed()}"
                 ),
             )
-            if self._fatal is not None:
-                raise self._fatal from error
+            if self._places.fatal is not None:
+                raise self._places.fatal from error
         self._recover_in_background(member)
 
     def _recover_in_background(self, member: Member[A]) -> None:
@@ -480,7 +336,7 @@ class ActorPool(Generic[A]):
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             if await self._try_start(member):
                 break
-            if self._fatal is not None:
+            if self._places.fatal is not None or member not in self._members:
                 return
             if member.process != member.killed:
                 self._kill(member)  # it is up, but its start failed or hangs
@@ -492,31 +348,29 @@ class ActorPool(Generic[A]):
             await self._start(member)
         except UserError as error:
             member.absent = True
-            await self._miss(member, error)
+            if not await self._dismissed(member, str(error)):
+                await self._miss(member, error)
             return False
         member.absent = False
         return True
 
+    async def _dismissed(self, member: Member[A], why: str) -> bool:
+        """Whether a member that failed has left the pool for good. Overridden by elastic pools."""
+        return False
+
     async def _miss(self, member: Member[A], error: UserError) -> None:
         """Go on without a member, or end the run if too few are left."""
-        left = sum(not one.missing for one in self._members)
-        others = f"{left} of {len(self._members)} {self._role}s are left"
+        joined = [one for one in self._members if one.joining is None]
+        left = sum(not one.missing for one in joined)
+        others = f"{left} of {len(joined)} {self._role}s are left"
         if left >= self._min_actors:
             detail = f"{error}; {others}, and it is tried again"
             await self._log.add(EventRecord(name=f"{member.name} is missing", detail=detail))
-        elif len(self._members) == 1:
-            self._give_up(error)
+        elif len(joined) == 1:
+            self._places.give_up(error)
         else:
-            self._give_up(ClusterError(f"{error}; {others}, min_actors = {self._min_actors}"))
-
-    def _give_up(self, fatal: UserError) -> None:
-        """Make every later call raise `fatal`, and those that wait for a member too."""
-        self._fatal = fatal
-        for line in (self._waiting_alone, self._waiting):
-            while line:
-                turn = line.popleft().place
-                if not turn.done():
-                    turn.set_exception(fatal)
+            minimum = f"min_actors = {self._min_actors}"
+            self._places.give_up(ClusterError(f"{error}; {others}, {minimum}"))
 
     def _refuse_if_given_up(self, name: str) -> None:
         if self._suspects.is_given_up(name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import ray
@@ -12,10 +13,11 @@ from ray.actor import ActorProxy
 from ray.exceptions import ObjectLostError, RayError
 
 from distillm_ray.cluster.actors import cause_of, pooled
+from distillm_ray.cluster.elastic_pool import ElasticPool, Growth
 from distillm_ray.cluster.log import AsyncLog
+from distillm_ray.cluster.member import Member, PooledActor
 from distillm_ray.cluster.placement import RoleSpec
-from distillm_ray.cluster.pool import ActorPool, Member, PooledActor
-from distillm_ray.config import GeneratorPoolConfig, SamplingConfig
+from distillm_ray.config import ActorRange, GeneratorPoolConfig, SamplingConfig
 from distillm_ray.errors import ClusterError
 from distillm_ray.log.timeline import Timeline
 from distillm_ray.rollout.engines import make_generator
@@ -85,15 +87,24 @@ class GeneratorActor(PooledActor):
         await self._generator.stop()
 
 
-def start_generators(
-    spec: RoleSpec, config: GeneratorPoolConfig, job: GeneratorJob
-) -> list[ActorProxy[GeneratorActor]]:
-    """Start the processes of a pool; they load nothing yet."""
-    actor = pooled(GeneratorActor, spec, job.device)
-    return [actor.remote(config, job) for _ in range(spec.count)]
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GeneratorStarter:
+    """Starts the processes of a pool; they load nothing yet."""
+
+    spec: RoleSpec
+    config: GeneratorPoolConfig
+    job: GeneratorJob
+
+    def start_one(self) -> ActorProxy[GeneratorActor]:
+        """One more process."""
+        return pooled(GeneratorActor, self.spec, self.job.device).remote(self.config, self.job)
+
+    def start(self) -> list[ActorProxy[GeneratorActor]]:
+        """Those that the pool has from its start on."""
+        return [self.start_one() for _ in range(self.spec.count)]
 
 
-class GeneratorPool(ActorPool[GeneratorActor]):
+class GeneratorPool(ElasticPool[GeneratorActor]):
     """Generators of one model that all follow the newest published weights."""
 
     aborted = (SlowRequest,)
@@ -107,8 +118,16 @@ class GeneratorPool(ActorPool[GeneratorActor]):
         startup_timeout_s: float,
         log: AsyncLog,
         timeline: Timeline | None = None,
+        starter: GeneratorStarter | None = None,
     ) -> None:
-        """`keep_in_flight`: requests continue while weights change; else they finish first."""
+        """The pool grows by `starter`, if the config has a range of actors.
+
+        `keep_in_flight`: requests continue while weights change; else they finish first.
+        """
+        growth = None
+        if isinstance(config.actors, ActorRange) and starter is not None:
+            places = min(config.batch_size, config.max_in_flight)
+            growth = Growth(bounds=config.actors, places=places, add=starter.start_one)
         super().__init__(
             handles,
             role="generator",
@@ -118,6 +137,7 @@ class GeneratorPool(ActorPool[GeneratorActor]):
             startup_timeout_s=startup_timeout_s,
             log=log,
             timeline=timeline,
+            growth=growth,
         )
         self._keep_in_flight = keep_in_flight
         self._newest: PublishedWeights | None = None

@@ -21,6 +21,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
 
 import ray
@@ -29,12 +30,13 @@ from ray.exceptions import RayError
 
 from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, pooled, spread
 from distillm_ray.cluster.busy_clock import BusyClock
+from distillm_ray.cluster.elastic_pool import ElasticPool, Growth
 from distillm_ray.cluster.log import AsyncLog
+from distillm_ray.cluster.member import PooledActor
 from distillm_ray.cluster.placement import RoleSpec
-from distillm_ray.cluster.pool import ActorPool, PooledActor
 from distillm_ray.cluster.reporter import Reporting
 from distillm_ray.cluster.store_calls import STORE_SILENCE_S, StoreCalls, StoreLost
-from distillm_ray.config import TargetsConfig, TeacherConfig
+from distillm_ray.config import ActorRange, TargetsConfig, TeacherConfig
 from distillm_ray.errors import ClusterError
 from distillm_ray.log.timeline import Timeline
 from distillm_ray.teacher.target_key import TargetIdentity, target_key
@@ -164,17 +166,24 @@ class TargetStoreActor(Reporting):
         )
 
 
-def start_scorers(
-    spec: RoleSpec,
-    teacher: TeacherConfig,
-    targets: TargetsConfig,
-    *,
-    vocabulary_size: int,
-    device: Device,
-) -> list[ActorProxy[ScorerActor]]:
-    """Start the processes of the teacher's pool; they load nothing yet."""
-    actor = pooled(ScorerActor, spec, device)
-    return [actor.remote(teacher, targets, vocabulary_size, device) for _ in range(spec.count)]
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScorerStarter:
+    """Starts the processes of the teacher's pool; they load nothing yet."""
+
+    spec: RoleSpec
+    teacher: TeacherConfig
+    targets: TargetsConfig
+    vocabulary_size: int
+    device: Device
+
+    def start_one(self) -> ActorProxy[ScorerActor]:
+        """One more process."""
+        actor = pooled(ScorerActor, self.spec, self.device)
+        return actor.remote(self.teacher, self.targets, self.vocabulary_size, self.device)
+
+    def start(self) -> list[ActorProxy[ScorerActor]]:
+        """Those that the pool has from its start on."""
+        return [self.start_one() for _ in range(self.spec.count)]
 
 
 def start_stores(
@@ -215,7 +224,7 @@ def store_index(key: str, num_stores: int) -> int:
 # ---- the orchestrator's side ---------------------------------------------------------------------
 
 
-class ScorerPool(ActorPool[ScorerActor]):
+class ScorerPool(ElasticPool[ScorerActor]):
     """Scorers in front of the target stores. Payloads go from scorer to store by reference."""
 
     def __init__(
@@ -229,7 +238,14 @@ class ScorerPool(ActorPool[ScorerActor]):
         log: AsyncLog,
         min_actors: int = 1,
         timeline: Timeline | None = None,
+        starter: ScorerStarter | None = None,
     ) -> None:
+        """The pool grows by `starter`, if the teacher has a range of actors."""
+        growth = None
+        if starter is not None and isinstance(starter.teacher.actors, ActorRange):
+            growth = Growth(
+                bounds=starter.teacher.actors, places=REQUESTS_PER_SCORER, add=starter.start_one
+            )
         super().__init__(
             handles,
             role="scorer",
@@ -239,6 +255,7 @@ class ScorerPool(ActorPool[ScorerActor]):
             log=log,
             min_actors=min_actors,
             timeline=timeline,
+            growth=growth,
         )
         self._num_stores = len(stores)
         self._stores = StoreCalls(stores, log=log)

@@ -30,6 +30,7 @@ from distillm_ray.config.loss import (
     has_curriculum,
 )
 from distillm_ray.config.roles import (
+    ActorRange,
     LearnerConfig,
     LoraConfig,
     ModelConfig,
@@ -61,6 +62,7 @@ from distillm_ray.config.tree import Config
 __all__ = [
     "RESUMABLE",
     "SAMPLED",
+    "ActorRange",
     "AdaptiveKL",
     "AdaptiveSchedule",
     "ChatTemplate",

@@ -135,6 +135,11 @@ def moment(value: Any) -> Any:
     raise ValueError(f"must be a date, as in 2026-11-25 or 2026-11-25T12:00:00, got {value!r}")
 
 
+def shown_range(value: dict[str, Any]) -> str:
+    """A small mapping as a config file spells it."""
+    return f"{{{', '.join(f'{key}: {one}' for key, one in value.items())}}}"
+
+
 class Section(BaseModel):
     """Frozen. Unknown keys, infinite numbers and NaN are errors."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction as FractionOf
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from distillm_ray.config.fields import (
     LARGEST_INTEGER,
@@ -23,6 +23,7 @@ from distillm_ray.config.fields import (
     Number,
     Positive,
     Section,
+    shown_range,
 )
 
 
@@ -47,21 +48,64 @@ class ProcessConfig(Section):
     node_labels: MayChange[dict[LabelKey, LabelValue]] = Field(default_factory=dict)
 
 
+class ActorRange(Section):
+    """The size of an elastic pool. It starts with `min` and grows while the learners wait for it.
+
+    It shrinks while its members are idle (`cluster/elasticity.py`).
+    """
+
+    min: Positive  # these have to start, and stay
+    max: Positive
+    grow_after_s: Above0 = 30.0  # of too few members, before more are asked for
+    shrink_after_s: Above0 = 120.0  # of idle members, before some are released
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> ActorRange:
+        if self.max < self.min:
+            raise ValueError(
+                f"max must be at least min, got {self.max} < {self.min}: lower min or raise max"
+            )
+        return self
+
+
+def _form_of(actors: Any) -> str:
+    return "[range]" if isinstance(actors, dict | ActorRange) else "[number]"
+
+
+# Names of the forms in brackets: they are no keys, so errors.py leaves them out of a location.
+Actors = Annotated[
+    Annotated[Positive, Tag("[number]")] | Annotated[ActorRange, Tag("[range]")],
+    Discriminator(_form_of),
+]
+"""How many processes a pool has."""
+
+
 class PoolConfig(ProcessConfig):
     """A pool of identical processes."""
 
-    actors: MayChange[Positive] = 1
+    actors: MayChange[Actors] = 1  # a number, or {min: …, max: …} in rollout and teacher
     min_actors: MayChange[Positive] = 1  # fewer that work or can be restarted end the run
     tensor_parallel: MayChange[Positive] = 1  # GPUs that one model is split over
 
     @model_validator(mode="after")
     def _minimum_is_reachable(self) -> PoolConfig:
-        if self.min_actors > self.actors:
+        if self.min_actors > self.fewest:
+            key = "actors.min" if isinstance(self.actors, ActorRange) else "actors"
             raise ValueError(
-                f"min_actors must be at most actors, got {self.min_actors} > {self.actors}: the run"
-                " would end before it starts; lower min_actors or raise actors"
+                f"min_actors must be at most {key}, got {self.min_actors} > {self.fewest}: the run"
+                f" would end before it starts; lower min_actors or raise {key}"
             )
         return self
+
+    @property
+    def fewest(self) -> int:
+        """Processes that the pool starts with and keeps."""
+        return self.actors.min if isinstance(self.actors, ActorRange) else self.actors
+
+    @property
+    def most(self) -> int:
+        """Processes that the pool may have."""
+        return self.actors.max if isinstance(self.actors, ActorRange) else self.actors
 
 
 class TeacherConfig(ModelConfig, PoolConfig):
@@ -107,10 +151,22 @@ class TargetsConfig(Section):
         return self.max_bytes
 
 
+def _no_range(workers: Any) -> Any:
+    if isinstance(workers, dict):
+        raise ValueError(
+            f"must be one number, got {shown_range(workers)}: DeepSpeed (ZeRO) splits the optimizer"
+            " state over the ranks, and a group of another size cannot load what these have saved;"
+            " with zero_stage 0 a run may be resumed with another number. Pools without such a"
+            " state may be a range: rollout.actors and teacher.actors"
+        )
+    return workers
+
+
 class LearnerConfig(ProcessConfig):
     """The Ray Train group and its DeepSpeed engine."""
 
-    workers: MayChange[Positive] = 1  # with zero_stage 0 only
+    # On resume another number with zero_stage 0 only.
+    workers: MayChange[Annotated[Positive, BeforeValidator(_no_range)]] = 1
     zero_stage: MayChange[Annotated[Integer, Field(ge=0, le=3)]] = 1  # between 1 and 2 only
     steps: MayChange[Positive | None] = None  # optimizer steps; with epochs: at most
     epochs: MayChange[Above0 | None] = None  # passes over data.train, if every slot were of it

@@ -97,7 +97,7 @@ class GeneratorPoolConfig(PoolConfig):
 
         One generator may stall meanwhile.
         """
-        waves = -(-num_requests // (self.batch_size * self.actors)) + 1
+        waves = -(-num_requests // (self.batch_size * self.fewest)) + 1
         return waves * self.response_limit_s(max_tokens) + self.stall_timeout_s
 
     @model_validator(mode="after")

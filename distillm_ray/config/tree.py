@@ -7,9 +7,15 @@ from typing import Any, Literal
 from pydantic import ModelWrapValidatorHandler, model_validator
 
 from distillm_ray.config.data import DataConfig
-from distillm_ray.config.fields import LARGEST_INTEGER, MayChange, Section
+from distillm_ray.config.fields import LARGEST_INTEGER, MayChange, Section, shown_range
 from distillm_ray.config.loss import LossConfig, Text
-from distillm_ray.config.roles import LearnerConfig, StudentConfig, TargetsConfig, TeacherConfig
+from distillm_ray.config.roles import (
+    ActorRange,
+    LearnerConfig,
+    StudentConfig,
+    TargetsConfig,
+    TeacherConfig,
+)
 from distillm_ray.config.rollout import GenerateConfig, RolloutConfig, VllmEngine
 from distillm_ray.config.run import (
     CheckpointConfig,
@@ -197,6 +203,19 @@ class Config(Section):
                 f" {self.rollout.teacher_mix:g}: every token is sampled from teacher and student"
                 " together; name its model directory, or set rollout.teacher_mix=0"
             )
+        fixed = {
+            "evaluation.student": self.evaluation.student,
+            "evaluation.teacher": self.evaluation.teacher,
+            "generate": self.generate,
+        }
+        for key, fixed_pool in fixed.items():
+            if fixed_pool is not None and isinstance(fixed_pool.actors, ActorRange):
+                shown = shown_range(fixed_pool.actors.model_dump(include={"min", "max"}))
+                raise ValueError(
+                    f"{key}.actors must be one number, got {shown}: its prompts are all known at"
+                    " once, and no learner waits for it; only rollout.actors and teacher.actors may"
+                    f" be a range; set {key}.actors={fixed_pool.most}"
+                )
         longest = self.data.max_prompt_tokens + self.longest_response
         limits = {"learner.max_micro_batch_tokens": self.learner.max_micro_batch_tokens}
         if self.teacher is not None:

@@ -15,7 +15,7 @@ from ray.actor import ActorProxy
 from distillm_ray.cluster.actors import ask, release
 from distillm_ray.cluster.orchestrator import OrchestratorActor, start_orchestrator
 from distillm_ray.cluster.placement import RoleSpec
-from distillm_ray.cluster.rollout import start_generators
+from distillm_ray.cluster.rollout import GeneratorStarter
 from distillm_ray.config import (
     Config,
     GeneratorPoolConfig,
@@ -85,7 +85,7 @@ class Responder:
     @property
     def _at_once(self) -> int:
         """How many prompts the pool responds to at a time."""
-        return self.pool.batch_size * self.pool.actors
+        return self.pool.batch_size * self.pool.most
 
     def _ask(
         self, call: ray.ObjectRef[list[Rollout]], num_prompts: int, sampling: SamplingConfig
@@ -131,7 +131,7 @@ def serving(
         trust_remote_code=served.model.trust_remote_code,
         device=device,
     )
-    generators = start_generators(served.spec, served.pool, job)
+    generators = GeneratorStarter(spec=served.spec, config=served.pool, job=job).start()
     orchestrator = start_orchestrator(config, served.pool, generators)
     try:
         ask(

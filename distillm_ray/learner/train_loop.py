@@ -122,6 +122,7 @@ class TrainLoop:
         self._validation: Validation | None = None
         self._rouge_l = math.nan  # of the newest validation, if its probes were scored
         self._skipped_in_a_row = 0
+        self._waited_s = 0.0  # for samples, in training
         self._published = 0  # the generators loaded the student's directory: version 0
         self._saved = 0  # the step of the newest checkpoint
         self._nodes: frozenset[str] = frozenset()  # ids of those that the run cannot lose
@@ -248,17 +249,17 @@ class TrainLoop:
         control = self._links.control
         prepared: PreparedStep | None = None
         waited_s, since = 0.0, time.monotonic()
+        before_s = self._waited_s
         reason = ""
         early = False
         while True:
             prepared = prepared or prefetcher.poll(step, _POLL_S)
             was_early, ends, early, leaves = early, False, False, False
             if self._speaks:
+                reason = ""
                 if prepared is None:
                     reason = self._links.buffer.waiting_for(step) or "the teacher targets"
-                    status = control.wait_for(reason)
-                else:
-                    status = control.wait_for("") if reason else control.status()
+                status = control.wait_for(reason, self._waited_s)
                 ends, early = status.ends, status.phase != TRAINING
                 leaves = self._lose(status.leaving)
             missing, ends, early, leaves = self._learner.any_of(
@@ -267,6 +268,7 @@ class TrainLoop:
             now = time.monotonic()
             waited_s += 0.0 if early or was_early else now - since
             since = now
+            self._waited_s = before_s + waited_s
             if ends:
                 return None
             if leaves and self._saved < step:

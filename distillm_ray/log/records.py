@@ -2,8 +2,9 @@
 
 `metrics.jsonl` holds the fields of a record as they stand here. A `step` object has the fields of
 `TrainStep` (loss, tokens, seconds, ...) at its top level, beside `phi`, `psi`, the ages of the
-samples and four objects: `mix` and `rollout_ids` (what was drawn, by shelf), `buffer`
-(`BufferSizes`) and `work` (`Counters`). Every object has `kind`, `step` and `time`.
+samples and five objects: `mix` and `rollout_ids` (what was drawn, by shelf), `buffer`
+(`BufferSizes`), `actors` (`ActorCounts`) and `work` (`Counters`). Every object has `kind`, `step`
+and `time`.
 
 Steps are completed optimizer steps: the first is 1, and 0 is before training. JSON has no NaN and
 no infinity, so a non-finite number is written as null; null is read as NaN.
@@ -85,6 +86,16 @@ class BufferSizes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ActorCounts:
+    """The members of the pools at the time of a step. Those that failed and are missing are not."""
+
+    generators: int = 0  # ready for calls
+    generators_starting: int = 0  # waiting for room in the cluster, or loading
+    scorers: int = 0
+    scorers_starting: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartRecord:
     """A process started or resumed the run from checkpoint `step`."""
 
@@ -112,6 +123,7 @@ class StepRecord(TrainStep):
     fresh_age_max: int = 0
     replay_age_mean: float = math.nan  # NaN without replayed samples
     buffer: BufferSizes = BufferSizes()
+    actors: ActorCounts = ActorCounts()
     work: Counters = Counters()  # since the previous step
 
     @classmethod
@@ -122,6 +134,7 @@ class StepRecord(TrainStep):
         *,
         buffer: BufferSizes,
         work: Counters,
+        actors: ActorCounts | None = None,
     ) -> StepRecord:
         """Join the learners' report with the work of the other roles since the previous step."""
         return cls(
@@ -136,6 +149,7 @@ class StepRecord(TrainStep):
             fresh_age_max=max(draw.fresh_ages, default=0),
             replay_age_mean=_mean(draw.replay_ages),
             buffer=buffer,
+            actors=actors or ActorCounts(),
             work=work,
         )
 

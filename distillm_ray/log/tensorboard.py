@@ -60,6 +60,7 @@ def scalars(record: Record, totals: Totals) -> Iterator[tuple[str, float]]:
             for group, part in (
                 ("mix", record.mix),
                 ("buffer", record.buffer),
+                ("actors", record.actors),
                 ("work", record.work),
             ):
                 for name, value in dataclasses.asdict(part).items():

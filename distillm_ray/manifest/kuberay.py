@@ -44,6 +44,7 @@ def kuberay(job: Job, layout: Layout, image: str) -> str:
     check_shells(job.command)
     store = {"object-store-memory": str(layout.store_bytes)}
     memory = layout.shm_gib + HEAD_MEMORY_GIB
+    grows = any(group.grows for group in layout.groups)
     knows_memory = all(group.memory_gib is not None for group in layout.groups)
     head = _resources(HEAD_CPUS, 0, memory if knows_memory else None)
     document = {
@@ -60,10 +61,14 @@ def kuberay(job: Job, layout: Layout, image: str) -> str:
             "rayClusterSpec": {
                 "rayVersion": job.ray_version,
                 "authOptions": {"mode": "token", "secretName": TOKEN_SECRET},
-                "enableInTreeAutoscaling": False,
+                "enableInTreeAutoscaling": grows,
+                # The first version reads no labels of nodes.
+                **({"autoscalerOptions": {"version": "v2"}} if grows else {}),
                 "headGroupSpec": {
                     "rayStartParams": {"num-cpus": "0", **store},
-                    "template": _pod(layout, image, "ray-head", head, _HOLD_FOR_DRIVER),
+                    "template": _pod(
+                        layout, image, "ray-head", head, _HOLD_FOR_DRIVER, asks_kubernetes=grows
+                    ),
                 },
                 "workerGroupSpecs": [
                     _group(layout, group, image, store) for group in layout.groups
@@ -91,7 +96,7 @@ def _group(layout: Layout, group: NodeGroup, image: str, store: dict[str, str]) 
         "groupName": group.name,
         "replicas": group.count,
         "minReplicas": group.count,
-        "maxReplicas": group.count,
+        "maxReplicas": group.most,
         **({"labels": labels} if labels else {}),
         "rayStartParams": store,
         "template": _pod(layout, image, "ray-worker", resources, hold),
@@ -99,9 +104,20 @@ def _group(layout: Layout, group: NodeGroup, image: str, store: dict[str, str]) 
 
 
 def _pod(
-    layout: Layout, image: str, name: str, resources: dict[str, Any], hold: str | None
+    layout: Layout,
+    image: str,
+    name: str,
+    resources: dict[str, Any],
+    hold: str | None,
+    *,
+    asks_kubernetes: bool = False,
 ) -> dict[str, Any]:
-    """`hold`: a command that a shutdown waits for."""
+    """The template of a pod.
+
+    Args:
+        hold: a command that a shutdown waits for.
+        asks_kubernetes: the autoscaler beside the head needs the token of a service account.
+    """
     container: dict[str, Any] = {"name": name, "image": image, "resources": resources}
     if name == "ray-head":
         container["ports"] = [
@@ -120,7 +136,7 @@ def _pod(
     return {
         "spec": {
             "terminationGracePeriodSeconds": STOP_S + 60,
-            "automountServiceAccountToken": False,
+            "automountServiceAccountToken": asks_kubernetes,
             "securityContext": {
                 "runAsNonRoot": True,
                 "runAsUser": USER,

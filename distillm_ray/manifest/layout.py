@@ -4,8 +4,8 @@
     machines    whole machines: roles share one, unless a role needs more than one by itself
 
 Each group carries a label, and its roles ask for it (`node_labels`): Ray would otherwise place a
-learner where a larger generator has to fit, and wait forever. The cluster has a fixed size, because
-a run checks at its start that everything fits.
+learner where a larger generator has to fit, and wait forever. A run checks at its start that
+everything fits, so all nodes are there then. Only the group of an elastic pool grows afterwards.
 """
 
 from __future__ import annotations
@@ -49,9 +49,15 @@ class NodeGroup:
     name: str
     roles: tuple[RoleSpec, ...]
     count: int
+    most: int  # nodes, of an elastic pool that has asked for them; else `count`
     cpus: int  # per node
     gpus: int  # per node
     memory_gib: int | None  # per node; None: not known
+
+    @property
+    def grows(self) -> bool:
+        """Whether an autoscaler adds and removes nodes."""
+        return self.most > self.count
 
     @property
     def learns(self) -> bool:
@@ -71,6 +77,11 @@ class Layout:
     def num_nodes(self) -> int:
         """Nodes of all groups, and the head."""
         return self.has_head + sum(group.count for group in self.groups)
+
+    @property
+    def most_nodes(self) -> int:
+        """`num_nodes` when all elastic pools have grown."""
+        return self.has_head + sum(group.most for group in self.groups)
 
     @property
     def store_bytes(self) -> int:
@@ -129,6 +140,7 @@ def pods(config: Config, device: Device, machine: Machine, store_gib: int | None
                 name=role.role,
                 roles=(role,),
                 count=count,
+                most=math.ceil(role.most / most),
                 cpus=cpus,
                 gpus=gpus,
                 memory_gib=memory,
@@ -140,8 +152,9 @@ def pods(config: Config, device: Device, machine: Machine, store_gib: int | None
 def machines(config: Config, device: Device, machine: Machine, store_gib: int | None) -> Layout:
     """Whole machines, of which the first is the head as well.
 
-    A role that needs more than one machine has machines of its own; the others share machines,
-    largest first. So whatever Ray places first, the rest fits.
+    A role that needs more than one machine has machines of its own, and so does an elastic pool,
+    whose machines come and go; the others share machines, largest first. So whatever Ray places
+    first, the rest fits.
 
     Raises:
         ConfigError: a process needs more than a machine has.
@@ -151,7 +164,7 @@ def machines(config: Config, device: Device, machine: Machine, store_gib: int | 
     alone: list[RoleSpec] = []
     roles = _training(config, device).roles
     for role in sorted(roles, key=lambda role: role.count * role.gpus, reverse=True):
-        if role.count > _processes_per_machine(role, machine):
+        if role.most > role.count or role.count > _processes_per_machine(role, machine):
             alone.append(role)
             continue
         home = next((share for share in shares if _fit([*share, role], machine)), None)
@@ -166,6 +179,7 @@ def machines(config: Config, device: Device, machine: Machine, store_gib: int | 
             name="-".join(role.role for role in part),
             roles=tuple(part),
             count=math.ceil(part[0].count / _processes_per_machine(part[0], machine)),
+            most=math.ceil(part[0].most / _processes_per_machine(part[0], machine)),
             cpus=machine.cpus,
             gpus=machine.gpus if device == "cuda" else 0,
             memory_gib=machine.memory_gib,
@@ -173,6 +187,23 @@ def machines(config: Config, device: Device, machine: Machine, store_gib: int | 
         for part in sorted(parts, key=lambda part: roles.index(part[0]))
     ]
     return _checked(config, device, machine, groups, store_gib, has_head=False)
+
+
+def check_is_fixed(layout: Layout, format_name: str) -> None:
+    """Refuse elastic pools where the number of machines cannot change.
+
+    Raises:
+        ConfigError: with the key of the first one.
+    """
+    for group in layout.groups:
+        for role in group.roles:
+            if role.most > role.count:
+                raise ConfigError(
+                    f"{role.section}.actors must be one number with --{format_name}, got"
+                    f" {{min: {role.count}, max: {role.most}}}: such a job has as many machines at"
+                    f" its end as at its start; set {role.section}.actors={role.most}, or use"
+                    " --kuberay or --ray-up, whose clusters grow"
+                )
 
 
 def _training(config: Config, device: Device) -> Phase:

@@ -20,14 +20,14 @@ def ray_up(job: Job, layout: Layout, image: str, machine_type: str) -> str:
     """
     check_shells(job.command)
     first, *others = layout.groups
-    workers = {group.name: (group, group.count) for group in others}
-    if first.count > 1:
-        workers[first.name] = (first, first.count - 1)
+    workers = {group.name: (group, group.count, group.most) for group in others}
+    if first.most > 1:
+        workers[first.name] = (first, first.count - 1, first.most - 1)
     limits = "ulimit -n 65536; "
     head = ("--head", f"--port={PORT}", "--autoscaling-config=~/ray_bootstrap_config.yaml")
     document = {
         "cluster_name": job.name,
-        "max_workers": layout.num_nodes - 1,
+        "max_workers": layout.most_nodes - 1,
         "idle_timeout_minutes": 60,
         "provider": {"type": "aws", "region": "us-west-2", "cache_stopped_nodes": False},
         "auth": {"ssh_user": "ubuntu"},
@@ -54,10 +54,10 @@ def ray_up(job: Job, layout: Layout, image: str, machine_type: str) -> str:
         "worker_setup_commands": [],
         "head_node_type": "head",
         "available_node_types": {
-            "head": _node_type(layout, first, 0, machine_type),
+            "head": _node_type(layout, first, 0, 0, machine_type),
             **{
-                name: _node_type(layout, group, count, machine_type)
-                for name, (group, count) in workers.items()
+                name: _node_type(layout, group, count, most, machine_type)
+                for name, (group, count, most) in workers.items()
             },
         },
         "head_start_ray_commands": ["ray stop", limits + ray_start(layout, None, *head)],
@@ -83,13 +83,15 @@ def ray_up(job: Job, layout: Layout, image: str, machine_type: str) -> str:
     return heading(job, *lines) + to_yaml(document)
 
 
-def _node_type(layout: Layout, group: NodeGroup, count: int, machine_type: str) -> dict[str, Any]:
+def _node_type(
+    layout: Layout, group: NodeGroup, count: int, most: int, machine_type: str
+) -> dict[str, Any]:
     disk = {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": DISK_GIB, "VolumeType": "gp3"}}
     labels = layout.labels(group)
     return {
         "resources": {"CPU": group.cpus, "GPU": group.gpus},
         **({"labels": labels} if labels else {}),
         "min_workers": count,
-        "max_workers": count,
+        "max_workers": most,
         "node_config": {"InstanceType": machine_type, "BlockDeviceMappings": [disk]},
     }

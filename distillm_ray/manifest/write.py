@@ -16,7 +16,7 @@ from distillm_ray.config.files import load_config
 from distillm_ray.errors import UserError
 from distillm_ray.manifest.job import check_paths, make_job
 from distillm_ray.manifest.kuberay import kuberay
-from distillm_ray.manifest.layout import Machine, machines, pods
+from distillm_ray.manifest.layout import Machine, check_is_fixed, machines, pods
 from distillm_ray.manifest.ray_up import ray_up
 from distillm_ray.manifest.skypilot import skypilot
 from distillm_ray.manifest.slurm import slurm
@@ -73,6 +73,8 @@ def write(path: Path, overrides: Sequence[str], request: Request) -> str:
     _check_machine_type(request, device)
     lay_out = pods if request.format == "kuberay" else machines
     layout = lay_out(config, device, request.machine, request.object_store_gib)
+    if request.format in ("slurm", "skypilot"):
+        check_is_fixed(layout, request.format)
     job = make_job(
         config,
         path,

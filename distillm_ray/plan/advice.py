@@ -77,17 +77,49 @@ def advise(
     return Advice(counts=counts, outcome=outcome, cpus=cpus, gpus=gpus)
 
 
-def overrides(config: Config, counts: Counts) -> list[str]:
-    """The counts as overrides of the config; empty where they are the config's own."""
-    own = Counts.of(config)
-    found = (
-        ("learner.workers", counts.learners, own.learners),
-        ("rollout.actors", counts.generators, own.generators),
-        ("teacher.actors", counts.scorers, own.scorers),
+def settled(config: Config, own: Counts, simulate: Callable[[Counts], Outcome]) -> Outcome:
+    """The outcome at the size to which elastic pools grow: the learners' wait is what they follow.
+
+    With pools of a fixed size it is that of `own`, the config's counts.
+    """
+    most = replace(
+        own,
+        generators=config.rollout.most if own.generators else 0,
+        scorers=config.teacher.most if config.teacher is not None and own.scorers else 0,
     )
-    if counts == own:
+    counts = own
+    while True:
+        outcome = simulate(counts)
+        grown = _grown(outcome.counts, outcome)
+        wanted = replace(
+            counts,
+            generators=min(grown.generators, most.generators),
+            scorers=min(grown.scorers, most.scorers),
+        )
+        if outcome.limiting == "learner" or wanted == counts:
+            return outcome
+        counts = wanted
+
+
+def overrides(config: Config, counts: Counts) -> list[str]:
+    """The counts as overrides of the config; empty where they are the config's own.
+
+    A count within the config's range is its own.
+    """
+    own = Counts.of(config)
+    teacher = config.teacher
+    found = (
+        ("learner.workers", counts.learners, own.learners, own.learners),
+        ("rollout.actors", counts.generators, own.generators, config.rollout.most),
+        ("teacher.actors", counts.scorers, own.scorers, teacher.most if teacher else 0),
+    )
+    if all(least <= count <= most for _, count, least, most in found if count):
         return []
-    return [f"{key}={count}" for key, count, _ in found if count]
+    return [
+        f"{key}={count}"
+        for key, count, least, most in found
+        if count and not (least < most and least <= count <= most)
+    ]
 
 
 def _starts(config: Config) -> Iterator[Counts]:

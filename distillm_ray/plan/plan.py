@@ -15,7 +15,7 @@ from distillm_ray.data.splits import Splits, splits_of
 from distillm_ray.data.tokenizing import map_files
 from distillm_ray.errors import UserError
 from distillm_ray.models.tokenizers import load_tokenizer
-from distillm_ray.plan.advice import Advice, Budget, advise, overrides, resources
+from distillm_ray.plan.advice import Advice, Budget, advise, overrides, resources, settled
 from distillm_ray.plan.probe import ProbeData, measure
 from distillm_ray.plan.servers import ROLES
 from distillm_ray.plan.simulation import Counts, Machine, Outcome, RunData, simulate
@@ -38,7 +38,7 @@ Say: TypeAlias = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhiRow:
-    """The config's own counts at one phi."""
+    """The config's own counts at one phi; of elastic pools, those to which they grow."""
 
     phi: float
     outcome: Outcome
@@ -51,7 +51,7 @@ class Plan:
 
     stages: Stages
     steps: int  # simulated
-    counts: Counts  # of the config
+    counts: Counts  # of the config; of a range, what a run starts with
     rows: tuple[PhiRow, ...]
     advised_phi: float
     advice: Advice | None  # None: the budget holds no run
@@ -72,7 +72,14 @@ class Plan:
                 "scored_sequences_per_step": outcome.scored_sequences / self.steps,
             }
 
-        rows = [{"phi": row.phi, **facts(row.outcome, row.cost)} for row in self.rows]
+        rows = [
+            {
+                "phi": row.phi,
+                "counts": asdict(row.outcome.counts),
+                **facts(row.outcome, row.cost),
+            }
+            for row in self.rows
+        ]
         advice = None
         if self.advice is not None:
             advice = {
@@ -131,7 +138,7 @@ def make_plan(
     rows: list[PhiRow] = []
     for one in phis:
         say(f"simulating phi {one:g}")
-        outcome = outcome_of(config, data, stages, own, phi=one)
+        outcome = settled(config, own, partial(outcome_of, config, data, stages, phi=one))
         rows.append(PhiRow(phi=one, outcome=outcome, cost=cost(outcome)))
     if phi is None:
         phi = own_phi(config)

@@ -54,11 +54,11 @@ class Counts:
 
     @classmethod
     def of(cls, config: Config) -> Counts:
-        """As the config has them; 0 where a run has none."""
+        """As the config has them; 0 where a run has none. Of a range, what a run starts with."""
         return cls(
             learners=config.learner.workers,
-            generators=config.rollout.actors if config.wants_rollouts else 0,
-            scorers=config.teacher.actors if config.teacher and config.loss.needs_teacher else 0,
+            generators=config.rollout.fewest if config.wants_rollouts else 0,
+            scorers=config.teacher.fewest if config.teacher and config.loss.needs_teacher else 0,
         )
 
 

@@ -14,9 +14,18 @@ from distillm_ray.plan.simulation import Counts, Outcome
 def render(plan: Plan) -> RenderableType:
     """The table over phi, then the advice."""
     unit = "CPU-s/step" if plan.stages.device == "cpu" else "GPU-s/step"
-    table = Table(title=f"{_counts(plan.counts)}; means of {plan.steps} simulated steps")
+    grown = [row.outcome.counts for row in plan.rows]
+    grows = any(
+        counts.generators > plan.counts.generators or counts.scorers > plan.counts.scorers
+        for counts in grown
+    )
+    start = " at the start" if grows else ""
+    table = Table(title=f"{_counts(plan.counts)}{start}; means of {plan.steps} simulated steps")
     for name in ("phi", "s/step", unit, "fresh/step", "waits for data"):
         table.add_column(name, justify="right")
+    if grows:
+        table.add_column("generators", justify="right")
+        table.add_column("scorers", justify="right")
     for role in ROLES:
         table.add_column(f"{role} busy", justify="right")
     table.add_column("limited by")
@@ -28,6 +37,7 @@ def render(plan: Plan) -> RenderableType:
             _number(row.cost),
             f"{outcome.generated_sequences / plan.steps:.1f}",
             f"{outcome.waiting:.0%}",
+            *((str(outcome.counts.generators), str(outcome.counts.scorers)) if grows else ()),
             *(f"{outcome.busy(role):.0%}" if _has(outcome, role) else "–" for role in ROLES),
             outcome.limiting,
         )

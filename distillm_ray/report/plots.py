@@ -74,6 +74,7 @@ def draw_all(records: Sequence[Record], directory: Path) -> tuple[Path, ...]:
         "mix": draw_mix,
         "age": draw_age,
         "buffer": draw_buffer,
+        "actors": draw_actors,
         "seconds": draw_seconds,
         "work": draw_work,
     }
@@ -152,7 +153,10 @@ def draw_loss(ax: Axes, records: Sequence[Record]) -> None:
 
 
 def draw_phi(ax: Axes, records: Sequence[Record]) -> None:
-    """The SGO probability, and the rollout rate: the share of slots that need a new response."""
+    """The SGO probability, and the rollout rate: the share of slots that need a new response.
+
+    Where a pool changed its size, the members of the pools are on the right.
+    """
     steps, at = _steps(records)
     ax.step(
         at,
@@ -164,8 +168,37 @@ def draw_phi(ax: Axes, records: Sequence[Record]) -> None:
     ax.plot(at, [r.psi for r in steps], color=ORANGE, label="psi: rollout rate")
     ax.set_ylim(-0.02, 1.02)
     ax.set_ylabel("probability")
-    ax.legend(loc="upper right")
+    if len({(r.actors.generators, r.actors.scorers) for r in steps}) > 1:
+        right = _right_axis(ax)
+        _draw_members(right, records, where=" (right)")
+        _legend_of_both(ax, right, "upper right")
+    else:
+        ax.legend(loc="upper right")
     _finish(ax, "Schedule", records)
+
+
+def draw_actors(ax: Axes, records: Sequence[Record]) -> None:
+    """The members of the pools that worked, and those that waited for room or were loading."""
+    steps, at = _steps(records)
+    _draw_members(ax, records)
+    starting = [r.actors.generators_starting + r.actors.scorers_starting for r in steps]
+    ax.step(at, starting, color=GREY, where="post", linestyle="--", label="starting, of both")
+    ax.legend(loc="upper right")
+    _finish(ax, "Pools", records)
+
+
+def _draw_members(ax: Axes, records: Sequence[Record], *, where: str = "") -> None:
+    """Steps of the numbers of generators and scorers; `where` follows their names."""
+    steps, at = _steps(records)
+    for label, color, values in (
+        ("generators", RED, [r.actors.generators for r in steps]),
+        ("scorers", GREEN, [r.actors.scorers for r in steps]),
+    ):
+        ax.step(at, values, color=color, linewidth=1.2, where="post", label=f"{label}{where}")
+    most = max((max(r.actors.generators, r.actors.scorers) for r in steps), default=0)
+    ax.set_ylim(0, max(1.3 * most, 1))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_ylabel("processes")
 
 
 def draw_mix(ax: Axes, records: Sequence[Record]) -> None:

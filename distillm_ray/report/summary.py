@@ -45,6 +45,10 @@ class Summary:
     packing_efficiency: float = math.nan  # tokens / positions computed by the learners
     fresh_age_mean: float = math.nan
     fresh_age_max: int = 0
+    generators_mean: float = math.nan  # that worked, over the steps
+    generators_max: int = 0
+    scorers_mean: float = math.nan
+    scorers_max: int = 0
     # 1 - scored / trained on, of the sequences that a term compares with the teacher.
     target_reuse_sequences: float = math.nan
     target_reuse_tokens: float = math.nan
@@ -123,12 +127,20 @@ def summarize(run: Run) -> Summary:
         packing_efficiency=totals.tokens / totals.positions if totals.positions else math.nan,
         fresh_age_mean=age_sum / totals.mix.fresh if totals.mix.fresh else math.nan,
         fresh_age_max=max((record.fresh_age_max for record in steps), default=0),
+        generators_mean=_mean([record.actors.generators for record in steps]),
+        generators_max=max((record.actors.generators for record in steps), default=0),
+        scorers_mean=_mean([record.actors.scorers for record in steps]),
+        scorers_max=max((record.actors.scorers for record in steps), default=0),
         target_reuse_sequences=totals.target_reuse_sequences,
         target_reuse_tokens=totals.target_reuse_tokens,
         teacher_seconds_saved=totals.work.library_seconds if totals.has_targets else math.nan,
         totals=totals,
         notes=_notes(totals, run.superseded_steps),
     )
+
+
+def _mean(values: list[int]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def _notes(totals: Totals, superseded_steps: int) -> tuple[str, ...]:

@@ -138,6 +138,7 @@ def start_links(
         buffer=buffer,
         data=data,
         log=log or remote_log(config.run.directory),
+        control=cast(Any, None),
         scorers=scorers,
         stores=stores,
         identity=IDENTITY,

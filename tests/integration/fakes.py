@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from distillm_ray.cluster.pool import PooledActor
+from distillm_ray.cluster.member import PooledActor
 from distillm_ray.config import SamplingConfig
 from distillm_ray.errors import ModelError
 from distillm_ray.rollout.generator import SlowRequest

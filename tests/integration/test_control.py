@@ -20,9 +20,9 @@ def test_the_driver_and_the_learners_see_the_same_status(control: Actor) -> None
     driver, learner = ControlClient(control), ControlClient(control)
     assert driver.status() == RunStatus()
     assert driver.update(TRAINING, stop=False) == RunStatus(phase=TRAINING)
-    assert learner.wait_for("ordinal 3") == RunStatus(phase=TRAINING, waiting="ordinal 3")
-    assert driver.status() == RunStatus(phase=TRAINING, waiting="ordinal 3")
-    assert learner.wait_for("") == RunStatus(phase=TRAINING)
+    assert learner.wait_for("ordinal 3", 2.5).waited_s == 2.5
+    assert driver.status() == RunStatus(phase=TRAINING, waiting="ordinal 3", waited_s=2.5)
+    assert learner.wait_for("", 3.0) == RunStatus(phase=TRAINING, waited_s=3.0)
     assert not learner.status().ends
 
 

@@ -10,7 +10,8 @@ import pytest
 import ray
 from ray.exceptions import RayError
 
-from distillm_ray.cluster.pool import MAX_FAILURES, ActorLost
+from distillm_ray.cluster.member import MAX_FAILURES
+from distillm_ray.cluster.pool import ActorLost
 from distillm_ray.cluster.rollout import GeneratorPool
 from distillm_ray.config import GeneratorPoolConfig, SamplingConfig
 from distillm_ray.errors import ClusterError, ModelError
