@@ -886,3 +886,54 @@ def test_a_number_is_no_date(tmp_path: Path, written: str) -> None:
     path.write_text(yaml.safe_dump(make.tree()))
     with pytest.raises(ConfigError, match=r"data\.time: must be a date, as in 2026-11-25"):
         load_config(path, [f"data.time={written}"])
+
+
+# ---- elastic pools -------------------------------------------------------------------------------
+
+
+def test_a_pool_may_have_a_range_of_actors_and_a_number_stays_one(file: Path) -> None:
+    config = load_config(file, ["rollout.actors={min: 2, max: 16}", "teacher.actors=3"])
+    assert (config.rollout.fewest, config.rollout.most) == (2, 16)
+    assert config.teacher is not None
+    assert (config.teacher.fewest, config.teacher.most, config.teacher.actors) == (3, 3, 3)
+    again = parse_config(config.model_dump(mode="json"), name="x.yaml")
+    assert again == config
+    changed = load_config(file, ["rollout.actors={min: 2, max: 16}", "rollout.actors.max=4"])
+    assert (changed.rollout.fewest, changed.rollout.most) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("section", "actors", "parts"),
+    [
+        ("rollout", {"min": 3, "max": 2}, ("rollout.actors: max must be at least min, got 2 < 3",)),
+        ("rollout", {"max": 2}, ("rollout.actors.min: this key is required",)),
+        ("teacher", {"min": 0, "max": 2}, ("teacher.actors.min: Input should be greater than",)),
+        ("rollout", {"min": 1, "max": 2, "mix": 1}, ("rollout.actors.mix: unknown key",)),
+        ("rollout", [1, 2], ("rollout.actors: Input should be a valid integer, got [1, 2]",)),
+        ("generate", {"min": 1, "max": 2}, ("generate.actors must be one number, got {min: 1, m",)),
+    ],
+)
+def test_a_range_that_is_none_is_refused_by_key(
+    section: str, actors: Any, parts: tuple[str, ...]
+) -> None:
+    message = refusal(**{section: {"actors": actors}})
+    for part in parts:
+        assert part in message
+
+
+def test_the_evaluations_pool_is_no_range_because_no_learner_waits_for_it() -> None:
+    message = refusal(evaluation={"teacher": {"actors": {"min": 1, "max": 2}}})
+    assert "evaluation.teacher.actors must be one number, got {min: 1, max: 2}" in message
+    assert "no learner waits for it" in message
+
+
+def test_the_minimum_of_working_actors_is_one_that_the_pool_always_has() -> None:
+    pool = {"actors": {"min": 2, "max": 16}, "min_actors": 3}
+    assert "min_actors must be at most actors.min, got 3 > 2" in refusal(rollout=pool)
+
+
+def test_learners_are_no_range_and_the_message_says_why() -> None:
+    message = refusal(learner={"workers": {"min": 1, "max": 4}})
+    assert "learner.workers: must be one number, got {min: 1, max: 4}" in message
+    assert "splits the optimizer state over the ranks" in message
+    assert "with zero_stage 0 a run may be resumed with another number" in message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -30,7 +31,7 @@ def looked(
     peak: int | None = None,
     waiting: float = 0.0,
     every: float = 5.0,
-    **facts: float,
+    **facts: Any,  # fields of the looks
 ) -> tuple[Elasticity, int]:
     """The decision after so long at a steady load; the first one that changes the size."""
     start = pool.looks[-1].time if pool.looks else 0.0
@@ -88,7 +89,7 @@ def test_members_that_may_come_back_count_against_the_maximum() -> None:
 
 
 def test_growth_pauses_after_a_start_that_failed_and_longer_after_several() -> None:
-    facts = {"calls": 1000.0, "waiting": 1.0, "failed_at": 0.0}
+    facts: dict[str, Any] = {"calls": 1000.0, "waiting": 1.0, "failed_at": 0.0}
     for failures, pause_s in ((1, FIRST_PAUSE_S), (3, 4 * FIRST_PAUSE_S)):
         assert looked(POOL, seconds=pause_s - 5, failed_starts=failures, **facts)[1] == 0
         assert looked(POOL, seconds=pause_s, failed_starts=failures, **facts)[1] == 2
@@ -116,7 +117,7 @@ def test_members_without_room_are_given_up_like_idle_ones() -> None:
 
 
 def test_while_the_learners_wait_all_members_that_a_peak_needs_stay() -> None:
-    busy = {"ready": 4, "calls": 1.0, "waiting": 1.0}
+    busy: dict[str, Any] = {"ready": 4, "calls": 1.0, "waiting": 1.0}
     assert looked(POOL, seconds=600, peak=16, **busy)[1] == 0
     assert looked(POOL, seconds=600, peak=12, **busy)[1] == -1
 

@@ -445,3 +445,42 @@ def test_a_skypilot_task_recovers_from_a_stop() -> None:
 def test_a_run_is_named_as_kubernetes_allows(directory: str, name: str) -> None:
     text = written(f"run.directory={directory}", "--kuberay", *IMAGE)
     assert yaml.safe_load(text)["metadata"]["name"] == name
+
+
+# ---- elastic pools -------------------------------------------------------------------------------
+
+ELASTIC = ("learner.workers=16", "rollout.actors={min: 2, max: 16}", "teacher.actors=4")
+
+
+def test_a_ray_job_has_the_bounds_of_an_elastic_pool_and_an_autoscaler_that_reads_labels() -> None:
+    job = yaml.safe_load(written(*ELASTIC, "--kuberay", *IMAGE))
+    cluster = job["spec"]["rayClusterSpec"]
+    sizes = {
+        group["groupName"]: (group["minReplicas"], group["replicas"], group["maxReplicas"])
+        for group in cluster["workerGroupSpecs"]
+    }
+    assert sizes == {"learner": (2, 2, 2), "generator": (2, 2, 16), "scorer": (4, 4, 4)}
+    assert cluster["enableInTreeAutoscaling"] is True
+    assert cluster["autoscalerOptions"] == {"version": "v2"}
+    tokens = {name: spec["automountServiceAccountToken"] for name, spec in pod_specs(job).items()}
+    assert [name for name, mounted in tokens.items() if mounted] == ["head"]
+
+
+def test_machines_of_an_elastic_pool_come_and_go_so_no_other_role_shares_them() -> None:
+    arguments = (*ELASTIC, "--ray-up", *IMAGE, "--machine-type", "p5.48xlarge")
+    types = yaml.safe_load(written(*arguments))["available_node_types"]
+    bounds = {name: (one["min_workers"], one["max_workers"]) for name, one in types.items()}
+    assert bounds == {"head": (0, 0), "learner": (1, 1), "generator": (1, 2), "scorer": (1, 1)}
+    document = yaml.safe_load(written(*arguments))
+    assert document["max_workers"] == 4
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--slurm",), ("--skypilot", *IMAGE, "--machine-type", "H100")]
+)
+def test_a_cluster_of_a_fixed_size_refuses_a_range_by_its_key(arguments: tuple[str, ...]) -> None:
+    message = refusal(*ELASTIC, *arguments)
+    assert f"rollout.actors must be one number with {arguments[0]}, got {{min: 2, max: 16}}" in (
+        message
+    )
+    assert "set rollout.actors=16, or use --kuberay or --ray-up" in message

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 from unittest.mock import AsyncMock
 
@@ -108,6 +108,7 @@ class FakeGenerators:
         self.events = events
         self.script: dict[tuple[int, int], Any] = {}
         self.cancelled: list[int] = []
+        self.follow: Any = None
         self.update_gate = asyncio.Event()
         self.update_gate.set()
         self.update_error: Exception | None = None
@@ -154,6 +155,7 @@ class FakeTargets:
         self.stored: set[str] = set()
         self.scoring = BusyClock()
         self.size = PoolSize(ready=2, starting=0)
+        self.follow: Any = None
 
     async def ensure(self, rollout: Rollout) -> int:
         if rollout.rollout_id in self.stored:
@@ -207,6 +209,42 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(SOON):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+# ---- elastic pools -------------------------------------------------------------------------------
+
+
+async def test_pools_follow_the_wait_of_the_learners_while_it_works_and_through_a_restore() -> None:
+    setup = Setup()
+    seen: list[float] = []
+
+    async def follow(waited: Callable[[], Awaitable[float]]) -> None:
+        try:
+            while True:
+                seen.append(await waited())
+                await asyncio.sleep(0)
+        finally:
+            setup.events.append("ended")
+
+    setup.generators.follow = setup.targets.follow = follow
+    setup.loop._waited = AsyncMock(return_value=2.5)
+    run = asyncio.create_task(setup.loop.run())
+    await until(lambda: len(seen) > 4)
+    await setup.loop.restore(None, 0)
+    before = len(seen)
+    await until(lambda: len(seen) > before + 4)
+    await setup.loop.finish()
+    await asyncio.wait_for(run, SOON)
+    assert set(seen) == {2.5}
+    assert setup.events.count("ended") == 2
+
+
+async def test_a_pool_that_cannot_follow_ends_the_run() -> None:
+    setup = Setup()
+    setup.generators.follow = setup.targets.follow = AsyncMock(side_effect=ClusterError("silent"))
+    setup.loop._waited = AsyncMock(return_value=0.0)
+    with pytest.raises(ClusterError, match="silent"):
+        await asyncio.wait_for(setup.loop.run(), SOON)
 
 
 # ---- ordinals -----------------------------------------------------------------------------------

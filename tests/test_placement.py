@@ -305,3 +305,24 @@ def test_a_role_without_labels_leaves_labelled_nodes_to_those_that_need_them() -
     config = make.config(teacher={"node_labels": {"pool": "scorers"}}, rollout={"num_cpus": 2})
     labelled = Node(cpus=2, labels={"pool": "scorers"})
     check(train_phases(config, "cpu"), Available(nodes=(labelled, Node(cpus=2))))
+
+
+# ---- elastic pools -------------------------------------------------------------------------------
+
+
+def test_the_cluster_must_have_room_for_what_an_elastic_pool_starts_with() -> None:
+    config = make.config(
+        rollout={"actors": {"min": 2, "max": 16}, "num_cpus": 4}, evaluation={"at_end": False}
+    )
+    check(train_phases(config, "cpu"), Available(nodes=(Node(cpus=10),)))
+    with pytest.raises(ClusterError, match=r"2 generator x 4.*lower .*rollout\.actors\.min"):
+        check(train_phases(config, "cpu"), Available(nodes=(Node(cpus=9),)))
+
+
+def test_show_has_both_ends_of_an_elastic_pool() -> None:
+    config = make.config(
+        rollout={"actors": {"min": 2, "max": 16}, "num_cpus": 4}, evaluation={"at_end": False}
+    )
+    shown = render_show(config, "cpu")
+    assert "2 to 16" in shown and "8 to 64" in shown and "10 to 66" in shown
+    assert "rollout.actors: the run needs room for 2 and asks for up to 16" in shown

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from distillm_ray.config import Config
 from distillm_ray.errors import UserError
-from distillm_ray.plan.advice import Advice, Budget, advise, overrides
+from distillm_ray.plan.advice import Advice, Budget, advise, overrides, settled
 from distillm_ray.plan.simulation import Counts, Outcome
 from distillm_ray.plan.stages import (
     GenerationTimes,
@@ -145,3 +146,16 @@ def test_a_file_of_another_form_is_refused_by_field(
 def test_a_file_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_stages(tmp_path / "none.json")
+
+
+def test_an_elastic_pool_grows_in_the_plan_until_the_learner_does_not_wait() -> None:
+    def config_of(most: int) -> Config:
+        return make.config(rollout={"actors": {"min": 1, "max": most}}, teacher={"actors": 2})
+
+    own = Counts(learners=1, generators=1, scorers=2)
+    free = settled(config_of(16), own, balanced)
+    assert free.limiting == "learner" and 1 < free.counts.generators <= 16
+    bounded = settled(config_of(2), own, balanced)
+    assert bounded.counts.generators == 2 and bounded.limiting == "generator"
+    found = overrides(config_of(16), Counts(learners=1, generators=4, scorers=2))
+    assert found == ["learner.workers=1", "teacher.actors=2"], "4 are within the range"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 
 from distillm_ray.errors import RunDirectoryError
@@ -20,6 +21,7 @@ from distillm_ray.evaluation.results import (
 )
 from distillm_ray.log.metrics import MetricsLog
 from distillm_ray.log.records import (
+    ActorCounts,
     BufferSizes,
     Counters,
     DoneRecord,
@@ -28,7 +30,13 @@ from distillm_ray.log.records import (
     StepRecord,
     ValidationRecord,
 )
-from distillm_ray.report.plots import draw_all, draw_overview, running_mean
+from distillm_ray.report.plots import (
+    draw_actors,
+    draw_all,
+    draw_overview,
+    draw_phi,
+    running_mean,
+)
 from distillm_ray.report.report import render_report, write_report, write_samples
 from distillm_ray.report.summary import read_run, summarize
 from distillm_ray.types import Mix, TrainStep
@@ -330,3 +338,50 @@ def test_samples_cannot_end_their_quoted_block(tmp_path: Path) -> None:
     write_samples(tmp_path / "samples.md", [sample])
     written = (tmp_path / "samples.md").read_text()
     assert "> # Title\n> \n> ```\n> end" in written
+
+
+def test_the_members_of_elastic_pools_over_time_are_in_summary_and_picture(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tensorboard=False)
+    draw = DrawFacts(phi=1.0, psi=0.5, mix=Mix(fresh=1))
+    for step, generators in enumerate((1, 2, 3, 2), start=1):
+        log.add(
+            StepRecord.build(
+                TrainStep(step=step, loss=1.0),
+                draw,
+                buffer=BufferSizes(),
+                work=Counters(),
+                actors=ActorCounts(generators=generators, generators_starting=1, scorers=1),
+            )
+        )
+    log.close()
+    run = read_run(tmp_path)
+    summary = summarize(run)
+    assert (summary.generators_mean, summary.generators_max) == (2.0, 3)
+    assert (summary.scorers_mean, summary.scorers_max) == (1.0, 1)
+    ax = Figure().subplots()
+    draw_phi(ax, run.records)
+    (right,) = [one for one in ax.figure.axes if one is not ax]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in right.lines}
+    assert drawn == {"generators (right)": [1, 2, 3, 2], "scorers (right)": [1, 1, 1, 1]}
+    ax = Figure().subplots()
+    draw_actors(ax, run.records)
+    drawn = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+    assert drawn["generators"] == [1, 2, 3, 2] and drawn["starting, of both"] == [1, 1, 1, 1]
+
+
+def test_pools_of_a_fixed_size_leave_the_picture_of_the_schedule_as_it_was(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tensorboard=False)
+    for step in (1, 2):
+        log.add(
+            StepRecord.build(
+                TrainStep(step=step, loss=1.0),
+                DrawFacts(phi=1.0, psi=0.5, mix=Mix(fresh=1)),
+                buffer=BufferSizes(),
+                work=Counters(),
+                actors=ActorCounts(generators=4, scorers=2),
+            )
+        )
+    log.close()
+    ax = Figure().subplots()
+    draw_phi(ax, read_run(tmp_path).records)
+    assert len(ax.figure.axes) == 1

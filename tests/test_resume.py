@@ -90,3 +90,10 @@ def test_an_evaluation_cannot_be_switched_on_on_resume() -> None:
         RunDirectoryError, match=r"evaluation\.max_prompts: absent in the run, 5 now"
     ):
         check_resume(make.config(), make.config(evaluation={"max_prompts": 5}))
+
+
+def test_both_ends_of_a_range_of_actors_may_change() -> None:
+    old = make.config(rollout={"actors": {"min": 2, "max": 16}})
+    for actors in (5, {"min": 1, "max": 3}):
+        check_resume(old, make.config(rollout={"actors": actors}))
+        check_resume(make.config(rollout={"actors": actors}), old)

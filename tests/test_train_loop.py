@@ -462,6 +462,8 @@ def test_the_wait_for_late_samples_is_measured(
     learner = FakeLearner()
     assert run(roles, learner, make_config(tmp_path)) == 6
     assert roles.waits[:2] == ["ordinal 1", "ordinal 1"]
+    assert roles.waited == sorted(roles.waited)
+    assert roles.waited[0] == 0.0 and roles.waited[-1] >= 2 * 0.05
     assert learner.waits[1] >= 2 * 0.05
 
 

@@ -22,7 +22,9 @@ from distillm_ray.cluster.orchestrator import OrchestratorActor, TrainingPeers
 from distillm_ray.cluster.targets import TargetStoreActor
 from distillm_ray.config import Config
 from distillm_ray.log.records import EventRecord, Record
+from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.teacher.target_key import TargetIdentity
+from distillm_ray.types import Rollout, Work
 from tests import make
 
 Actor: TypeAlias = Any  # fakes and real actors alike
@@ -154,3 +156,29 @@ def start_links(
         identity=IDENTITY,
     )
     return Links.over(wires, config), orchestrator
+
+
+class Producer:
+    """The buffer as the orchestrator calls it, in this process."""
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        self.buffer = buffer
+        self.changed = asyncio.Event()
+
+    async def work(self) -> Work:
+        while not (demand := tuple(self.buffer.take_demand())):
+            self.changed.clear()
+            await self.changed.wait()
+        return Work(incarnation=0, demand=demand, dataset=())
+
+    async def add(self, rollout: Rollout) -> None:
+        self.buffer.add(rollout)
+
+    async def lose(self, ordinal: int) -> None:
+        self.buffer.lose(ordinal)
+        self.changed.set()
+
+    async def give_up(self, ordinal: int, prompt_id: str) -> tuple[str, ...]:
+        given_up = self.buffer.give_up(ordinal, prompt_id)
+        self.changed.set()
+        return given_up

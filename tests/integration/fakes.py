@@ -106,8 +106,21 @@ class DemandedGenerator(FakeGenerator):
         await asyncio.sleep(0.02)
         await self.obey(demand.prompt_id)
         await asyncio.sleep(0.02)
-        name = f"student-{demand.ordinal}"
-        return make.rollout(name, prompt_id=demand.prompt_id, ordinal=demand.ordinal)
+        return make.rollout(
+            f"student-{demand.ordinal}",
+            prompt_id=demand.prompt_id,
+            ordinal=demand.ordinal,
+            version=self.version,
+            text=str(os.getpid()),
+        )
+
+
+class SlowGenerator(DemandedGenerator):
+    """Takes so long for a response that a learner waits for it."""
+
+    async def generate(self, demand: Demand) -> Rollout:
+        await asyncio.sleep(0.3)
+        return await super().generate(demand)
 
 
 class FakeScorer(Trouble):

@@ -15,9 +15,9 @@ from distillm_ray.cluster.suspects import MAX_ALONE, MAX_SHARED
 from distillm_ray.config import FilterConfig, GeneratorPoolConfig, SamplingConfig
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.schedule import Schedule
-from distillm_ray.types import Rollout, Shelf, Validation, Work
+from distillm_ray.types import Rollout, Shelf, Validation
 from tests import make
-from tests.integration.actors import Events, remote
+from tests.integration.actors import Events, Producer, remote
 from tests.integration.fakes import DemandedGenerator
 
 pytestmark = [
@@ -44,32 +44,6 @@ def buffer_of(prompts: list[str]) -> ReplayBuffer:
         validation_interval=STEPS,
         seed=0,
     )
-
-
-class Producer:
-    """The buffer as the orchestrator calls it, in this process."""
-
-    def __init__(self, buffer: ReplayBuffer) -> None:
-        self.buffer = buffer
-        self.changed = asyncio.Event()
-
-    async def work(self) -> Work:
-        while not (demand := tuple(self.buffer.take_demand())):
-            self.changed.clear()
-            await self.changed.wait()
-        return Work(incarnation=0, demand=demand, dataset=())
-
-    async def add(self, rollout: Rollout) -> None:
-        self.buffer.add(rollout)
-
-    async def lose(self, ordinal: int) -> None:
-        self.buffer.lose(ordinal)
-        self.changed.set()
-
-    async def give_up(self, ordinal: int, prompt_id: str) -> tuple[str, ...]:
-        given_up = self.buffer.give_up(ordinal, prompt_id)
-        self.changed.set()
-        return given_up
 
 
 async def run(buffer: ReplayBuffer, num_generators: int, log: Events) -> list[tuple[int, str]]:
