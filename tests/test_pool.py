@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -326,6 +327,7 @@ class Poisoned(Degraded):
         self.pool._places.max_in_flight = max_in_flight
         self.crash = {member.handle: asyncio.Event() for member in self.pool._members}
         self.in_flight: dict[str, list[str]] = {str(handle): [] for handle in self.crash}
+        self.died_with: list[int] = []  # the calls in flight at each failure
         self.beside: dict[str, int] = {}  # the most calls that an input last had beside it
 
     async def until_done(self, name: str) -> bool:
@@ -349,6 +351,8 @@ class Poisoned(Degraded):
                 for one in others:
                     self.beside[one] = max(self.beside[one], len(others) - 1)
                 if self.poison & set(others) or (handle in self.broken):
+                    if not crash.is_set():
+                        self.died_with.append(len(others))
                     crash.set()
                 await asyncio.sleep(0)
                 if crash.is_set():
@@ -376,10 +380,19 @@ async def test_an_input_that_kills_every_member_is_given_up_and_all_others_succe
     pool = Poisoned(num_members, monkeypatch, poison=poison, max_in_flight=max_in_flight)
     assert set(await pool.run(40)) == poison
     failures = sum(name.endswith("failed") for name in pool.log.names)
-    assert MAX_ALONE <= failures <= MAX_SHARED + MAX_ALONE
+    halvings = math.ceil(math.log2(min(max_in_flight, 40)))
+    assert MAX_ALONE <= failures <= MAX_SHARED + halvings + MAX_ALONE
     assert not any(name.endswith("missing") for name in pool.log.names)
     assert pool.beside[f"p{number}"] == 0, "at the last failure it was alone"
-    assert all(member.in_flight == 0 and not member.alone for member in pool.pool._members)
+    assert all(member.in_flight == 0 and member.company is None for member in pool.pool._members)
+
+
+async def test_suspects_are_told_apart_by_halving(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Poisoned(1, monkeypatch, poison={"p39"}, max_in_flight=64)
+    await pool.run(40)
+    assert pool.died_with[:5] == [40, 40, 20, 10, 5]
+    assert pool.died_with[-MAX_ALONE:] == [1] * MAX_ALONE
+    assert len(pool.died_with) <= 10
 
 
 async def test_several_such_inputs_at_once_are_all_given_up(
@@ -415,7 +428,7 @@ async def test_members_that_die_of_everything_end_the_run_and_no_input_is_blamed
 ) -> None:
     pool = Poisoned(1, monkeypatch, poison=set(), max_in_flight=8)
     pool.broken.add("generator 0")
-    with pytest.raises(ClusterError, match=r"failed 3 times in a row.*with one input alone: p"):
+    with pytest.raises(ClusterError, match=r"generator 0 failed 3 times in a row"):
         await pool.run(4)
 
 

@@ -50,7 +50,7 @@ class Member(Generic[A]):
     handle: ActorProxy[A]
     in_flight: int = 0
     inputs: list[str] = field(default_factory=list)  # of the calls in flight in this life
-    alone: bool = False  # its call must have no other beside it
+    company: int | None = None  # how many suspects it may have, and nothing else; None: no suspect
     failures: int = 0  # without a success in between
     absent: bool = False  # its latest start failed
     life: int = 0  # how often it was replaced
@@ -72,4 +72,4 @@ class Member(Generic[A]):
     @property
     def takes_calls(self) -> bool:
         """Whether it may get one more call, places permitting."""
-        return self.ready.is_set() and not self.alone and not self.draining
+        return self.ready.is_set() and not self.draining

@@ -2,8 +2,8 @@
 
 A call goes to the member with the fewest calls in flight. Where all are full, calls wait in the
 order of their arrival, and each call that ends hands its place to the first of them: one wake-up,
-however many wait. A call that must run alone waits in a line of its own, and one member gets no
-more calls until it is free for it.
+however many wait. Calls with a suspect wait in a line of their own, and one member gets no more
+calls until it is free for as many of them as may run together.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Places(Generic[A]):
 
     Args:
         max_in_flight: places of each member.
-        suspects: says which members a call that runs alone has failed on.
+        suspects: says how many of them may run together, and where one has failed alone.
     """
 
     def __init__(
@@ -57,30 +57,30 @@ class Places(Generic[A]):
         self._role: Role = role
         self._timeline = timeline
         self._waiting: deque[_Turn[A]] = deque()  # calls, the first to come first
-        self._waiting_alone: deque[_Turn[A]] = deque()  # those that need a member for themselves
+        self._waiting_suspects: deque[_Turn[A]] = deque()  # those with a suspect
         self._reserved: Member[A] | None = None  # takes no call until it is free for one of these
         self.queue = BusyClock()  # calls that wait
         self.fatal: UserError | None = None  # what every call gets instead of a place
 
-    async def acquire(self, name: str, *, alone: bool) -> Place[A]:
+    async def acquire(self, name: str, *, suspect: bool) -> Place[A]:
         """Take a place, or wait in line for one.
 
         A call that is cancelled when it has just got its place passes it on. If the member was
         killed meanwhile, the call is the first in line again.
 
         Args:
-            alone: the place of a member that has no other call, and gets none.
+            suspect: the input is one, and runs with others of its kind at most.
         """
-        line = self._waiting_alone if alone else self._waiting
+        line = self._waiting_suspects if suspect else self._waiting
         enqueue = line.append
         while True:
             if self.fatal is not None:
                 raise self.fatal
-            if not alone and (place := self._take()) is not None:
+            if not suspect and (place := self._take()) is not None:
                 return place
             turn: _Turn[A] = _Turn(asyncio.get_running_loop().create_future(), name)
             enqueue(turn)
-            if alone:
+            if suspect:
                 self.hand_out()
             try:
                 with (
@@ -91,34 +91,31 @@ class Places(Generic[A]):
             except asyncio.CancelledError:
                 got = turn.place
                 if got.done() and not got.cancelled() and got.exception() is None:
-                    self.release(got.result()[0], alone=alone)
-                elif alone:
+                    self.release(got.result()[0])
+                elif suspect:
                     self.hand_out()  # a member may be reserved for it
                 raise
             if member.life == life:
                 return member, life
-            member.in_flight -= 1
-            member.alone = False
+            self._leave(member)
             enqueue = line.appendleft
 
-    def release(self, member: Member[A], *, alone: bool = False) -> None:
+    def release(self, member: Member[A]) -> None:
         """Free a place."""
-        member.in_flight -= 1
-        if alone:
-            member.alone = False
+        self._leave(member)
         self.hand_out()
 
     def hand_out(self) -> None:
         """Give every free place to the first that waits, so that no call waits beside one."""
-        self._serve(self._waiting_alone, lambda turn: self._take_alone(turn.name))
-        if not self._waiting_alone:
+        self._serve(self._waiting_suspects, lambda turn: self._take_for_suspect(turn.name))
+        if not self._waiting_suspects:
             self._reserved = None
         self._serve(self._waiting, lambda _: self._take())
 
     def give_up(self, fatal: UserError) -> None:
         """Make every later call raise `fatal`, and those that wait for a member too."""
         self.fatal = fatal
-        for line in (self._waiting_alone, self._waiting):
+        for line in (self._waiting_suspects, self._waiting):
             while line:
                 turn = line.popleft().place
                 if not turn.done():
@@ -130,6 +127,7 @@ class Places(Generic[A]):
             member
             for member in self._members
             if member.takes_calls
+            and member.company is None
             and member.in_flight < self.max_in_flight
             and member is not self._reserved
         ]
@@ -139,9 +137,16 @@ class Places(Generic[A]):
         member.in_flight += 1
         return member, member.life
 
-    def _take_alone(self, name: str) -> Place[A] | None:
-        """A member without other calls; while there is none, one gets no more calls."""
+    def _take_for_suspect(self, name: str) -> Place[A] | None:
+        """A place beside other suspects, or on a free member; one gets no more calls meanwhile."""
+        company = min(self._suspects.company(name) or 1, self.max_in_flight)
         able = [member for member in self._members if member.takes_calls]
+        for member in able:
+            if member.company is not None and member.in_flight < min(member.company, company):
+                member.company = min(member.company, company)
+                member.in_flight += 1
+                return member, member.life
+        able = [member for member in able if member.company is None]
         if self._reserved not in able:
             failed = self._suspects.failed_alone_on(name)
             self._reserved = min(
@@ -151,9 +156,14 @@ class Places(Generic[A]):
         if member is None or member.in_flight > 0:
             return None
         self._reserved = None
-        member.alone = True
+        member.company = company
         member.in_flight = 1
         return member, member.life
+
+    def _leave(self, member: Member[A]) -> None:
+        member.in_flight -= 1
+        if member.in_flight == 0:
+            member.company = None
 
     def _serve(self, line: deque[_Turn[A]], take: Callable[[_Turn[A]], Place[A] | None]) -> None:
         while line:

@@ -6,13 +6,13 @@ A member whose call raises, that makes no progress with its calls, or that dies 
 restarts its process, on another node if need be, and the pool prepares it again. Ray itself never
 repeats a call: a repeated generation would sample other tokens under the old metadata. The caller
 gets `ActorLost` and decides. A call that the member itself gives up (`aborted`) costs nothing else.
-An input at which member after member fails is given up, by the rules of suspects.py: a call with a
-suspect waits in a line of its own for a member without other calls.
+An input at which member after member fails is given up, by the rules of suspects.py: calls with a
+suspect wait in a line of their own for a member without other calls.
 
     wait                        ends when                           limit
     ------------------------    --------------------------------    ---------------------------
     for a free place            a call ends or a member is ready    none: its callers are bounded
-    for a member alone          all of its calls have ended         none: they are bounded
+    for a member for suspects   all of its calls have ended         none: they are bounded
     for a call                  the member replies                  `stall_timeout_s` without any
                                                                     progress of the member
     for a member to start       it is up, started and prepared      `startup_timeout_s`
@@ -143,24 +143,22 @@ class ActorPool(Generic[A]):
             Exception: one of `aborted`.
         """
         self._refuse_if_given_up(name)
-        if not self._suspects.runs_alone(name):
-            place = await self._places.acquire(name, alone=False)
-            if not self._suspects.runs_alone(name):
-                return await self._call(name, invoke, place, alone=False)
+        if self._suspects.company(name) is None:
+            place = await self._places.acquire(name, suspect=False)
+            if self._suspects.company(name) is None:
+                return await self._call(name, invoke, place)
             self._places.release(place[0])  # an equal input failed while this one waited
         async with self._one_by_one[name]:
             self._refuse_if_given_up(name)
-            alone = self._suspects.runs_alone(name)
-            place = await self._places.acquire(name, alone=alone)
-            return await self._call(name, invoke, place, alone=alone)
+            suspect = self._suspects.company(name) is not None
+            place = await self._places.acquire(name, suspect=suspect)
+            return await self._call(name, invoke, place)
 
     async def _call(
         self,
         name: str,
         invoke: Callable[[ActorProxy[A]], Awaitable[Result]],
         place: Place[A],
-        *,
-        alone: bool,
     ) -> Result:
         """Run `invoke` on a place, and free it."""
         member, life = place
@@ -178,7 +176,7 @@ class ActorPool(Generic[A]):
             raise ActorLost(f"{member.name}: {one_line(error)}") from error
         finally:
             inputs.remove(name)
-            self._places.release(member, alone=alone)
+            self._places.release(member)
         member.failures = 0
         self._suspects.succeeded(member.name, name)
         return result

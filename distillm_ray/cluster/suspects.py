@@ -1,13 +1,14 @@
 """Which input makes members of a pool fail: the evidence, and when it is enough.
 
 A member that fails takes all its calls along, and only one of them may be the reason. So being in
-flight at a failure makes an input a suspect, and nothing more. An input that was in flight at
-`MAX_SHARED` failures without a success runs alone from then on: on a member that has no other call,
-where possible one that it has not failed on, and never on two at a time. Only a failure alone tells
-an input from the others in flight, and `MAX_ALONE` of them give it up. A success clears it.
+flight at a failure makes an input a suspect, and nothing more. Inputs that were in flight at
+`MAX_SHARED` failures without a success are told apart by halving: each runs with at most half as
+many others as at its last failure, on a member that has no other calls, and never on two at a time.
+Of 256 inputs the one that kills is alone after eight more failures. Only `MAX_ALONE` failures alone
+give an input up. A success clears it.
 
-A failure alone tells no input from a broken member. It is not held against the member, unless
-another input fails there before one succeeds: then the member is the reason.
+The failure of such a group tells no input from a broken member. It is not held against the member,
+unless another input fails there before one succeeds: then the member is the reason.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ MAX_ALONE = 3
 @dataclass(slots=True)
 class _Suspect:
     failures: int = 0  # at which it was in flight
+    company: int | None = None  # how many may be in flight with it, itself included
     alone: list[str] = field(default_factory=list)  # the members that failed while it was alone
 
 
@@ -31,10 +33,11 @@ class Suspects:
     Example:
         >>> suspects = Suspects()
         >>> for member in ("generator 0", "generator 1"):
-        ...     counts = suspects.failed(member, ["p1", "p2"])
-        >>> suspects.succeeded("generator 0", "p2")
-        >>> [suspects.runs_alone(name) for name in ("p1", "p2")]
-        [True, False]
+        ...     counts = suspects.failed(member, ["p1", "p2", "p3"])
+        >>> suspects.succeeded("generator 0", "p3")
+        >>> [suspects.company(name) for name in ("p1", "p2", "p3")]
+        [2, 2, None]
+        >>> counts = suspects.failed("generator 0", ["p1", "p2"])
         >>> for member in ("generator 0", "generator 1", "generator 2"):
         ...     counts = suspects.failed(member, ["p1"])
         >>> suspects.is_given_up("p1")
@@ -43,20 +46,26 @@ class Suspects:
 
     def __init__(self) -> None:
         self._suspects: dict[str, _Suspect] = {}
-        self._excused: dict[str, str] = {}  # by member: the input whose failures did not count
+        self._excused: dict[str, frozenset[str]] = {}  # by member: whose failures did not count
 
     def failed(self, member: str, inputs: Iterable[str]) -> bool:
         """A member failed with these inputs in flight; returns whether it counts against it."""
-        names = set(inputs)
-        for name in names:
-            self._suspects.setdefault(name, _Suspect()).failures += 1
-        if len(names) != 1:
+        names = frozenset(inputs)
+        suspects = [self._suspects.setdefault(name, _Suspect()) for name in names]
+        known = all(one.failures for one in suspects)
+        halved = all(one.company is not None and len(names) <= one.company for one in suspects)
+        for one in suspects:
+            one.failures += 1
+            if one.failures >= MAX_SHARED:
+                one.company = (len(names) + 1) // 2
+        if len(names) == 1:
+            suspects[0].alone.append(member)
+        elif not halved:
             return True
-        (name,) = names
-        suspect = self._suspects[name]
-        suspect.alone.append(member)
-        known = suspect.failures > 1
-        return not (known and self._excused.setdefault(member, name) == name)
+        if known and names <= self._excused.get(member, names):
+            self._excused[member] = names
+            return False
+        return True
 
     def succeeded(self, member: str, name: str) -> None:
         """A member replied to a call with this input."""
@@ -64,9 +73,12 @@ class Suspects:
         if not self.is_given_up(name):
             self._suspects.pop(name, None)
 
-    def runs_alone(self, name: str) -> bool:
-        """Whether a call with this input needs a member without other calls."""
-        return name in self._suspects and self._suspects[name].failures >= MAX_SHARED
+    def company(self, name: str) -> int | None:
+        """How many inputs may be in flight on a member with this one, itself included.
+
+        None: any number. Else all of them are suspects.
+        """
+        return self._suspects[name].company if name in self._suspects else None
 
     def failed_alone_on(self, name: str) -> frozenset[str]:
         """The members that failed while they had this input alone."""
