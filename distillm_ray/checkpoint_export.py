@@ -75,7 +75,6 @@ def write_model(
     weights = read_weights(checkpoint)
     device = torch.device("cpu")
     # Stage 1 refuses no dtype; nothing else here depends on the stage.
-    student = student.model_copy(update={"gradient_checkpointing": False})
     packed = load_student(student, device=device, zero_stage=1)
     PackedStudent(packed).load_state_dict(weights)
     # A checkpoint of ZeRO 3 has float32 weights, whatever the student's dtype.

@@ -62,6 +62,7 @@ def diagnose(ray_address: str | None = None) -> list[Finding]:
         probe_package("deepspeed", "0.19"),
         probe_ninja(),
         probe_peft(),
+        probe_offload(),
         probe_vllm(),
     ]
     if address is not None and _version("ray") is not None:
@@ -204,6 +205,25 @@ def probe_peft() -> Finding:
     if version is not None:
         return _ok("peft", version)
     return _warn("peft", "not installed", "pip install peft for LoRA students (student.lora)")
+
+
+def probe_offload() -> Finding:
+    """`learner.offload`: cpu needs only torch, nvme DeepSpeed's async_io, which is compiled."""
+    try:
+        import torch  # noqa: PLC0415
+
+        on_gpu = torch.cuda.is_available()
+    except (ImportError, OSError):
+        on_gpu = False
+    if not on_gpu:
+        return _ok("learner.offload", "no GPU whose memory could be freed")
+    if _version("deepspeed") is None:
+        return _warn("learner.offload", "no DeepSpeed", _INSTALL)
+    from distillm_ray.learner.offload import async_io_problem  # noqa: PLC0415
+
+    if problem := async_io_problem(build=False):
+        return _warn("learner.offload", "cpu works, nvme does not", f"for nvme: {problem}")
+    return _ok("learner.offload", "cpu, and nvme if its extension compiles (at a run's start)")
 
 
 def probe_vllm() -> Finding:

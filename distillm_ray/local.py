@@ -205,7 +205,12 @@ def distil(
     # that no [tokens, vocabulary] matrix is ever made. Distributed: learner/learner.py.
     torch.manual_seed(config.run.seed)
     student = build_student(
-        config.student, config.loss, vocabulary_size=vocabulary_size, device=device, zero_stage=0
+        config.student,
+        config.loss,
+        vocabulary_size=vocabulary_size,
+        device=device,
+        zero_stage=0,
+        activation_checkpointing=config.learner.activation_checkpointing,
     )
     if student.remark:
         record(EventRecord(name="student", detail=student.remark))
@@ -558,6 +563,7 @@ def check(config: Config) -> None:
     one_copy = "one process holds one copy of the model"
     rules: list[tuple[str, object, object, str]] = [  # key, value, value that it must have, reason
         ("learner.workers", config.learner.workers, 1, "one process is one rank"),
+        ("learner.offload", config.learner.offload, "none", "there is no DeepSpeed"),
         (
             "evaluation.at_end",
             config.evaluation.at_end,

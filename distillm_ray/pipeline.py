@@ -62,6 +62,7 @@ from distillm_ray.evaluation.run_evaluator import RunEvaluator
 from distillm_ray.files import write_atomically
 from distillm_ray.learner import worker
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
+from distillm_ray.learner.offload import check_offload
 from distillm_ray.log.commit import package_commit
 from distillm_ray.log.records import DoneRecord, EventRecord
 from distillm_ray.log.stopping import has_ended
@@ -108,6 +109,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
     with watch.phase("connecting to Ray"):
         connect(config, weights_bytes=weights)
         device = resolve_device(config)
+        check_offload(config.learner, device)
         phases = placement.train_phases(config, device, weights_bytes=weights)
         placement.check(phases, available())
     tokenizer = load_tokenizer(

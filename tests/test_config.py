@@ -310,6 +310,30 @@ def test_a_wrong_type_names_key_rule_and_value(sections: dict[str, Any], message
             ("teacher: min_actors must be at most actors", "got 3 > 2", "raise actors"),
         ),
         ({"learner": {"workers": 9}}, ("learner.workers", "9 > 8")),
+        (
+            {"learner": {"offload": "cpu", "zero_stage": 0}},
+            ("zero_stage must be at least 1 with offload: cpu, got 0", "set zero_stage=1"),
+        ),
+        (
+            {"learner": {"offload": "nvme", "zero_stage": 2, "offload_directory": "/nvme"}},
+            ("zero_stage must be 3 with offload: nvme, got 2", "offload=cpu"),
+        ),
+        (
+            {"learner": {"offload": "nvme", "zero_stage": 3}},
+            ("offload_directory is required with offload: nvme",),
+        ),
+        (
+            {"learner": {"offload": "cpu", "offload_directory": "/nvme"}},
+            ("offload_directory needs offload: nvme, got offload: cpu", "remove the key"),
+        ),
+        (
+            {"run": {"device": "cpu"}, "learner": {"offload": "cpu"}},
+            ("learner.offload must be none with run.device=cpu, got cpu",),
+        ),
+        (
+            {"learner": {"activation_checkpointing": 1}},
+            ("learner.activation_checkpointing", "greater than or equal to 2"),
+        ),
         ({"learner": {"warmup_steps": 10}}, ("10 >= 10", "never reach its peak")),
         ({"learner": {"max_micro_batch_tokens": 1000}}, ("1000 < 1024",)),
         ({"teacher": {"max_batch_tokens": 1000}}, ("teacher.max_batch_tokens", "1000 < 1024")),

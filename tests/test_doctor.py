@@ -14,6 +14,7 @@ from distillm_ray.doctor import (
     exit_code,
     probe_bfloat16,
     probe_cluster,
+    probe_offload,
     probe_package,
     probe_peft,
     probe_python,
@@ -54,6 +55,19 @@ def test_a_missing_library_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None
     finding = probe_package("deepspeed", "0.19")
     assert (finding.status, finding.detail) == ("missing", "not installed")
     assert "make setup" in finding.remedy
+
+
+def test_offloading_to_a_disk_needs_async_io_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert probe_offload().detail == "no GPU whose memory could be freed"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        "distillm_ray.learner.offload.async_io_problem", lambda build: "libaio is missing"
+    )
+    finding = probe_offload()
+    assert (finding.status, finding.remedy) == ("warn", "for nvme: libaio is missing")
 
 
 def test_an_untested_version_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,9 +310,9 @@ def test_a_divergence_on_the_corpus_has_its_pieces_scored_once(load: Load, tmp_p
 
 
 @pytest.mark.parametrize(
-    "override", ["student.gradient_checkpointing=true", "student.lora={rank: 2}"]
+    "override", ["learner.activation_checkpointing=full", "student.lora={rank: 2}"]
 )
-def test_adapters_and_gradient_checkpointing_train_too(load: Load, override: str) -> None:
+def test_adapters_and_activation_checkpointing_train_too(load: Load, override: str) -> None:
     steps = train(load(override, "learner.learning_rate=0.1", "loss.terms=[{type: forward_kl}]"))
     assert not any(step.skipped for step in steps)
     assert steps[-1].loss != steps[0].loss

@@ -30,6 +30,7 @@ from distillm_ray.config.loss import (
     has_curriculum,
 )
 from distillm_ray.config.roles import (
+    ActivationCheckpointing,
     ActorRange,
     LearnerConfig,
     LoraConfig,
@@ -62,6 +63,7 @@ from distillm_ray.config.tree import Config
 __all__ = [
     "RESUMABLE",
     "SAMPLED",
+    "ActivationCheckpointing",
     "ActorRange",
     "AdaptiveKL",
     "AdaptiveSchedule",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction as FractionOf
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -25,6 +25,9 @@ from distillm_ray.config.fields import (
     Section,
     shown_range,
 )
+
+Offload: TypeAlias = Literal["none", "cpu", "nvme"]
+ActivationCheckpointing: TypeAlias = Literal["none", "full"] | Annotated[Integer, Field(ge=2)]
 
 
 class ModelConfig(Section):
@@ -128,7 +131,6 @@ class StudentConfig(ModelConfig):
     """The model that learns."""
 
     lora: LoraConfig | None = None
-    gradient_checkpointing: MayChange[bool] = False
 
 
 class TargetsConfig(Section):
@@ -168,6 +170,12 @@ class LearnerConfig(ProcessConfig):
     # On resume another number with zero_stage 0 only.
     workers: MayChange[Annotated[Positive, BeforeValidator(_no_range)]] = 1
     zero_stage: MayChange[Annotated[Integer, Field(ge=0, le=3)]] = 1  # between 1 and 2 only
+    # Where the optimizer's state is kept, and under ZeRO-3 the weights: not on the GPU.
+    offload: Offload = "none"
+    offload_directory: MayChange[AbsolutePath | None] = None  # offload: nvme; a disk of each node
+    # Layers whose activations are computed again in the backward pass: none, all (full), or every
+    # N-th one.
+    activation_checkpointing: MayChange[ActivationCheckpointing] = "none"
     steps: MayChange[Positive | None] = None  # optimizer steps; with epochs: at most
     epochs: MayChange[Above0 | None] = None  # passes over data.train, if every slot were of it
     epoch_rows: MayChange[Positive | None] = None  # filled in when the data is read
@@ -185,6 +193,30 @@ class LearnerConfig(ProcessConfig):
     prefetch_steps: MayChange[Positive] = 1  # steps collated ahead of the training thread
     data_timeout_s: MayChange[Above0] = 1800.0  # waiting for one step's samples, while training
     max_restarts: MayChange[NonNegative] = 3  # in a row from the same checkpoint
+
+    @model_validator(mode="after")
+    def _offload_is_possible(self) -> LearnerConfig:
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"zero_stage must be at least 1 with offload: {self.offload}, got 0: DeepSpeed"
+                " offloads only what ZeRO divides; set zero_stage=1"
+            )
+        if self.offload == "nvme" and self.zero_stage != 3:
+            raise ValueError(
+                f"zero_stage must be 3 with offload: nvme, got {self.zero_stage}: DeepSpeed writes"
+                " no other stage's state to a disk; set zero_stage=3 or offload=cpu"
+            )
+        if self.offload == "nvme" and self.offload_directory is None:
+            raise ValueError(
+                "offload_directory is required with offload: nvme, got none: name a directory on a"
+                " fast local disk, as in offload_directory=/nvme/offload"
+            )
+        if self.offload != "nvme" and self.offload_directory is not None:
+            raise ValueError(
+                f"offload_directory needs offload: nvme, got offload: {self.offload}: nothing would"
+                " be written there; set offload=nvme or remove the key"
+            )
+        return self
 
     @property
     def known_steps(self) -> int | None:

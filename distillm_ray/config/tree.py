@@ -187,6 +187,11 @@ class Config(Section):
                 f" {batch} <= {minimum} <= {capacity}: a step that replays its whole batch draws"
                 " without replacement, and a shelf that can never hold min_size never replays"
             )
+        if self.run.device == "cpu" and self.learner.offload != "none":
+            raise ValueError(
+                f"learner.offload must be none with run.device=cpu, got {self.learner.offload}: it"
+                " moves state from a GPU to main memory or disk; set learner.offload=none"
+            )
         if self.learner.workers > batch:
             raise ValueError(
                 f"learner.workers must be at most learner.batch_size, got {self.learner.workers}"

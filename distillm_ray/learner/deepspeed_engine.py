@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from distillm_ray.config import LearnerConfig
+from distillm_ray.learner.offload import offload_settings
 
 _BUCKET_ELEMENTS = 50_000_000  # size of a communication buffer: 200 MB in float32
 
@@ -53,7 +54,9 @@ def engine_config(
             "allgather_bucket_size": _BUCKET_ELEMENTS,
             "stage3_prefetch_bucket_size": _BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": persistence_threshold,
+            **offload_settings(config),
         },
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is fused on the CPU as well
         "bf16": {"enabled": dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

@@ -108,18 +108,21 @@ class Learner:
         self.rank = dist.get_rank()
         self.num_ranks = dist.get_world_size()
         torch.manual_seed(seed + self.rank)
+        self._dtype = resolve_dtype(student.dtype, device)
+        settings = engine_config(config, self._dtype, persistence_threshold=persistence_threshold)
         packed = build_student(
             student,
             loss,
             vocabulary_size=vocabulary_size,
             device=device,
             zero_stage=config.zero_stage,
+            engine_settings=settings,
+            activation_checkpointing=config.activation_checkpointing,
         )
         self._check_passes(packed.path)
         self.remark = packed.remark
         self._model = packed.model
         self._adapted = adapted_weights(packed.model, student.model)
-        self._dtype = resolve_dtype(student.dtype, device)
         self._gradient_norm = math.nan
         self._freed_memory = FreedMemory()
         trainable = [parameter for parameter in packed.parameters() if parameter.requires_grad]
@@ -127,12 +130,12 @@ class Learner:
         if config.zero_stage == 0:
             self._optimizer.register_step_pre_hook(self._clip_or_skip)
         self._engine, *_ = deepspeed.initialize(
-            model=packed,
-            optimizer=self._optimizer,
-            config=engine_config(config, self._dtype, persistence_threshold=persistence_threshold),
+            model=packed, optimizer=self._optimizer, config=settings
         )
         if self.num_ranks == 1 and reduces_by_copying(config.zero_stage, self._dtype):
             self._engine.enable_backward_allreduce = False
+        # The weights as they were loaded, which DeepSpeed has copied into buffers of its own.
+        self._freed_memory.return_if_grown()
 
     def _check_passes(self, path: RowPath) -> None:
         """ZeRO-3 gathers weights in every pass, so that all ranks need the same number of passes.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from distillm_ray.config import LearnerConfig
+from distillm_ray.models.partitioned import whole_shape
 
 
 def build_optimizer(
@@ -19,11 +20,9 @@ def build_optimizer(
     Matrices decay, embeddings included. Vectors do not: biases and the scales of norms. There are
     two groups also without decay, so that a run can be resumed with another `weight_decay`.
 
-    Args:
-        parameters: whole ones, before ZeRO-3 divides them.
     """
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    matrices = [parameter for parameter in parameters if len(whole_shape(parameter)) >= 2]
+    vectors = [parameter for parameter in parameters if len(whole_shape(parameter)) < 2]
     groups = [
         {"params": members, "decays": members is matrices}
         for members in (matrices, vectors)

@@ -7,6 +7,7 @@ Axes: L packed tokens, N loss positions, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distillm_ray.config import CrossEntropy, LoraConfig, LossConfig, StudentConfig
+from distillm_ray.config import (
+    ActivationCheckpointing,
+    CrossEntropy,
+    LoraConfig,
+    LossConfig,
+    StudentConfig,
+)
 from distillm_ray.errors import ConfigError, ModelError
 from distillm_ray.loss.curriculum import Anchors, anchor_gaps, first_anchors
 from distillm_ray.loss.distillation_head import DistillationHead, install_distillation_head
@@ -146,9 +153,17 @@ def build_student(
     vocabulary_size: int,
     device: torch.device,
     zero_stage: int,
+    engine_settings: Mapping[str, Any] | None = None,
+    activation_checkpointing: ActivationCheckpointing = "none",
 ) -> PackedStudent:
     """The student as `load_student` loads it, with a head that returns the losses of `loss`."""
-    packed = load_student(student, device=device, zero_stage=zero_stage)
+    packed = load_student(
+        student,
+        device=device,
+        zero_stage=zero_stage,
+        engine_settings=engine_settings,
+        activation_checkpointing=activation_checkpointing,
+    )
     install_distillation_head(
         packed.model,
         vocabulary_size=vocabulary_size,
@@ -158,8 +173,19 @@ def build_student(
     return PackedStudent(packed)
 
 
-def load_student(config: StudentConfig, *, device: torch.device, zero_stage: int) -> PackedModel:
-    """Load the model of `config`, with its adapters and gradient checkpointing.
+def load_student(
+    config: StudentConfig,
+    *,
+    device: torch.device,
+    zero_stage: int,
+    engine_settings: Mapping[str, Any] | None = None,
+    activation_checkpointing: ActivationCheckpointing = "none",
+) -> PackedModel:
+    """Load the model of `config`, with its adapters and activation checkpointing.
+
+    Args:
+        engine_settings: of DeepSpeed; stage 3 needs them, and divides the parameters among the
+            ranks while they are loaded.
 
     Raises:
         ModelError: the directory cannot be loaded, or a LoRA target does not exist in the model.
@@ -178,14 +204,16 @@ def load_student(config: StudentConfig, *, device: torch.device, zero_stage: int
         dtype=dtype,
         device=device,
         trust_remote_code=config.trust_remote_code,
+        partitioned_by=engine_settings if zero_stage == 3 else None,
     )
     model = packed.model
     if config.lora is not None:
         add_adapters(model, config.lora)
-    if config.gradient_checkpointing:
+    if activation_checkpointing != "none":
         # Non-reentrant checkpointing leaks entries of ZeRO-3's module stack.
         reentrant = zero_stage == 3
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        every = 1 if activation_checkpointing == "full" else activation_checkpointing
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant}, every_n_layers=every)
         if reentrant:
             model.enable_input_require_grads()
     return packed

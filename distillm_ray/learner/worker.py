@@ -19,6 +19,7 @@ def run(job: LearnerJob) -> None:
     from distillm_ray.data.decoding import decode  # noqa: PLC0415
     from distillm_ray.learner.checkpoint import CheckpointDirectory  # noqa: PLC0415
     from distillm_ray.learner.learner import Learner  # noqa: PLC0415
+    from distillm_ray.learner.offload import check_async_io, check_offload  # noqa: PLC0415
     from distillm_ray.learner.shared_directory import check_shared  # noqa: PLC0415
     from distillm_ray.learner.teacher_head import teacher_head  # noqa: PLC0415
     from distillm_ray.learner.train_loop import TrainLoop  # noqa: PLC0415
@@ -34,6 +35,9 @@ def run(job: LearnerJob) -> None:
     device = torch.device("cpu")
     if job.device == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
+    check_offload(config.learner, job.device)
+    if config.learner.offload_directory is not None:
+        check_async_io(config.learner.offload_directory)
     learner = Learner(
         config.learner,
         config.student,

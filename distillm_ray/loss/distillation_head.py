@@ -1,8 +1,9 @@
 """The student's output head as a layer that returns a loss instead of logits.
 
-The layer replaces the model's own head before `deepspeed.initialize` and shares its Parameter.
-Parameter names, ties and saved files stay the same, and ZeRO-3's hooks gather the weight for the
-layer's forward. The fused walk needs the weight in the forward only, so that is enough.
+The layer replaces the model's own head before `deepspeed.initialize` and shares its Parameter,
+which ZeRO-3 may have partitioned already. Parameter names, ties and saved files stay the same, and
+ZeRO-3's hooks gather the weight for the layer's forward. The fused walk needs the weight in the
+forward only, so that is enough.
 
 Axes: N loss positions, D hidden size, V vocabulary.
 """
@@ -25,6 +26,7 @@ from distillm_ray.models.directory import Role, key_of
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.logit_rules import LogitRule, logit_rule
 from distillm_ray.models.packed import check_head
+from distillm_ray.models.partitioned import whole
 
 
 class DistillationHead(nn.Linear):
@@ -103,8 +105,8 @@ def install_distillation_head(
 ) -> DistillationHead:
     """Replace a causal LM's output head by a DistillationHead. The model may have LoRA layers.
 
-    Call it before `deepspeed.initialize`, while the parameters are whole. `vocabulary_size` is the
-    tokenizer's; ids of the head beyond it are impossible. `role` names the model in messages.
+    Call it before `deepspeed.initialize`. `vocabulary_size` is the tokenizer's; ids of the head
+    beyond it are impossible. `role` names the model in messages.
 
     Raises:
         ModelError: the head is not a linear layer or has too few rows, its logit rule is unknown,
@@ -123,7 +125,9 @@ def install_distillation_head(
             f" {vocabulary_size} ids: some ids could never be learned"
         )
     rule = logit_rule(model.config.to_dict())
-    check_head(model, FrozenHead(weight_VD=head.weight, bias_V=head.bias, rule=rule), role=role)
+    with whole(list(head.parameters())):
+        frozen = FrozenHead(weight_VD=head.weight, bias_V=head.bias, rule=rule)
+        check_head(model, frozen, role=role)
     distillation_head = DistillationHead(
         head,
         rule=rule,

@@ -9,6 +9,8 @@ Axes: L packed tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from distillm_ray.errors import ModelError
 from distillm_ray.models.directory import Role, key_of
 from distillm_ray.models.heads import FrozenHead
+from distillm_ray.models.partitioned import partitioned_loading, whole_in_forward
 from distillm_ray.models.row_path import (
     RowPath,
     attention_arguments,
@@ -67,8 +70,13 @@ def load_packed_model(
     dtype: torch.dtype,
     device: torch.device,
     trust_remote_code: bool = False,
+    partitioned_by: Mapping[str, Any] | None = None,
 ) -> PackedModel:
     """Load a causal LM for packed rows, in evaluation mode, from safetensors only.
+
+    Args:
+        partitioned_by: the settings of DeepSpeed's engine if ZeRO-3 is to divide the parameters
+            among the ranks. All ranks load the model then.
 
     Raises:
         ModelError: the directory cannot be loaded, or no way of running it is known to be exact.
@@ -76,15 +84,19 @@ def load_packed_model(
 
     def load(attention: str | None) -> PreTrainedModel:
         settings: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+        loading = nullcontext()
+        if partitioned_by is not None:
+            loading = partitioned_loading(partitioned_by, dtype=dtype, device=device)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                **settings,
-            )
+            with loading:
+                model = AutoModelForCausalLM.from_pretrained(
+                    directory,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=trust_remote_code,
+                    **settings,
+                )
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"{key_of(role)}: {directory} cannot be loaded: {error}") from error
         model.config.use_cache = False
@@ -105,8 +117,8 @@ def load_packed_model(
 def check_head(model: PreTrainedModel, head: FrozenHead, *, role: Role) -> float:
     """Check that `head` on the backbone's hidden states gives the model's own logits.
 
-    Returns the largest difference as a share of the largest logit. `model` needs its whole
-    parameters and its own output head.
+    Returns the largest difference as a share of the largest logit. `model` needs its own output
+    head, and the head's weights must be whole.
 
     Raises:
         ModelError: they differ.
@@ -117,8 +129,9 @@ def check_head(model: PreTrainedModel, head: FrozenHead, *, role: Role) -> float
     settings |= attention_arguments(attention_of(model), (0, len(ids_L)))
     was_training = model.training
     model.eval()
-    expected_LV = model(**settings).logits[0, :, :vocabulary_size].float()
-    found_LV = head.logits(backbone_of(model)(**settings).last_hidden_state[0])
+    with whole_in_forward(model):
+        expected_LV = model(**settings).logits[0, :, :vocabulary_size].float()
+        found_LV = head.logits(backbone_of(model)(**settings).last_hidden_state[0])
     model.train(was_training)
 
     largest = expected_LV.abs().max().clamp_min(1e-6)

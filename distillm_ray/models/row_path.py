@@ -34,6 +34,7 @@ from distillm_ray.models.packed_attention import (
     UnknownAttention,
     supports_by_sequence,
 )
+from distillm_ray.models.partitioned import is_partitioned, whole_in_forward, whole_shape
 from distillm_ray.models.varlen_attention import VARLEN, why_not_varlen
 
 # Lengths of the sequences that are checked; every second one gets other tokens. A convolution leaks
@@ -256,6 +257,8 @@ def _with_varlen(model: PreTrainedModel, proof: _Proof, path: RowPath, trained: 
     kernel has a backward pass of its own, which is compared with the one that PyTorch derives.
     """
     note = why_not_varlen(model.device, model.dtype)
+    if trained and any(is_partitioned(parameter) for parameter in model.parameters()):
+        note = f"{VARLEN}: its backward pass cannot be checked while ZeRO-3 divides the model"
     if not note:
         expected_LD = proof.gradients(path) if trained else None
         model.set_attn_implementation(VARLEN)
@@ -277,7 +280,7 @@ class _Proof:
         self._model = model
         embeddings = model.get_input_embeddings()
         assert isinstance(embeddings.weight, Tensor)
-        rows = embeddings.weight.shape[0]
+        rows = whole_shape(embeddings.weight)[0]
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         lengths = [min(length, context or length) for length in CHECKED_LENGTHS]
         numbers = torch.Generator().manual_seed(0)
@@ -353,7 +356,8 @@ class _Proof:
         """`[L, D]`, float32, in main memory."""
         ids_L = (self._ids_L if token_ids_L is None else token_ids_L).to(model.device)
         positions_L = self._positions_L.to(model.device)
-        return run_row(backbone_of(model), ids_L, positions_L, path).float().cpu()
+        with whole_in_forward(model):
+            return run_row(backbone_of(model), ids_L, positions_L, path).float().cpu()
 
     def gradients(self, path: RowPath) -> Tensor:
         """`[L, D]`, float32, in main memory: of a random projection, at the input embeddings."""

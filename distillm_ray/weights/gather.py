@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Iterator
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from distillm_ray.models.partitioned import whole, whole_shape
 from distillm_ray.types import Bucket
 from distillm_ray.weights.buckets import BUCKET_ELEMENTS, to_bytes
 
@@ -59,15 +60,6 @@ def gather(
         yield bucket
 
 
-def whole(tensors: Sequence[Tensor]) -> AbstractContextManager[object]:
-    """Inside the block no tensor is partitioned."""
-    if not any(hasattr(tensor, "ds_id") for tensor in tensors):
-        return nullcontext()
-    import deepspeed  # noqa: PLC0415  only ZeRO-3 partitions, and a local run has no DeepSpeed
-
-    return deepspeed.zero.GatheredParameters(list(tensors))
-
-
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by name: tied ones once, no adapters."""
     found: dict[str, Tensor] = {}
@@ -85,7 +77,7 @@ def _plan(model: nn.Module, bucket_elements: int) -> list[list[str]]:
     plan: list[list[str]] = [[]]
     filled = 0
     for name, tensor in _tensors(model).items():
-        size = _full_size(tensor)
+        size = math.prod(whole_shape(tensor))
         if plan[-1] and filled + size > bucket_elements:
             plan.append([])
             filled = 0
@@ -97,11 +89,6 @@ def _plan(model: nn.Module, bucket_elements: int) -> list[list[str]]:
 def adapters_of(model: nn.Module) -> dict[str, LoraLinear]:
     """Return peft's LoRA layers by module name."""
     return {name: one for name, one in model.named_modules() if isinstance(one, LoraLinear)}
-
-
-def _full_size(tensor: Tensor) -> int:
-    """Return the number of elements; a parameter that ZeRO-3 partitioned has an empty shape."""
-    return tensor.ds_numel if hasattr(tensor, "ds_numel") else tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _adapted_module(name: str) -> str:

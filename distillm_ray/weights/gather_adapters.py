@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from distillm_ray.models.partitioned import whole
 from distillm_ray.types import Bucket
 from distillm_ray.weights.adapters import LEFT, RIGHT
 from distillm_ray.weights.buckets import BUCKET_ELEMENTS, tensor_names, to_bytes
-from distillm_ray.weights.gather import adapters_of, whole
+from distillm_ray.weights.gather import adapters_of
 
 
 def adapted_weights(model: PreTrainedModel, directory: Path) -> dict[str, str]:

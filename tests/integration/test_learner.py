@@ -17,6 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import AutoModelForCausalLM
 
 from distillm_ray.batching import pack, plan_step, plan_validation
@@ -32,11 +36,14 @@ from distillm_ray.config import (
 )
 from distillm_ray.errors import RunDirectoryError
 from distillm_ray.learner.checkpoint import LEARNER_FOLDER, Checkpoint, CheckpointMeta
+from distillm_ray.learner.deepspeed_engine import engine_config
 from distillm_ray.learner.learner import Learner
 from distillm_ray.learner.optimizer import learning_rate_at
+from distillm_ray.learner.student_model import build_student
 from distillm_ray.loss.divergences import skew_kl
 from distillm_ray.loss.terms import loss_at
 from distillm_ray.models.heads import FrozenHead
+from distillm_ray.models.partitioned import is_partitioned, whole_shape
 from distillm_ray.types import (
     HiddenTargets,
     LearnerBatch,
@@ -53,7 +60,9 @@ VOCABULARY = 41  # ids of the tokenizer; the head has three padding rows more
 TEACHER_WIDTH = 12
 STAGES = (0, 1, 2, 3)
 LENGTHS = ((3, 2), (5, 9), (2, 4), (4, 1), (6, 7), (2, 12))  # prompt, response
+OFFLOADED_STAGES = (2, 3)
 STEPS = 3
+DEEP = {"vocab_size": VOCABULARY + 3, "num_hidden_layers": 6, "tie_word_embeddings": True}
 LOSS = LossConfig(terms=(SkewKL(alpha=0.1, weight=0.8), CrossEntropy(weight=0.3)))
 CURRICULUM = LossConfig(
     terms=(
@@ -187,6 +196,10 @@ def run_rank(rank: int, num_ranks: int, directory: Path) -> None:
     run_bfloat16(directory, directory / f"{num_ranks}-bfloat16")
     run_lora(directory, directory / f"{num_ranks}-lora")
     run_curriculum(directory, directory / f"{num_ranks}-curriculum")
+    if num_ranks == 2:
+        for stage in OFFLOADED_STAGES:
+            run_offloaded(directory, stage, directory / f"offloaded-{stage}")
+        run_loading(directory, directory / f"loading-{rank}.json")
     dist.destroy_process_group()
 
 
@@ -229,14 +242,14 @@ def run_bfloat16(directory: Path, out: Path) -> None:
 
 
 def run_lora(directory: Path, out: Path) -> None:
-    """LoRA and gradient checkpointing under ZeRO-3, exported with the adapters merged."""
+    """LoRA and activation checkpointing under ZeRO-3, exported with the adapters merged."""
     student = StudentConfig(
         model=directory / "student",
         dtype="float32",
         lora=LoraConfig(rank=2, alpha=4.0),
-        gradient_checkpointing=True,
     )
-    learner = build(directory, learner_config(3, learning_rate=5.0), student)
+    config = learner_config(3, learning_rate=5.0, activation_checkpointing="full")
+    learner = build(directory, config, student)
     before = received(learner, student)
     steps = train(learner, 0, STEPS)
     after = received(learner, student)
@@ -245,6 +258,59 @@ def run_lora(directory: Path, out: Path) -> None:
     learner.export(out / "model", [3, 4])
     if learner.rank == 0:
         torch.save((before, after, steps, log_probs_N), out / "weights.pt")
+
+
+def run_offloaded(directory: Path, stage: int, out: Path) -> None:
+    """DeepSpeed's control flow of an offload; main memory is the accelerator's memory here."""
+    learner = build(directory, learner_config(stage, offload="cpu"))
+    steps = train(learner, 0, STEPS)
+    trained = gathered(learner)
+    learner.save(out / "checkpoint")
+    train(learner, STEPS, STEPS + 1)
+    continued = gathered(learner)
+    restored = build(directory, learner_config(stage, offload="cpu"))
+    restored.load(out / "checkpoint")
+    train(restored, STEPS, STEPS + 1)
+    resumed = gathered(restored)
+    if learner.rank == 0:
+        torch.save((steps, trained, continued, resumed), out / "weights.pt")
+
+
+def run_loading(directory: Path, out: Path) -> None:
+    """The most elements of the student that this rank holds until there is an engine."""
+    arrived: list[Any] = []
+    peaks = {"loading": 0, "forward": 0}
+
+    def held() -> int:
+        parts = (one.ds_tensor.numel() if is_partitioned(one) else 0 for one in arrived)
+        return sum(one.numel() for one in arrived) + sum(parts)
+
+    def arrive(module: Any, name: str, parameter: torch.nn.Parameter) -> None:
+        is_seed = parameter.numel() == 1  # of the partitioning
+        if not parameter.is_meta and not is_seed and all(one is not parameter for one in arrived):
+            arrived.append(parameter)
+            peaks["loading"] = max(peaks["loading"], held())
+
+    def ran(module: Any, args: Any, result: Any) -> None:
+        peaks["forward"] = max(peaks["forward"], held())
+
+    hooks = (
+        register_module_parameter_registration_hook(arrive),
+        register_module_forward_hook(ran),
+    )
+    config = learner_config(3)
+    build_student(
+        StudentConfig(model=directory / "deep", dtype="float32"),
+        LOSS,
+        vocabulary_size=VOCABULARY,
+        device=torch.device("cpu"),
+        zero_stage=3,
+        engine_settings=engine_config(config, torch.float32, persistence_threshold=0),
+    )
+    for hook in hooks:
+        hook.remove()
+    sizes = [math.prod(whole_shape(one)) for one in arrived]
+    out.write_text(json.dumps(peaks | {"whole": sum(sizes), "largest": max(sizes)}))
 
 
 def received(learner: Learner, student: StudentConfig) -> dict[str, torch.Tensor]:
@@ -344,6 +410,7 @@ def cross_entropy(student: Path, of: list[Rollout]) -> float:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("learner")
     tiny_student(directory / "student")
+    make.llama(**DEEP).save_pretrained(directory / "deep")
     for num_ranks in (1, 2):
         spawn(run_rank, args=(num_ranks, directory), nprocs=num_ranks)
     yield directory
@@ -558,6 +625,34 @@ def test_a_resumed_curriculum_goes_on_with_its_partial_sums(runs: Path, num_rank
     assert anchors_of(runs, num_ranks, "resumed") == anchors_of(runs, num_ranks, "end")
 
 
+@pytest.mark.parametrize("stage", OFFLOADED_STAGES)
+def test_offloaded_steps_equal_those_without_and_are_restored(runs: Path, stage: int) -> None:
+    steps, trained, continued, resumed = torch.load(
+        runs / f"offloaded-{stage}" / "weights.pt", weights_only=False
+    )
+    losses, norms, expected = reference(runs)
+    assert [record["loss"] for record in steps] == pytest.approx(losses, abs=1e-5)
+    assert [record["gradient_norm"] for record in steps] == pytest.approx(norms, rel=1e-4)
+    assert_close(trained, expected, 2e-6)
+    assert_close(continued, resumed, 0.0)
+    assert not torch.equal(continued["model.norm.weight"], trained["model.norm.weight"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_zero_3_never_holds_more_than_its_share_and_one_layer(
+    runs: Path, rank: int
+) -> None:
+    counts = json.loads((runs / f"loading-{rank}.json").read_text())
+    model = make.llama(**DEEP)
+    layer, head = model.model.layers[0], model.lm_head.weight.numel()
+    layer_size = sum(one.numel() for one in layer.parameters())
+    share = math.ceil(counts["whole"] / 2)
+    assert counts["whole"] == sum(one.numel() for one in model.parameters())
+    assert share < counts["loading"] <= share + counts["largest"]
+    # The check of the output head holds the head beside a layer.
+    assert share + layer_size <= counts["forward"] <= share + layer_size + head
+
+
 # ---- models from checkpoints ---------------------------------------------------------------------
 
 
@@ -592,7 +687,6 @@ def test_adapters_of_a_checkpoint_are_merged_as_the_learner_merges_them(
         model=runs / "student",
         dtype="float32",
         lora=LoraConfig(rank=2, alpha=4.0),
-        gradient_checkpointing=True,
     )
     found = exported_from(run, student, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
