@@ -12,6 +12,8 @@ Axes: L packed tokens, N loss positions of a row, S sequences of a row.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -111,8 +113,14 @@ def plan_validation(
     return _plan(sequences, num_ranks, max_micro_batch_tokens)
 
 
-def draw_facts(plan: StepPlan) -> DrawFacts:
-    """The facts of a whole step, over all ranks, without its fillers."""
+def draw_facts(plan: StepPlan, *, with_ids: bool) -> DrawFacts:
+    """The facts of a whole step, over all ranks, without its fillers.
+
+    The digest of the draw depends neither on the split over ranks nor on the order of the slots.
+
+    Args:
+        with_ids: name every sequence too, some 17 bytes each.
+    """
     ages: dict[Shelf, list[int]] = {shelf: [] for shelf in Shelf}
     ids: dict[Shelf, list[str]] = {shelf: [] for shelf in Shelf}
     untargeted: list[Rollout] = []
@@ -125,6 +133,7 @@ def draw_facts(plan: StepPlan) -> DrawFacts:
                 ids[sequence.shelf].append(sequence.rollout.rollout_id)
                 if not sequence.needs_targets:
                     untargeted.append(sequence.rollout)
+    by_shelf = {shelf.value: tuple(sorted(ids[shelf])) for shelf in Shelf}
     return DrawFacts(
         phi=plan.phi,
         psi=plan.psi,
@@ -133,8 +142,14 @@ def draw_facts(plan: StepPlan) -> DrawFacts:
         replay_ages=tuple(ages[Shelf.REPLAY]),
         untargeted_sequences=len(untargeted),
         untargeted_tokens=sum(rollout.num_tokens for rollout in untargeted),
-        rollout_ids={shelf.value: tuple(sorted(ids[shelf])) for shelf in Shelf},
+        draw_digest=_digest(by_shelf),
+        rollout_ids=by_shelf if with_ids else {},
     )
+
+
+def _digest(ids: Mapping[str, Sequence[str]]) -> str:
+    text = json.dumps(ids, sort_keys=True).encode()
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def pack(micro_batch: MicroBatchPlan, targets: Mapping[str, TeacherTargets] | None) -> LearnerBatch:

@@ -415,7 +415,8 @@ def distil(
             score_seconds=scored - generated if work["scored_sequences"] else 0.0,
         )
         sizes = sizes_of(buffer, store)
-        note(StepRecord.build(train_step, draw_facts(plan), buffer=sizes, work=counters))
+        facts = draw_facts(plan, with_ids=config.run.log_rollout_ids)
+        note(StepRecord.build(train_step, facts, buffer=sizes, work=counters))
         library_before = library_now
         warn_of(library)
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0

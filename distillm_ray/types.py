@@ -326,7 +326,8 @@ class DrawFacts:
     replay_ages: tuple[int, ...] = ()
     untargeted_sequences: int = 0  # those that no term compares with the teacher
     untargeted_tokens: int = 0  # of these sequences, prompts included
-    rollout_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by shelf, sorted
+    draw_digest: str = ""  # of the ids drawn, by shelf: two runs that drew the same have the same
+    rollout_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by shelf, if asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -253,12 +253,31 @@ def test_only_text_that_a_term_compares_with_the_teacher_needs_targets() -> None
 
     kept = plan(SkewKL(), CrossEntropy(on="corpus"))
     assert needed(kept) == ["d", "s"]
-    facts = draw_facts(kept)
+    facts = draw_facts(kept, with_ids=True)
     assert (facts.untargeted_sequences, facts.untargeted_tokens) == (1, 5)
     assert facts.rollout_ids["corpus"] == ("c",)
     assert facts.mix == Mix(fresh=1, dataset=1, corpus=1)
     assert needed(plan(SkewKL(), ReverseKL(on="corpus"))) == ["d", "s", "c"]
     assert needed(plan(SkewKL(on="student"), CrossEntropy())) == ["s"]
+
+
+def test_the_digest_of_a_draw_is_that_of_its_ids_by_shelf_whatever_the_split() -> None:
+    def digest(rollouts: list[Rollout], *, num_ranks: int = 1, with_ids: bool = False) -> str:
+        plan = plan_step(
+            draw_of(rollouts), num_ranks=num_ranks, max_micro_batch_tokens=99, loss=LossConfig()
+        )
+        facts = draw_facts(plan, with_ids=with_ids)
+        assert bool(facts.rollout_ids) == with_ids
+        return facts.draw_digest
+
+    one, two, three = (of_lengths(2, 3, name, Source.STUDENT) for name in ("a", "b", "c"))
+    same = digest([one, two])
+    assert digest([two, one]) == digest([one, two], num_ranks=2) == same
+    assert digest([one, two], with_ids=True) == same
+    assert digest([one, three]) != same
+    assert digest([one]) != same
+    from_data = of_lengths(2, 3, "b", Source.DATASET)
+    assert digest([one, from_data]) != same, "another shelf"
 
 
 # ---- the loss of a step -------------------------------------------------------------------------

@@ -146,7 +146,8 @@ async def test_the_facts_of_a_step_are_collected_once_and_sent_to_the_rank_that_
     assert counts["draw_facts"] == 1
     assert first is not None
     assert first.facts is not None
-    assert len(first.facts.rollout_ids["fresh"]) == NUM_SLOTS
+    assert first.facts.mix.fresh == len(first.facts.fresh_ages) == NUM_SLOTS
+    assert first.facts.rollout_ids == {}, "only the digest of the ids is sent, unless asked for"
     for share in others:
         assert share is not None
         assert (share.phi, share.facts) == (1.0, None)

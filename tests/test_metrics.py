@@ -29,6 +29,7 @@ from distillm_ray.log.records import (
     Sample,
     StepRecord,
     ValidationRecord,
+    to_json,
 )
 from distillm_ray.log.tensorboard import scalars
 from distillm_ray.log.totals import Totals
@@ -114,7 +115,7 @@ def test_a_step_record_joins_the_facts_of_learner_buffer_and_orchestrator() -> N
     after = Counters(generated_tokens=180, scored_tokens=90, lost=4, generate_seconds=4.0)
     record = StepRecord.build(
         TrainStep(step=7, loss=0.5, loss_by_shelf={"fresh": 0.7}, seconds=3.0, wait_seconds=1.0),
-        draw_facts(plan),
+        draw_facts(plan, with_ids=True),
         buffer=BufferSizes(replay=40),
         work=after.since(before),
     )
@@ -133,6 +134,25 @@ def test_a_step_record_joins_the_facts_of_learner_buffer_and_orchestrator() -> N
         "dataset": 1,
         "corpus": 0,
     }
+
+
+def test_a_steps_line_names_what_was_drawn_only_if_asked_to() -> None:
+    def line(slots: int, *, with_ids: bool) -> str:
+        row = tuple(planned(Shelf.DATASET, index) for index in range(slots))
+        ranks = ((MicroBatchPlan(sequences=row),),)
+        plan = StepPlan(step=0, phi=0.0, psi=0.0, mix=Mix(dataset=slots), ranks=ranks)
+        train = TrainStep(step=1, loss=0.5)
+        facts = draw_facts(plan, with_ids=with_ids)
+        return to_json(StepRecord.build(train, facts, buffer=BufferSizes(), work=Counters()))
+
+    short = line(1024, with_ids=False)
+    assert len(short) == len(line(1000, with_ids=False))
+    assert "dataset-17" not in short
+    assert "rollout_ids" not in json.loads(short)
+    assert len(json.loads(short)["draw_digest"]) == 16
+    named = line(1024, with_ids=True)
+    assert len(json.loads(named)["rollout_ids"]["dataset"]) == 1024
+    assert json.loads(named)["draw_digest"] == json.loads(short)["draw_digest"]
 
 
 def test_every_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class BufferActor(Reporting):
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._logs_ids = config.run.log_rollout_ids
         self._reporter = Reporter("buffer")
         self._lock = asyncio.Lock()
         self._work_changed = asyncio.Condition(self._lock)  # demand or a sequence to score
@@ -199,7 +200,7 @@ class BufferActor(Reporting):
             plan = self._plan(step)
         return RankPlan(
             phi=plan.phi,
-            facts=draw_facts(plan) if rank == 0 else None,
+            facts=draw_facts(plan, with_ids=self._logs_ids) if rank == 0 else None,
             micro_batches=plan.ranks[rank],
         )
 

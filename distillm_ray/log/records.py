@@ -2,9 +2,9 @@
 
 `metrics.jsonl` holds the fields of a record as they stand here. A `step` object has the fields of
 `TrainStep` (loss, tokens, seconds, ...) at its top level, beside `phi`, `psi`, the ages of the
-samples and five objects: `mix` and `rollout_ids` (what was drawn, by shelf), `buffer`
-(`BufferSizes`), `actors` (`ActorCounts`) and `work` (`Counters`). Every object has `kind`, `step`
-and `time`.
+samples, `draw_digest` and four objects: `mix` (what was drawn, by shelf), `buffer` (`BufferSizes`),
+`actors` (`ActorCounts`) and `work` (`Counters`). With `run.log_rollout_ids` it also has
+`rollout_ids`, the ids by shelf. Every object has `kind`, `step` and `time`.
 
 Steps are completed optimizer steps: the first is 1, and 0 is before training. JSON has no NaN and
 no infinity, so a non-finite number is written as null; null is read as NaN.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
@@ -116,7 +117,11 @@ class StepRecord(TrainStep):
     phi: float = 0.0
     psi: float = 0.0  # rollout rate
     mix: Mix = field(default_factory=Mix)
-    rollout_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)  # drawn, by shelf
+    draw_digest: str = ""  # of the ids drawn: a resumed run has those of an undisturbed one
+    # Drawn, by shelf; left out without run.log_rollout_ids.
+    rollout_ids: Annotated[dict[str, tuple[str, ...]], Field(exclude_if=operator.not_)] = field(
+        default_factory=dict
+    )
     untargeted_sequences: int = 0  # of those drawn: no term compares them with the teacher
     untargeted_tokens: int = 0  # of these sequences, prompts included
     fresh_age_mean: float = math.nan  # NaN without fresh samples
@@ -142,6 +147,7 @@ class StepRecord(TrainStep):
             phi=draw.phi,
             psi=draw.psi,
             mix=draw.mix,
+            draw_digest=draw.draw_digest,
             rollout_ids=draw.rollout_ids,
             untargeted_sequences=draw.untargeted_sequences,
             untargeted_tokens=draw.untargeted_tokens,

@@ -82,7 +82,12 @@ def make_config(directory: Path, *, steps: int, batch_size: int) -> Path:
     make_rows(directory / "train.jsonl", NUM_TRAIN, start=0)
     make_rows(directory / "validation.jsonl", 6, start=100)
     tree = {
-        "run": {"directory": str(directory / "run"), "device": "cpu", "startup_timeout_s": LIMIT_S},
+        "run": {
+            "directory": str(directory / "run"),
+            "device": "cpu",
+            "startup_timeout_s": LIMIT_S,
+            "log_rollout_ids": True,
+        },
         "teacher": {"model": str(directory / "teacher"), "dtype": "float32"},
         "student": {"model": str(directory / "student"), "dtype": "float32"},
         "data": {
@@ -241,10 +246,10 @@ def records(run: Path, kind: type[Any] = object) -> list[Any]:
 
 
 def drawn(run: Path) -> dict[int, tuple[Any, ...]]:
-    """Mix and rollout ids by shelf of every step. Each step must be logged once."""
+    """Mix, rollout ids by shelf and their digest of every step. Each must be logged once."""
     steps = records(run, StepRecord)
     assert len({record.step for record in steps}) == len(steps)
-    return {record.step: (record.mix, record.rollout_ids) for record in steps}
+    return {record.step: (record.mix, record.rollout_ids, record.draw_digest) for record in steps}
 
 
 def fresh_ordinals(run: Path) -> Iterator[int]:
