@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED := 1
 # many processes that a run or the tests start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup bench-setup bench lint format test test-cluster test-quick test-kernels quickstart quickstart-ablation lock clean
+.PHONY: help setup bench-setup bench lint format test test-cluster test-quick test-kernels prometheus quickstart quickstart-ablation lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 22
@@ -55,6 +55,15 @@ test: $(INSTALLED) ## run all tests but whole runs, the quick ones first
 
 test-cluster: $(INSTALLED) ## run whole runs whose processes and nodes are killed, and jobs
 	$(BIN)/pytest $(INTEGRATION_TESTS) -m slow $(PYTEST_ARGS)
+
+prometheus: $(BIN)/prometheus ## put Debian's Prometheus into .venv: without it, test-cluster leaves its tests out
+
+# The program alone: the package has dependencies and a service, and needs root.
+$(BIN)/prometheus: | $(INSTALLED)
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" \
+	  && { apt-get -qq download prometheus || { apt-get -qq update && apt-get -qq download prometheus; }; } \
+	  && dpkg-deb --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/prometheus > "$(CURDIR)/$@" \
+	  && chmod +x "$(CURDIR)/$@"
 
 test-quick: $(INSTALLED) ## run the tests that start no Ray, vLLM or DeepSpeed
 	$(BIN)/pytest tests $(INTEGRATION_TESTS:%=--ignore %) $(PYTEST_ARGS)

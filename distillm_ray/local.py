@@ -572,6 +572,7 @@ def check(config: Config) -> None:
             "evaluate model/ afterwards with `distillm-ray evaluate`",
         ),
         ("validation.metric", config.validation.metric, "loss", "no response is scored"),
+        ("run.metrics_port", config.run.metrics_port, None, "metrics are exported by Ray"),
         ("checkpoint.at_best", config.checkpoint.at_best, False, "there are no checkpoints"),
     ]
     if config.wants_rollouts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from typing import Any
 
 import psutil
@@ -45,7 +46,11 @@ def connect(config: Config, *, weights_bytes: int = 0, namespace: str = "distill
             "address": "local",
             "include_dashboard": False,
             "object_store_memory": _local_store_bytes(config, weights_bytes),
+            # By default, Ray serves metrics on all interfaces.
+            "_system_config": {"enable_metrics_collection": config.run.metrics_port is not None},
+            "_metrics_export_port": config.run.metrics_port,
         }
+        _check_port(config)
     try:
         knock(os.environ.get("RAY_ADDRESS", ""))
         ray.init(
@@ -83,6 +88,25 @@ def resolve_device(config: Config) -> Device:
     if config.run.device != "auto":
         return config.run.device
     return "cuda" if available().gpus > 0 else "cpu"
+
+
+def _check_port(config: Config) -> None:
+    """Refuse a port that is taken: Ray's agent would end with an error in a log of its own.
+
+    Raises:
+        ClusterError: it is taken.
+    """
+    if config.run.metrics_port is None:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", config.run.metrics_port))
+        except OSError as error:
+            raise ClusterError(
+                f"run.metrics_port must be free, got {config.run.metrics_port}: {error.strerror};"
+                " choose another, or null to export no metrics"
+            ) from error
 
 
 def _local_store_bytes(config: Config, weights_bytes: int) -> int:

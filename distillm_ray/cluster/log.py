@@ -9,11 +9,13 @@ import ray
 from ray.actor import ActorProxy
 
 from distillm_ray.cluster.actors import ask, beside_driver, reply
+from distillm_ray.cluster.metrics_export import MetricsExport
 from distillm_ray.cluster.process_meter import ProcessMeter
 from distillm_ray.config import Config
-from distillm_ray.log.costs import CostLedger, Usage
+from distillm_ray.log.costs import CostLedger, Role, Usage
 from distillm_ray.log.health import HealthWatch
 from distillm_ray.log.metrics import MetricsLog
+from distillm_ray.log.prometheus import Metric, PoolState, Reading, of_phase, of_pool, of_record
 from distillm_ray.log.records import COST_INTERVAL_S, CostRecord, DoneRecord, Record, StepRecord
 from distillm_ray.log.stopping import Standing, read_standing
 from distillm_ray.log.timeline import TIMELINE_FILE, Event, TimelineFile
@@ -24,7 +26,7 @@ _WHAT = "the log"
 class LogActor:
     """A `MetricsLog` on the driver's node, where the run directory is known to be reachable.
 
-    It also keeps the books of what the roles cost, and writes the timeline.
+    It also keeps the books of what the roles cost, writes the timeline and exports the metrics.
     """
 
     def __init__(
@@ -37,8 +39,16 @@ class LogActor:
     ) -> None:
         """`started`: the driver's start, in seconds since the epoch; now by default."""
         self._config = config
+        self._export = MetricsExport(config.run.directory.name)
+        self._pools: dict[Role, PoolState] = {}  # as they were at the last report
+        planned = config.learner.num_steps
+        self._export.add((Reading(metric=Metric.PLANNED_STEPS, value=planned),))
         self._log = MetricsLog(
-            config.run.directory, resume_step=resume_step, commit=commit, command=command
+            config.run.directory,
+            resume_step=resume_step,
+            commit=commit,
+            command=command,
+            export=lambda record: self._export.add(of_record(record)),
         )
         self._standing = read_standing(config)
         self._health = HealthWatch()
@@ -73,16 +83,22 @@ class LogActor:
         )
 
     @ray.method
-    def report(self, usages: Sequence[Usage], events: Sequence[Event]) -> None:
-        """Take what a process used and did."""
+    def report(
+        self, usages: Sequence[Usage], events: Sequence[Event], pools: Sequence[PoolState]
+    ) -> None:
+        """Take what a process used and did, and the state of its pools."""
         for usage in usages:
             self._costs.account(usage)
         self._timeline.add(events)
+        for state in pools:
+            self._export.add(of_pool(state, self._pools.get(state.role)))
+            self._pools[state.role] = state
 
     @ray.method
     def enter(self, phase: str) -> None:
         """The driver begins another phase."""
         self._close_costs()
+        self._export.add(of_phase(phase, self._phase))
         self._phase = phase
 
     @ray.method

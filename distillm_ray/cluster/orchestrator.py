@@ -75,7 +75,7 @@ class OrchestratorActor:
         peers: TrainingPeers | None,
     ) -> None:
         log = self._log = AsyncLog(peers.log if peers is not None else None)
-        self._reporter = Reporter("orchestrator", self._usages)
+        self._reporter = Reporter("orchestrator", self._usages, lambda: self._loop.pools())
         timeline = self._reporter.timeline
         startup_timeout_s = config.run.startup_timeout_s
         buffer = scorers = generator_pool = None

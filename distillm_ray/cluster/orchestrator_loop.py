@@ -42,6 +42,7 @@ from distillm_ray.cluster.targets import ScorerPool
 from distillm_ray.config import FilterConfig, SamplingConfig
 from distillm_ray.errors import ClusterError
 from distillm_ray.log.costs import Role, RoleCost
+from distillm_ray.log.prometheus import PoolState
 from distillm_ray.log.records import (
     ActorCounts,
     BufferSizes,
@@ -230,6 +231,11 @@ class Orchestrator:
             own = self._scorers.cost()
             costs["scorer"] = dataclasses.replace(own, tokens=counts["scored_tokens"])
         return costs
+
+    def pools(self) -> list[PoolState]:
+        """The state of its pools. May be called in another thread."""
+        pools = (self._optional_generators, self._scorers)
+        return [pool.state() for pool in pools if pool is not None]
 
     async def step_record(
         self, train: TrainStep, facts: DrawFacts, *, since: Counters

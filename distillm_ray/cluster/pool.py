@@ -43,6 +43,7 @@ from distillm_ray.cluster.places import Place, Places
 from distillm_ray.cluster.suspects import MAX_ALONE, Suspects
 from distillm_ray.errors import ClusterError, UserError
 from distillm_ray.log.costs import Role, RoleCost
+from distillm_ray.log.prometheus import PoolState
 from distillm_ray.log.records import EventRecord
 from distillm_ray.log.timeline import Timeline
 
@@ -217,6 +218,19 @@ class ActorPool(Generic[A]):
         return RoleCost(
             busy_seconds=sum(clock.seconds for clock in list(self._clocks.values())),
             queue_seconds=self._places.queue.call_seconds,
+        )
+
+    def state(self) -> PoolState:
+        """How many members there are and work, and how many calls wait. May be called in another
+        thread.
+        """
+        return PoolState(
+            role=self._role,
+            size=len(self._members),
+            ready=sum(member.ready.is_set() for member in self._members),
+            busy=sum(member.in_flight > 0 for member in self._members),
+            queue=len(self._waiting) + len(self._waiting_alone),
+            restarts=sum(member.life for member in self._members),
         )
 
     async def restart(self) -> None:

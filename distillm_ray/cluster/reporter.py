@@ -22,6 +22,7 @@ from distillm_ray.cluster.busy_clock import BusyClock
 from distillm_ray.cluster.log import LogActor
 from distillm_ray.cluster.process_meter import ProcessMeter
 from distillm_ray.log.costs import Role, RoleCost, Usage
+from distillm_ray.log.prometheus import PoolState
 from distillm_ray.log.timeline import Timeline
 
 INTERVAL_S = 2.0
@@ -37,14 +38,21 @@ class Reporter:
     Args:
         role: of the process.
         more: readings of other sources that this process knows of; called in the thread.
+        pools: the state of the pools of this process; likewise.
     """
 
-    def __init__(self, role: Role, more: Callable[[], Sequence[Usage]] = tuple) -> None:
+    def __init__(
+        self,
+        role: Role,
+        more: Callable[[], Sequence[Usage]] = tuple,
+        pools: Callable[[], Sequence[PoolState]] = tuple,
+    ) -> None:
         self.timeline = Timeline()
         self.busy = BusyClock()  # of the process's work; an actor's calls are timed by its pool
         self.tokens = 0
         self._role: Role = role
         self._more = more
+        self._pools = pools
         self._log: ActorProxy[LogActor] | None = None
         self._ended = threading.Event()
 
@@ -84,7 +92,7 @@ class Reporter:
         held = self._gpus * (time.monotonic() - self._started_at)
         own = RoleCost(gpu_seconds=held, busy_seconds=self.busy.seconds, tokens=self.tokens)
         usages = (self._meter.usage(self._role, own), *self._more())
-        return self._log.report.remote(usages, self.timeline.take())
+        return self._log.report.remote(usages, self.timeline.take(), tuple(self._pools()))
 
     def _run(self) -> None:
         while not self._ended.wait(INTERVAL_S):

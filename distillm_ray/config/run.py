@@ -108,5 +108,8 @@ class RunConfig(Section):
     mode: Literal["cluster", "local"] = "cluster"  # local: one process, no Ray (local.py)
     device: MayChange[Literal["auto", "cuda", "cpu"]] = "auto"
     startup_timeout_s: MayChange[Above0] = 600.0  # loading one model, on any actor
+    # Where Prometheus finds the metrics of a cluster that the run starts by itself, on all
+    # interfaces and without a token; None: nowhere. Other clusters have a port of their own.
+    metrics_port: MayChange[Annotated[int, Field(ge=1024, le=65535)] | None] = None
     log_rollout_ids: MayChange[bool] = False  # of every step in metrics.jsonl, not the digest alone
     timeline_events: MayChange[NonNegative] = 100_000  # in timeline.json at most; 0: no such file

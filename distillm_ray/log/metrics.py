@@ -21,6 +21,7 @@ from typing import Any
 from distillm_ray.errors import RunDirectoryError
 from distillm_ray.files import write_atomically
 from distillm_ray.log.records import (
+    REWOUND,
     UNKNOWN_STEP,
     EventRecord,
     Record,
@@ -46,6 +47,7 @@ class MetricsLog:
         resume_step: the checkpoint's step. Records of later steps are marked superseded. None
             starts the run from the beginning and supersedes every record in the file.
         commit, command: of this attempt; shown in the figures.
+        export: called with every record that is added, stamped.
         clock: returns seconds since the epoch; tests replace it.
 
     Raises:
@@ -60,11 +62,13 @@ class MetricsLog:
         commit: str = "",
         command: str = "",
         tensorboard: bool = True,
+        export: Callable[[Record], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / FILE_NAME
         self._tensorboard_path = directory / TENSORBOARD_FOLDER if tensorboard else None
+        self._export = export
         self._clock = clock
         self._tail: deque[Record] = deque(maxlen=_TAIL_LENGTH)
         self._num_added = 0
@@ -88,6 +92,8 @@ class MetricsLog:
         self._tail.append(record)
         self._num_added += 1
         self._totals = self._totals.plus(record)
+        if self._export is not None:
+            self._export(record)
         if self._writer is not None:
             for name, value in scalars(record, self._totals):
                 self._writer.add_scalar(name, value, record.step, walltime=record.time)
@@ -98,7 +104,7 @@ class MetricsLog:
         """Supersede the records after `step`: the learners restarted from that checkpoint."""
         self.close()
         self._open(step)
-        self.add(EventRecord(step=step, name="rewound", detail="learners restarted"))
+        self.add(EventRecord(step=step, name=REWOUND, detail="learners restarted"))
 
     def since(self, position: int) -> tuple[list[Record], int]:
         """Records added by this process after `position`, and the position for the next call.

@@ -27,6 +27,9 @@ from distillm_ray.types import DrawFacts, Mix, TrainStep
 UNKNOWN_STEP = -1
 """Step of an event whose sender does not follow the steps; the log replaces it by the newest."""
 
+REWOUND = "rewound"
+"""Name of the event that the learners went back to a checkpoint."""
+
 COST_INTERVAL_S = 10.0
 """Shortest time between two cost records of a phase: ten roles take a kilobyte."""
 
@@ -290,6 +293,17 @@ def from_json(value: dict[str, Any]) -> Record:
         ValueError: the object is not a record.
     """
     return _RECORDS.validate_python(_nan_for_null(value))
+
+
+def is_from_checkpoint(record: Record) -> bool:
+    """Whether the steps after it follow a checkpoint: of an earlier process, or after a failure."""
+    match record:
+        case StartRecord(resumed=resumed):
+            return resumed
+        case EventRecord(name=name):
+            return name == REWOUND
+        case _:
+            return False
 
 
 def _nan_for_null(value: Any) -> Any:  # any JSON value

@@ -18,11 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from distillm_ray.log.records import (
-    EventRecord,
     Record,
-    StartRecord,
     StepRecord,
     ValidationRecord,
+    is_from_checkpoint,
 )
 
 BLUE, ORANGE, GREEN, RED, SKY, GREY = (
@@ -338,9 +337,8 @@ def _legend_of_both(ax: Axes, right: Axes, location: _Corner) -> None:
 def _finish(ax: Axes, title: str, records: Sequence[Record]) -> None:
     """Title, step axis, and a thin line at each resume."""
     for record in records:
-        match record:
-            case StartRecord(resumed=True) | EventRecord(name="rewound"):
-                ax.axvline(record.step, color=GREY, linestyle="--", linewidth=0.8)
+        if is_from_checkpoint(record):
+            ax.axvline(record.step, color=GREY, linestyle="--", linewidth=0.8)
     ax.set_title(title)
     ax.set_xlabel("optimizer step")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -34,6 +34,7 @@ import ray
 from distillm_ray.cluster.connection import connect
 from distillm_ray.config.files import load_config
 connect(load_config(Path({config!r}), ["targets.max_bytes=1000000"]))
+print(ray.nodes()[0]["MetricsExportPort"])
 print(ray.get_runtime_context().gcs_address)
 """
 
@@ -151,6 +152,8 @@ def test_without_an_address_we_start_our_own_cluster_beside_a_running_one(
         check=False,
     )
     assert found.returncode == 0, found.stderr
-    port = found.stdout.split()[-1].rpartition(":")[2]
+    metrics_port, address = found.stdout.split()[-2:]
+    assert metrics_port == "-1", "without run.metrics_port no port is open to everyone"
+    port = address.rpartition(":")[2]
     assert port.isdigit()
     assert port != head.port

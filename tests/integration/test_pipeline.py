@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_ray.directory_lock import locked
 from distillm_ray.learner.checkpoint import CheckpointDirectory
-from distillm_ray.log.records import DoneRecord, EventRecord, PublishRecord, StepRecord
+from distillm_ray.log.prometheus import Metric
+from distillm_ray.log.records import REWOUND, DoneRecord, EventRecord, PublishRecord, StepRecord
 from distillm_ray.replay.state import BufferState
+from distillm_ray.types import TRAINING
+from scripts.monitoring import DASHBOARD
+from tests.integration.prometheus import Prometheus, find_prometheus
+from tests.integration.ray_nodes import free_ports
 from tests.integration.tiny import (
     LIMIT_S,
     Driver,
@@ -56,6 +63,7 @@ class Whole:
     command: tuple[str, ...]
     run: Path
     output: str
+    prometheus: Prometheus | None  # it scraped the run; None: not installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +97,21 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(config: Path) -> Iterator[Whole]:
     run = config.parent / "whole"
-    command = ("train", str(config), f"run.directory={run}", *EVALUATED)
-    with Driver(*command, log=config.parent / "whole.log") as driver:
+    (port,) = free_ports(1)
+    command = (
+        *("train", str(config), f"run.directory={run}", *EVALUATED),
+        f"run.metrics_port={port}",
+    )
+    often = {"RAY_metrics_report_interval_ms": "1000"}
+    with ExitStack() as stack:
+        prometheus = None
+        if (program := find_prometheus()) is not None:
+            server = Prometheus(program, config.parent / "prometheus", f"127.0.0.1:{port}")
+            prometheus = stack.enter_context(server)
+        log = config.parent / "whole.log"
+        driver = stack.enter_context(Driver(*command, log=log, environment=often))
         assert driver.wait(LIMIT_S) == 0, driver.output()
-        yield Whole(command=command, run=run, output=driver.output())
+        yield Whole(command=command, run=run, output=driver.output(), prometheus=prometheus)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +182,7 @@ def disturbed(config: Path) -> Disturbed:
 
 def rewinds(run: Path) -> int:
     """How often the learners went back to their checkpoint."""
-    return sum(record.name == "rewound" for record in records(run, EventRecord))
+    return sum(record.name == REWOUND for record in records(run, EventRecord))
 
 
 def newest_checkpoint(run: Path) -> int:
@@ -306,6 +325,67 @@ def test_a_complete_run_is_reported_and_not_run_again(whole: Whole, config: Path
         assert driver.wait(LIMIT_S) == 0, driver.output()
         assert f"The run in {whole.run} is complete." in driver.output()
     assert len(records(whole.run, DoneRecord)) == 1
+
+
+# ---- its metrics ---------------------------------------------------------------------------------
+
+# Of what does not happen in an undisturbed run of this config on a CPU.
+NOT_SEEN = {
+    Metric.REWINDS,
+    Metric.POOL_RESTARTS,
+    Metric.SKIPPED_STEPS,
+    Metric.INFINITE_TOKENS,
+    Metric.LOST_ORDINALS,
+    Metric.DROPPED_SEQUENCES,
+    Metric.GIVEN_UP_PROMPTS,
+    Metric.LATE_SAMPLES,
+    Metric.TARGET_EVICTIONS,
+    Metric.LIBRARY_SEQUENCES,
+    Metric.GPU_SECONDS,
+}
+
+
+@pytest.fixture
+def prometheus(whole: Whole) -> Prometheus:
+    if whole.prometheus is None:
+        pytest.skip("Prometheus is not installed: `make prometheus`, or apt-get install prometheus")
+    return whole.prometheus
+
+
+def test_prometheus_answers_every_query_of_the_dashboard(prometheus: Prometheus) -> None:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    assert len(queries) > 50
+    absent = {metric.value.exported for metric in NOT_SEEN}
+    for query in queries:
+        names = set(re.findall(r"\bray_distillm_\w+", query))
+        concrete = query.replace("$__rate_interval", "10s").replace("$run", "whole")
+        series = prometheus.over_time(concrete)
+        assert {one["metric"]["run"] for one in series} == (
+            set() if names & absent else {"whole"}
+        ), query
+
+
+def test_prometheus_has_the_numbers_of_the_log(prometheus: Prometheus, whole: Whole) -> None:
+    steps = records(whole.run, StepRecord)
+    counted = {
+        Metric.TRAINED_TOKENS: sum(record.tokens for record in steps),
+        Metric.GENERATED_TOKENS: sum(record.work.generated_tokens for record in steps),
+        Metric.SCORED_SEQUENCES: sum(record.work.scored_sequences for record in steps),
+        Metric.SLOTS: STEPS * BATCH_SIZE,
+    }
+    for metric, value in counted.items():
+        assert prometheus.highest(f"sum({metric.value.exported})") == value, metric
+    assert prometheus.highest(Metric.STEP.value.exported) == STEPS
+    assert prometheus.highest(Metric.PLANNED_STEPS.value.exported) == STEPS
+    assert prometheus.highest(f"{Metric.STEP_SECONDS.value.exported}_count") == STEPS
+    for role in ("generator", "scorer"):
+        pool = f'{{role="{role}"}}'
+        assert prometheus.highest(Metric.POOL_SIZE.value.exported + pool) == 1
+        assert prometheus.highest(Metric.POOL_READY.value.exported + pool) == 1
+    phases = prometheus.over_time(f"{Metric.PHASE.value.exported} == 1")
+    seen = {one["metric"]["phase"] for one in phases}
+    assert {TRAINING, "evaluating the student before training"} <= seen
 
 
 # ---- two of each role ----------------------------------------------------------------------------
