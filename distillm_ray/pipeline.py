@@ -22,6 +22,7 @@ Every wait also ends with a stop request (SIGTERM, SIGINT) or a failure, noticed
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -34,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 from distillm_ray.cluster import placement
 from distillm_ray.cluster.actors import ask, one_line, release
 from distillm_ray.cluster.buffer import start_buffer
-from distillm_ray.cluster.connection import available, connect, resolve_device
+from distillm_ray.cluster.connection import available, connect, is_free, resolve_device
 from distillm_ray.cluster.control import ControlClient, start_control
 from distillm_ray.cluster.learner import LearnerGroup, LearnerJob, Wires
 from distillm_ray.cluster.log import LogClient, start_log
@@ -107,7 +108,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
     watch = Watch(view)
     weights = weights_in_transit(config, preflight)
     with watch.phase("connecting to Ray"):
-        connect(config, weights_bytes=weights)
+        connect(config, weights_bytes=weights, metrics_port=_metrics_port(config, view))
         device = resolve_device(config)
         check_offload(config.learner, device)
         phases = placement.train_phases(config, device, weights_bytes=weights)
@@ -355,6 +356,20 @@ def _with_room(config: Config, preflight: Preflight, sizes: TargetSizes, device:
     config = with_room(config, sizes, placement.room_for_targets(training, offered.nodes))
     placement.check(phases(config), offered)
     return config
+
+
+def _metrics_port(config: Config, view: ConsoleView) -> int | None:
+    """`run.metrics_port`, or None: on a cluster that is there, and where the port is in use."""
+    port = config.run.metrics_port
+    if port is None or os.environ.get("RAY_ADDRESS"):
+        return None
+    if is_free(port):
+        return port
+    view.note(
+        f"warning: run.metrics_port = {port} is in use by another process, possibly of a run that"
+        " was killed; this run starts without serving metrics"
+    )
+    return None
 
 
 def weights_in_transit(config: Config, preflight: Preflight) -> int:

@@ -73,6 +73,7 @@ def num_scored(steps: list[StepRecord]) -> int:
         (("teacher.tensor_parallel=2",), "teacher.tensor_parallel must be 1, got 2"),
         (("targets.stores=2",), "targets.stores must be 1, got 2: one process has one store"),
         (("evaluation.at_end=true",), "evaluation.at_end must be false, got true: evaluate model/"),
+        (("run.metrics_port=8090",), "run.metrics_port must be null, got 8090"),
         (("student.dtype=bfloat16",), "student.dtype must be float32, got bfloat16"),
     ],
     ids=lambda value: value[0].partition("=")[0] if isinstance(value, tuple) else "",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import re
+import socket
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 
+from distillm_ray import pipeline
 from distillm_ray.cluster.metrics_export import MetricsExport
 from distillm_ray.log.costs import RoleCost
 from distillm_ray.log.metrics import MetricsLog
@@ -36,8 +39,10 @@ from distillm_ray.log.records import (
     StepRecord,
     ValidationRecord,
 )
+from distillm_ray.report.console import ConsoleView
 from distillm_ray.types import TRAINING, Mix
 from scripts import monitoring
+from tests import make
 
 STEP = StepRecord(
     step=7,
@@ -214,6 +219,25 @@ def test_labels_that_are_not_ascii_are_escaped_because_ray_refuses_them() -> Non
     gauge = export._metrics[Metric.TERM_LOSS]
     with pytest.raises(UnicodeEncodeError):
         gauge.set(1.0, {"run": "Läufe", "term": ""})  # pyright: ignore
+
+
+# ---- the port -----------------------------------------------------------------------------------
+
+
+def test_a_port_that_is_in_use_costs_the_metrics_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    output = io.StringIO()
+    view = ConsoleView(1, stream=output)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = make.config(run={"directory": tmp_path, "metrics_port": port})
+        assert pipeline._metrics_port(config, view) is None
+    assert f"run.metrics_port = {port} is in use" in output.getvalue()
+    assert pipeline._metrics_port(config, view) == port
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert pipeline._metrics_port(config, view) is None, "that cluster has a port of its own"
 
 
 # ---- the files made from the table ---------------------------------------------------------------

@@ -17,11 +17,18 @@ from distillm_ray.errors import ClusterError
 from distillm_ray.types import Device
 
 
-def connect(config: Config, *, weights_bytes: int = 0, namespace: str = "distillm-ray") -> None:
+def connect(
+    config: Config,
+    *,
+    weights_bytes: int = 0,
+    metrics_port: int | None = None,
+    namespace: str = "distillm-ray",
+) -> None:
     """Join the cluster at RAY_ADDRESS, which a Ray job sets, or start one on this machine.
 
     Args:
         weights_bytes: in transit during the run; sizes the object store of a new cluster.
+        metrics_port: at which a new cluster serves metrics; None: it serves none.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
@@ -47,10 +54,9 @@ def connect(config: Config, *, weights_bytes: int = 0, namespace: str = "distill
             "include_dashboard": False,
             "object_store_memory": _local_store_bytes(config, weights_bytes),
             # By default, Ray serves metrics on all interfaces.
-            "_system_config": {"enable_metrics_collection": config.run.metrics_port is not None},
-            "_metrics_export_port": config.run.metrics_port,
+            "_system_config": {"enable_metrics_collection": metrics_port is not None},
+            "_metrics_export_port": metrics_port,
         }
-        _check_port(config)
     try:
         knock(os.environ.get("RAY_ADDRESS", ""))
         ray.init(
@@ -90,23 +96,16 @@ def resolve_device(config: Config) -> Device:
     return "cuda" if available().gpus > 0 else "cpu"
 
 
-def _check_port(config: Config) -> None:
-    """Refuse a port that is taken: Ray's agent would end with an error in a log of its own.
-
-    Raises:
-        ClusterError: it is taken.
-    """
-    if config.run.metrics_port is None:
-        return
+def is_free(port: int) -> bool:
+    """Whether a process on this machine can listen on a port, on all interfaces."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", config.run.metrics_port))
-        except OSError as error:
-            raise ClusterError(
-                f"run.metrics_port must be free, got {config.run.metrics_port}: {error.strerror};"
-                " choose another, or null to export no metrics"
-            ) from error
+            probe.bind(("", port))
+            probe.listen(1)
+        except OSError:
+            return False
+        return True
 
 
 def _local_store_bytes(config: Config, weights_bytes: int) -> int:
