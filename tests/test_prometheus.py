@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.util.metrics import Gauge
 
 from distillm_ray import pipeline
 from distillm_ray.cluster.metrics_export import MetricsExport
@@ -219,6 +220,28 @@ def test_labels_that_are_not_ascii_are_escaped_because_ray_refuses_them() -> Non
     gauge = export._metrics[Metric.TERM_LOSS]
     with pytest.raises(UnicodeEncodeError):
         gauge.set(1.0, {"run": "Läufe", "term": ""})  # pyright: ignore
+
+
+def test_gauges_are_set_again_because_ray_forgets_those_that_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[str, float]] = []
+    monkeypatch.setattr(
+        Gauge, "set", lambda self, value, tags: calls.append((self.info["name"], value))
+    )
+    now = 0.0
+    export = MetricsExport("run", clock=lambda: now)
+    export.add(of_record(PublishRecord(step=3, nbytes=5, seconds=1.0)))
+    export.add(of_record(PublishRecord(step=4, nbytes=5, seconds=1.0)))
+    version = Metric.WEIGHTS_VERSION.value.name
+    assert calls == [(version, 3), (version, 4)]
+    now = 0.9
+    export.renew()
+    assert len(calls) == 2
+    now = 1.1
+    export.renew()
+    export.renew()
+    assert calls[2:] == [(version, 4)]
 
 
 # ---- the port -----------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ class LogActor:
         for state in pools:
             self._export.add(of_pool(state, self._pools.get(state.role)))
             self._pools[state.role] = state
+        self._export.renew()
 
     @ray.method
     def enter(self, phase: str) -> None:

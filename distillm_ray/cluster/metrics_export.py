@@ -2,15 +2,21 @@
 
 A process keeps its metrics in memory, and a thread of Ray sends them to the agent every ten
 seconds. No reading waits for that or fails with it: an agent that is gone costs the metrics alone.
+Ray sends a gauge only if it was set since the last time, and the agent forgets one that has not
+come for twice as long. So gauges are set again and again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from distillm_ray.log.prometheus import RUN, Definition, Metric, Reading
+
+RENEW_S = 1.0
+"""Shortest time between two renewals, which set some fifty gauges."""
 
 
 class MetricsExport:
@@ -18,10 +24,14 @@ class MetricsExport:
 
     Args:
         run: the value of the label `run`.
+        clock: returns seconds; tests replace it.
     """
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._run = _ascii(run)
+        self._clock = clock
+        self._renewed_at = clock()
+        self._set: dict[tuple[Metric, tuple[str, ...]], Reading] = {}  # gauges, as they are
         self._metrics = {metric: _ray_metric(metric.value) for metric in Metric}
 
     def add(self, readings: Iterable[Reading]) -> None:
@@ -35,8 +45,15 @@ class MetricsExport:
                     counter.inc(float(reading.value), labels)
                 case Gauge() as gauge:
                     gauge.set(float(reading.value), labels)
+                    self._set[reading.metric, reading.labels] = reading
                 case Histogram() as histogram:
                     histogram.observe(float(reading.value), labels)
+
+    def renew(self) -> None:
+        """Set all gauges again, unless that was done less than RENEW_S ago."""
+        if self._clock() - self._renewed_at >= RENEW_S:
+            self._renewed_at = self._clock()
+            self.add(tuple(self._set.values()))
 
 
 def _ray_metric(definition: Definition) -> Counter | Gauge | Histogram:

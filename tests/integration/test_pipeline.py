@@ -102,7 +102,7 @@ def whole(config: Path) -> Iterator[Whole]:
         *("train", str(config), f"run.directory={run}", *EVALUATED),
         f"run.metrics_port={port}",
     )
-    often = {"RAY_metrics_report_interval_ms": "1000"}
+    often = {"RAY_metrics_report_interval_ms": "2000"}
     with ExitStack() as stack:
         prometheus = None
         if (program := find_prometheus()) is not None:
@@ -359,7 +359,7 @@ def test_prometheus_answers_every_query_of_the_dashboard(prometheus: Prometheus)
     absent = {metric.value.exported for metric in NOT_SEEN}
     for query in queries:
         names = set(re.findall(r"\bray_distillm_\w+", query))
-        concrete = query.replace("$__rate_interval", "10s").replace("$run", "whole")
+        concrete = query.replace("$__rate_interval", "1m").replace("$run", "whole")
         series = prometheus.over_time(concrete)
         assert {one["metric"]["run"] for one in series} == (
             set() if names & absent else {"whole"}
