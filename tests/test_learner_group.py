@@ -61,7 +61,7 @@ def test_a_failure_that_restarts_do_not_fix_ends_the_run_with_a_message(
     learners.join(60)
     with pytest.raises(RunFailed, match=said):
         learners.raise_failure()
-    assert (tmp_path / "failure.txt").read_text() == str(failure)
+    assert str(failure) in (tmp_path / "failure.txt").read_text(), "with its traceback"
 
 
 def test_a_user_error_of_a_rank_is_raised_unchanged(tmp_path: Path) -> None:

@@ -112,6 +112,11 @@ class Places(Generic[A]):
             self._reserved = None
         self._serve(self._waiting, lambda _: self._take())
 
+    @property
+    def num_waiting(self) -> int:
+        """Calls without a place, those that were cancelled included until their turn comes."""
+        return len(self._waiting_suspects) + len(self._waiting)
+
     def give_up(self, fatal: UserError) -> None:
         """Make every later call raise `fatal`, and those that wait for a member too."""
         self.fatal = fatal

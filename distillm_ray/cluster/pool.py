@@ -88,6 +88,7 @@ class ActorPool(Generic[A]):
         self._timeline = timeline or Timeline()
         self._clocks: dict[str, BusyClock] = {}  # by name of a member, also of those released
         self._members: list[Member[A]] = []
+        self._restarts = 0  # of all members, those that are gone included
         for handle in handles:
             self._enlist(handle)
         self._stall_timeout_s = stall_timeout_s
@@ -229,8 +230,8 @@ class ActorPool(Generic[A]):
             size=len(self._members),
             ready=sum(member.ready.is_set() for member in self._members),
             busy=sum(member.in_flight > 0 for member in self._members),
-            queue=len(self._waiting) + len(self._waiting_alone),
-            restarts=sum(member.life for member in self._members),
+            queue=self._places.num_waiting,
+            restarts=self._restarts,
         )
 
     async def restart(self) -> None:
@@ -335,6 +336,7 @@ class ActorPool(Generic[A]):
     def _kill(self, member: Member[A]) -> None:
         member.ready.clear()
         member.life += 1
+        self._restarts += 1
         member.inputs = []
         member.killed = member.process
         kill(member.handle, no_restart=False)
