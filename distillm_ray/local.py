@@ -621,4 +621,6 @@ def _as_written(actors: int | ActorRange) -> int | str:
 
 
 def _as_yaml(value: object) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
