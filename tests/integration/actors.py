@@ -152,6 +152,7 @@ def start_links(
         orchestrator=orchestrator,
         log=peers.log,
         control=cast(Any, None),
+        driver_node="",
         stores=stores,
         identity=IDENTITY,
     )
