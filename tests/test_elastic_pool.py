@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from distillm_ray.cluster import elastic_pool, pool
 from distillm_ray.cluster.elastic_pool import ElasticPool, Growth, PoolSize
 from distillm_ray.cluster.elasticity import Look
+from distillm_ray.cluster.member import Member
 from distillm_ray.cluster.pool import ActorLost
 from distillm_ray.config import ActorRange
 from distillm_ray.errors import ClusterError
@@ -73,11 +74,8 @@ class Fakes:
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.prepared: list[Any] = []
 
-        class Pool(ElasticPool[Any]):
-            async def _prepare(pool, member: Any) -> None:
-                self.prepared.append(member.handle)
-
-        self.pool: ElasticPool[Any] = Pool(
+        monkeypatch.setattr(ElasticPool, "_prepare", self._prepare)
+        self.pool: ElasticPool[Any] = ElasticPool(
             cast(Any, [self._add()]),
             role="generator",
             max_in_flight=PLACES,
@@ -86,6 +84,9 @@ class Fakes:
             log=cast(Any, self.log),
             growth=Growth(bounds=ActorRange(min=1, max=4), places=PLACES, add=cast(Any, self._add)),
         )
+
+    async def _prepare(self, member: Member[Any]) -> None:
+        self.prepared.append(member.handle)
 
     def _add(self) -> Handle:
         self.handles.append(Handle(broken=self.breaks))

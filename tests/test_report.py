@@ -361,11 +361,11 @@ def test_the_members_of_elastic_pools_over_time_are_in_summary_and_picture(tmp_p
     ax = Figure().subplots()
     draw_phi(ax, run.records)
     (right,) = [one for one in ax.figure.axes if one is not ax]
-    drawn = {line.get_label(): list(line.get_ydata()) for line in right.lines}
+    drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in right.lines}
     assert drawn == {"generators (right)": [1, 2, 3, 2], "scorers (right)": [1, 1, 1, 1]}
     ax = Figure().subplots()
     draw_actors(ax, run.records)
-    drawn = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+    drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in ax.lines}
     assert drawn["generators"] == [1, 2, 3, 2] and drawn["starting, of both"] == [1, 1, 1, 1]
 
 

@@ -115,11 +115,16 @@ class DemandedGenerator(FakeGenerator):
         )
 
 
-class SlowGenerator(DemandedGenerator):
-    """Takes so long for a response that a learner waits for it."""
+class HeldGenerator(DemandedGenerator):
+    """Finishes no response before a file exists, so that a learner waits for it."""
+
+    def __init__(self, opened_by: Path) -> None:
+        super().__init__()
+        self.opened_by = opened_by
 
     async def generate(self, demand: Demand) -> Rollout:
-        await asyncio.sleep(0.3)
+        while not self.opened_by.exists():
+            await asyncio.sleep(0.05)
         return await super().generate(demand)
 
 

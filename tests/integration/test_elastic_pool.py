@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -16,7 +17,7 @@ from distillm_ray.replay.schedule import Schedule
 from distillm_ray.types import Rollout, Shelf, Validation
 from tests import make
 from tests.integration.actors import Actor, Events, Producer, remote
-from tests.integration.fakes import SlowGenerator
+from tests.integration.fakes import HeldGenerator
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
@@ -24,19 +25,20 @@ STEPS, BATCH_SIZE = 12, 8
 
 
 class Starter:
-    """Starts generators of any kind in the place of real ones."""
+    """Starts generators that a file opens in the place of real ones."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, opened_by: Path, **options: Any) -> None:
+        self.opened_by = opened_by
         self.options = options
 
     def start_one(self) -> Actor:
-        return remote(SlowGenerator, **self.options)
+        return remote(HeldGenerator, self.opened_by, **self.options)
 
 
-def pool_of(first: Actor, starter: Starter, log: Events) -> GeneratorPool:
+def pool_of(starter: Starter, log: Events) -> GeneratorPool:
     actors = {"min": 1, "max": 2, "grow_after_s": 0.5, "shrink_after_s": 1.0}
     return GeneratorPool(
-        [first],
+        [remote(HeldGenerator, starter.opened_by)],
         GeneratorPoolConfig.model_validate({"actors": actors, "max_in_flight": 2}),
         keep_in_flight=True,
         startup_timeout_s=120.0,
@@ -45,11 +47,12 @@ def pool_of(first: Actor, starter: Starter, log: Events) -> GeneratorPool:
     )
 
 
-async def train(pool: GeneratorPool, log: Events, *, until: str) -> list[Rollout]:
+async def train(starter: Starter, log: Events, *, until: str) -> list[Rollout]:
     """The fresh samples of a run whose psi falls from 1 to 0.
 
-    The first step is held until that event, and the end until the pool has its first size again.
+    No response ends before that event, and the run not before the pool has its first size again.
     """
+    pool = pool_of(starter, log)
     buffer = ReplayBuffer(
         prompts=[make.prompt(f"p{index}") for index in range(15)],
         demonstrations=[],
@@ -83,8 +86,10 @@ async def train(pool: GeneratorPool, log: Events, *, until: str) -> list[Rollout
     fresh: list[Rollout] = []
     buffer.report(Validation(step=0, loss=1.0, tokens=1))
     for step in range(STEPS):
-        while not buffer.ready(step) or until not in log.names:
+        while not buffer.ready(step):
             assert not running.done(), running.result()
+            if until in log.names:
+                starter.opened_by.touch()
             before = clock()
             await asyncio.sleep(0.01)
             waited_s += clock() - before
@@ -100,11 +105,12 @@ async def train(pool: GeneratorPool, log: Events, *, until: str) -> list[Rollout
     return fresh
 
 
-async def test_a_pool_goes_from_one_to_two_and_back_and_no_ordinal_is_lost() -> None:
+async def test_a_pool_goes_from_one_to_two_and_back_and_no_ordinal_is_lost(
+    tmp_path: Path,
+) -> None:
     log = Events()
-    pool = pool_of(remote(SlowGenerator), Starter(), log)
-    async with asyncio.timeout(300):
-        fresh = await train(pool, log, until="generator 1 joined")
+    async with asyncio.timeout(200):
+        fresh = await train(Starter(tmp_path / "open"), log, until="generator 1 joined")
     assert sorted(one.ordinal or 0 for one in fresh) == list(range(len(fresh)))
     assert len(fresh) > BATCH_SIZE * STEPS // 3
     assert len({one.text for one in fresh}) == 2, "both processes have responded"
@@ -113,10 +119,13 @@ async def test_a_pool_goes_from_one_to_two_and_back_and_no_ordinal_is_lost() -> 
     assert {"generator 1 joined", "generator 1 is released"} <= set(log.names)
 
 
-async def test_a_run_completes_with_what_it_has_where_the_cluster_has_no_room() -> None:
+async def test_a_run_completes_with_what_it_has_where_the_cluster_has_no_room(
+    tmp_path: Path,
+) -> None:
     log = Events()
-    pool = pool_of(remote(SlowGenerator), Starter(num_gpus=1), log)
-    async with asyncio.timeout(300):
-        fresh = await train(pool, log, until="generator 1 is asked for")
+    async with asyncio.timeout(200):
+        fresh = await train(
+            Starter(tmp_path / "open", num_gpus=1), log, until="generator 1 is asked for"
+        )
     assert sorted(one.ordinal or 0 for one in fresh) == list(range(len(fresh)))
     assert set(log.names) == {"generator 1 is asked for", "generator 1 is no longer asked for"}
