@@ -20,6 +20,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
 
+from distillm_ray.models.dtypes import resolve_dtype
+
 BETA = 0.5  # the generalized Jensen-Shannon divergence of GKD's own experiments
 
 
@@ -40,7 +42,8 @@ def main() -> None:
     steps, output = int(sys.argv[1]), Path(sys.argv[2])
     rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()]
     prompts = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    load = {"dtype": torch.bfloat16}  # the faster of its choices on this processor
+    dtype = resolve_dtype("auto", "cpu")  # the faster of its choices on this processor
+    load = {"dtype": dtype}
     student: Any = AutoModelForCausalLM.from_pretrained(STUDENT, **load)
     teacher = AutoModelForCausalLM.from_pretrained(TEACHER, **load)
     tokenizer = AutoTokenizer.from_pretrained(STUDENT, padding_side="left")
@@ -58,7 +61,7 @@ def main() -> None:
                 beta=BETA,
                 temperature=1.0,
                 gradient_checkpointing=False,
-                bf16=False,  # the weights are bfloat16 already
+                bf16=False,  # the weights have their dtype already
                 use_cpu=True,
                 report_to=[],
                 save_strategy="no",

@@ -4,7 +4,7 @@
     python bench/peers.py [--quick] [--repetitions 3] [--steps 16]
 
 SmolLM2-135M into a student of 64M, batch 8, up to 64 new tokens, two cores for everybody. TRL's
-`DistillationTrainer` generates with transformers, in bfloat16, without gradient checkpointing. The
+`DistillationTrainer` generates with transformers, in our dtype, without gradient checkpointing. The
 rows of ours: GKD strictly on-policy, as TRL trains, with vLLM and, as in the DistiLLM paper, with
 transformers' generate(); GKD asynchronously; DistiLLM with a rollout rate of 0.2.
 
