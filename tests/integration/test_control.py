@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from distillm_ray.cluster.control import ControlClient
+import pytest
+import ray
+
+from distillm_ray.cluster.actors import beside_driver
+from distillm_ray.cluster.control import ControlActor, ControlClient
 from distillm_ray.types import TRAINING, RunStatus
 from tests.integration.actors import Actor, kill_and_await_restart, remote_control
 
@@ -58,3 +62,11 @@ def test_an_update_restores_phase_and_stop_in_a_restarted_actor(control: Actor) 
     assert learner.status() == RunStatus()
     assert driver.update(TRAINING, stop=True) == RunStatus(phase=TRAINING, stop=True)
     assert learner.status() == RunStatus(phase=TRAINING, stop=True)
+
+
+def test_a_coordinating_actor_may_run_on_the_node_of_the_driver_only() -> None:
+    """With soft affinity Ray also takes another node, which the run could do without."""
+    options: Any = beside_driver(ControlActor)
+    strategy = options._default_options["scheduling_strategy"]
+    assert strategy.node_id == ray.get_runtime_context().get_node_id()
+    assert not strategy.soft
