@@ -204,7 +204,8 @@ def test_the_report_writes_summary_samples_and_figures(finished: Path) -> None:
     assert summary["totals"]["steps"] == 60
     assert summary["commit"] == "0123456ab"
     names = {path.stem for path in (finished / "plots").glob("*.png")}
-    assert names == {"overview", "loss", "phi", "mix", "age", "buffer", "seconds", "work"}
+    panels = {"loss", "phi", "mix", "age", "buffer", "actors", "seconds", "work"}
+    assert names == {"overview", *panels}
     samples = (finished / "samples.md").read_text()
     assert "> Because\n> of it." in samples
     assert "**Before**\n\n> (empty)" in samples
