@@ -54,6 +54,7 @@ from distillm_ray.log.commit import package_commit
 from distillm_ray.log.health import HealthWatch
 from distillm_ray.log.metrics import MetricsLog
 from distillm_ray.log.records import (
+    ActorCounts,
     BufferSizes,
     Counters,
     DoneRecord,
@@ -315,6 +316,7 @@ def distil(
     anchors = first_anchors(config.loss.terms)  # of curricula; distributed: in the checkpoint
     skipped_in_a_row = 0
     library_before = NO_LIBRARY
+    actors = ActorCounts(generators=int(generator is not None), scorers=int(scorer is not None))
     completed = 0
     for step in range(config.learner.num_steps):
         if step % config.validation.interval == 0:
@@ -416,7 +418,7 @@ def distil(
         )
         sizes = sizes_of(buffer, store)
         facts = draw_facts(plan, with_ids=config.run.log_rollout_ids)
-        note(StepRecord.build(train_step, facts, buffer=sizes, work=counters))
+        note(StepRecord.build(train_step, facts, buffer=sizes, work=counters, actors=actors))
         library_before = library_now
         warn_of(library)
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0

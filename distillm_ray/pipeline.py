@@ -51,7 +51,7 @@ from distillm_ray.config.files import dump_config
 from distillm_ray.data import ray_data
 from distillm_ray.data.fingerprint import keep_or_compare
 from distillm_ray.data.splits import Splits, splits_of
-from distillm_ray.errors import ConfigError, RunFailed, UserError
+from distillm_ray.errors import ClusterError, ConfigError, RunFailed, UserError
 from distillm_ray.evaluation.responder import Responder
 from distillm_ray.evaluation.results import (
     STUDENT_AFTER,
@@ -267,7 +267,8 @@ class Trained:
 
     def release(self) -> None:
         """End generators and scorers, and return their CPUs and GPUs."""
-        with contextlib.suppress(RayError):  # those added end with an orchestrator that is gone
+        # Those added end with an orchestrator that is gone.
+        with contextlib.suppress(RayError, ClusterError):
             ask(self.responder.orchestrator.release_added.remote(), "the orchestrator")
         release(self.actors)
 
@@ -361,7 +362,13 @@ def _with_room(config: Config, preflight: Preflight, sizes: TargetSizes, device:
 def _metrics_port(config: Config, view: ConsoleView) -> int | None:
     """`run.metrics_port`, or None: on a cluster that is there, and where the port is in use."""
     port = config.run.metrics_port
-    if port is None or os.environ.get("RAY_ADDRESS"):
+    if port is None:
+        return None
+    if os.environ.get("RAY_ADDRESS"):
+        view.note(
+            f"warning: run.metrics_port = {port} has no effect on a cluster that is there already:"
+            " its nodes serve at `ray start --metrics-export-port`"
+        )
         return None
     if is_free(port):
         return port

@@ -212,8 +212,10 @@ async def _keep_all(
         working.cancel()
         watching.result()
     watching.cancel()
-    await working
-    pool.release_added()
+    try:
+        await working
+    finally:
+        pool.release_added()
     await pool.flush()
     await check()
     view.progress(tally.there + tally.scored, total, "sequences")

@@ -354,6 +354,7 @@ class RunStatus:
     failure: str | None = None  # an error that a restart does not repair; it ends the job
     waiting: str = ""  # what the learners wait for; empty if they do not wait
     leaving: frozenset[str] = frozenset()  # ids of the nodes that the cluster will take away soon
+    losing: frozenset[str] = frozenset()  # those of them that learners or the driver are on
     waited_s: float = 0.0  # by the learners for samples, in training, since they started
 
     @property

@@ -138,6 +138,7 @@ class Watch:
         position = 0
         told = False
         left: frozenset[str] = frozenset()
+        losing: frozenset[str] = frozenset()
         while group.is_alive():
             group.join(_POLL_S)
             position = self._show(log, position)
@@ -147,9 +148,11 @@ class Watch:
             leaving = self._leaving_nodes()
             for node in sorted(leaving - left):
                 self.view.note(f"node {node} will be taken away")
-                group.expect_loss_of(node)
             left |= leaving
             status = self.control.update(self._phase, stop=self._stop.is_set(), leaving=leaving)
+            for node in status.losing - losing:
+                group.expect_loss_of(node)
+            losing |= status.losing
             self.view.waiting(status.waiting)
             if status.failure is not None:
                 raise UserError(status.failure)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 
 from distillm_ray.batching import pack
 from distillm_ray.config import (
@@ -17,6 +17,7 @@ from distillm_ray.config import (
     LossConfig,
     StudentConfig,
 )
+from distillm_ray.errors import ConfigError
 from distillm_ray.learner.student_model import build_student, run_row, training_request
 from distillm_ray.models.packed_attention import BY_SEQUENCE
 from distillm_ray.types import MicroBatchPlan
@@ -104,3 +105,17 @@ def test_gradients_are_equal_and_fewer_bytes_are_saved(
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert fewest < fewer < most
     assert fewest < 0.4 * most
+
+
+def test_a_number_that_checkpoints_the_first_layer_alone_is_refused(directory: Path) -> None:
+    with pytest.raises(ConfigError, match="must be less than the student's"):
+        gradients(directory, None, 99)
+
+
+def test_a_class_without_checkpointing_is_refused_by_key(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for base in (LlamaForCausalLM, GPT2LMHeadModel):
+        monkeypatch.setattr(base, "supports_gradient_checkpointing", False)
+    with pytest.raises(ConfigError, match=r"learner\.activation_checkpointing must be none for"):
+        gradients(directory, None, "full")

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from distillm_ray.cluster import elastic_pool, pool
 from distillm_ray.cluster.elastic_pool import ElasticPool, Growth, PoolSize
 from distillm_ray.cluster.elasticity import Look
-from distillm_ray.cluster.member import Member
+from distillm_ray.cluster.member import MAX_FAILURES, Member
 from distillm_ray.cluster.pool import ActorLost
 from distillm_ray.config import ActorRange
 from distillm_ray.errors import ClusterError
@@ -375,3 +375,25 @@ async def test_the_end_gives_back_what_is_not_ready_and_keeps_the_others(
     assert [handle.killed for handle in fakes.handles] == [False, False, True]
     fakes.pool.release_added()
     assert [handle.killed for handle in fakes.handles] == [False, True, True]
+
+
+async def test_a_rewind_does_not_wait_for_an_added_member_without_room(fakes: Fakes) -> None:
+    await fakes.decide(1)
+    added = fakes.handles[1]
+    added.room.clear()  # its node is gone, and no other has room
+    member = fakes.pool._members[1]
+    member.ready.clear()
+    async with asyncio.timeout(5):
+        await fakes.pool.restart()
+    assert fakes.names == ["generator 0"]
+    assert added.killed
+
+
+async def test_a_member_that_is_back_is_ready_and_not_missing_too(fakes: Fakes) -> None:
+    fakes.pool._members[0].failures = MAX_FAILURES
+    assert fakes.pool.size == PoolSize(ready=1, starting=0)
+
+
+async def test_a_pool_that_is_done_has_no_member_that_is_ready(fakes: Fakes) -> None:
+    fakes.pool.release_added()
+    assert fakes.pool.state().ready == 0

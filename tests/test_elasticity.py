@@ -88,6 +88,11 @@ def test_members_that_may_come_back_count_against_the_maximum() -> None:
     assert looked(POOL, seconds=30, ready=10, calls=1000, waiting=1.0, missing=4)[1] == 2
 
 
+def test_the_members_that_work_are_not_released_for_those_that_are_missing() -> None:
+    assert looked(POOL, seconds=600, ready=1, calls=1, missing=2)[1] == 0
+    assert looked(POOL, seconds=600, ready=4, calls=1, missing=2)[1] == -2
+
+
 def test_growth_pauses_after_a_start_that_failed_and_longer_after_several() -> None:
     facts: dict[str, Any] = {"calls": 1000.0, "waiting": 1.0, "failed_at": 0.0}
     for failures, pause_s in ((1, FIRST_PAUSE_S), (3, 4 * FIRST_PAUSE_S)):

@@ -484,3 +484,11 @@ def test_a_cluster_of_a_fixed_size_refuses_a_range_by_its_key(arguments: tuple[s
         message
     )
     assert "set rollout.actors=16, or use --kuberay or --ray-up" in message
+
+
+def test_an_offload_directory_is_of_each_node_and_pods_have_no_disk() -> None:
+    nvme = ("learner.zero_stage=3", "learner.offload=nvme", "learner.offload_directory=/nvme/run")
+    refused = refusal(*nvme, "--kuberay", *IMAGE, "--node-memory-gib", "900")
+    assert "learner.offload must be none or cpu with --kuberay, got nvme" in refused
+    task = written(*nvme, "--skypilot", *IMAGE, "--machine-type", "H100")
+    assert "learner.offload_directory=/nvme/run" in task

@@ -83,6 +83,7 @@ class Roles:
         self.validated = -1
         self.stop_at: int | None = None
         self.failure: str | None = None
+        self.losing: set[str] = set()
         self.leaving: dict[str, int] = {}  # nodes, and after which step their notice comes
         self.phase = TRAINING
         self.waits: list[str] = []
@@ -211,6 +212,9 @@ class Roles:
             self.waits.append(what)
         self.waited.append(waited_s)
         return self.status()
+
+    def lose(self, nodes: frozenset[str]) -> None:
+        self.losing |= nodes
 
 
 class FakeLearner:
@@ -730,9 +734,10 @@ def test_what_has_a_checkpoint_is_not_saved_again(tmp_path: Path) -> None:
 def test_a_notice_for_a_node_of_others_changes_nothing(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     roles = Roles(config)
-    roles.leaving = {"of a generator": 3}
+    roles.leaving = {"of a generator": 3, "of the driver": 5}
     run(roles, FakeLearner(), config)
-    assert saved_steps(roles) == [2, 4, 6]
+    assert saved_steps(roles) == [2, 4, 5, 6]
+    assert roles.losing == {"of the driver"}, "what the driver expects to lose the learners by"
 
 
 def test_a_notice_is_answered_while_samples_are_missing(tmp_path: Path) -> None:

@@ -46,6 +46,11 @@ class ControlActor(Reporting):
         return self._status
 
     @ray.method
+    def lose(self, nodes: frozenset[str]) -> None:
+        """Report which of the leaving nodes the learners or the driver are on."""
+        self._status = dataclasses.replace(self._status, losing=self._status.losing | nodes)
+
+    @ray.method
     def fail(self, message: str) -> None:
         """Report an error that a restart does not fix. The first report is kept."""
         if self._status.failure is None:
@@ -74,6 +79,10 @@ class ControlClient:
     def wait_for(self, what: str, waited_s: float) -> RunStatus:
         """Set what the learners wait for, and for how long they have; returns the status."""
         return ask(self._actor.wait_for.remote(what, waited_s), _WHAT)
+
+    def lose(self, nodes: frozenset[str]) -> None:
+        """Report which of the leaving nodes the learners or the driver are on."""
+        ask(self._actor.lose.remote(nodes), _WHAT)
 
     def fail(self, message: str) -> None:
         """Report an error that a restart does not fix."""

@@ -144,15 +144,21 @@ class ElasticPool(ActorPool[A]):
                 self._dismiss(member)
 
     async def restart(self) -> None:
-        """As `ActorPool.restart`. Members that come or go are given back."""
-        for member in [*self._joining, *self._draining]:
+        """As `ActorPool.restart`. Added members that do not work are given back, not waited for."""
+        for member in [one for one in self._members if one.added and not one.takes_calls]:
             self._dismiss(member)
         await super().restart()
 
     def release_added(self) -> None:
-        """Give all members back that the pool has added. No call may be in flight."""
-        for member in [one for one in self._members if one.added]:
-            self._dismiss(member)
+        """The pool has done its work: end the members that it has added.
+
+        No call may be in flight. Whoever started the others ends them.
+        """
+        for member in list(self._members):
+            if member.added:
+                self._dismiss(member)
+            else:
+                member.ready.clear()
 
     # ---- inside ----------------------------------------------------------------------------------
 
@@ -166,7 +172,10 @@ class ElasticPool(ActorPool[A]):
 
     @property
     def _num_missing(self) -> int:
-        return sum(member.missing and member.joining is None for member in self._members)
+        return sum(
+            member.missing and member.joining is None and not member.ready.is_set()
+            for member in self._members
+        )
 
     def _look(self, waited_s: float) -> Look:
         peak, self._peak = self._peak, self._calls

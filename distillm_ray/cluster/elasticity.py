@@ -104,7 +104,7 @@ class Elasticity:
         if window is None:
             return 0
         now = window[-1]
-        there = now.ready + now.starting + now.missing
+        there = now.ready + now.starting  # who is missing does no work that another could take over
         enough = self._enough_for(_peak(window))
         if not _waits(window):
             enough = min(enough, self._enough_for(_mean_calls(window) / LOADED))

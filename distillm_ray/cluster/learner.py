@@ -188,7 +188,7 @@ class LearnerGroup(threading.Thread):
             self._failure = error  # raised again in the driver's thread
 
     def expect_loss_of(self, node: str) -> None:
-        """The cluster will take this node away."""
+        """The cluster will take away this node, which learners or the driver are on."""
         self._leaving |= {node}
 
     def raise_failure(self) -> None:

@@ -213,7 +213,19 @@ def load_student(
         # Non-reentrant checkpointing leaks entries of ZeRO-3's module stack.
         reentrant = zero_stage == 3
         every = 1 if activation_checkpointing == "full" else activation_checkpointing
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant}, every_n_layers=every)
+        layers = model.config.get_text_config().num_hidden_layers
+        if every > 1 and every >= layers:
+            raise ConfigError(
+                f"learner.activation_checkpointing must be less than the student's {layers} layers,"
+                f" got {every}; full checkpoints them all"
+            )
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant}, every_n_layers=every)
+        except ValueError as error:  # a class that cannot
+            raise ConfigError(
+                f"learner.activation_checkpointing must be none for {type(model).__name__}, got"
+                f" {activation_checkpointing}: {error}"
+            ) from error
         if reentrant:
             model.enable_input_require_grads()
     return packed

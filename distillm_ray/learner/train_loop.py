@@ -287,6 +287,8 @@ class TrainLoop:
         """Note which nodes of the run will be taken away; whether there is one more."""
         new = self._nodes & leaving
         self._nodes -= new
+        if new:
+            self._links.control.lose(new)
         for node in sorted(new):
             detail = f"node {node}, of learners or the driver, will be taken away"
             self._log(EventRecord(name="preemption", detail=detail))

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 from distillm_ray.config import Config
 from distillm_ray.config.files import load_config
-from distillm_ray.errors import UserError
+from distillm_ray.errors import ConfigError, UserError
 from distillm_ray.manifest.job import check_paths, make_job
 from distillm_ray.manifest.kuberay import kuberay
 from distillm_ray.manifest.layout import Machine, check_is_fixed, machines, pods
@@ -71,6 +71,12 @@ def write(path: Path, overrides: Sequence[str], request: Request) -> str:
     config = _load(path, overrides, request)
     device = "cpu" if config.run.device == "cpu" else "cuda"
     _check_machine_type(request, device)
+    if request.format == "kuberay" and config.learner.offload == "nvme":
+        raise ConfigError(
+            "learner.offload must be none or cpu with --kuberay, got nvme: the pods of the manifest"
+            " have no disk of their own; write it with cpu, add a volume to the file, and set the"
+            " key in its command"
+        )
     lay_out = pods if request.format == "kuberay" else machines
     layout = lay_out(config, device, request.machine, request.object_store_gib)
     if request.format in ("slurm", "skypilot"):

@@ -389,8 +389,11 @@ def _measure_learner(
     from distillm_ray.learner.teacher_head import teacher_head  # noqa: PLC0415
 
     on = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    on_device = config.learner
+    if device == "cpu":  # a config for a cluster with GPUs: here there is nothing to move
+        on_device = on_device.model_copy(update={"offload": "none", "offload_directory": None})
     learner = Learner(
-        config.learner,
+        on_device,
         config.student,
         config.loss,
         teacher_head=teacher_head(config, vocabulary_size=vocabulary_size, device=on),

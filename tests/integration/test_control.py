@@ -34,8 +34,9 @@ def test_learners_see_which_nodes_will_be_taken_away(control: Actor) -> None:
     driver, learner = ControlClient(control), ControlClient(control)
     driver.update(TRAINING, stop=False, leaving=frozenset({"a1"}))
     assert learner.status().leaving == {"a1"}
-    driver.update(TRAINING, stop=False)
-    assert not learner.status().leaving
+    learner.lose(frozenset({"a1"}))
+    status = driver.update(TRAINING, stop=False)
+    assert (status.leaving, status.losing) == (frozenset(), {"a1"})
 
 
 def test_a_stop_request_of_the_driver_ends_the_run_in_a_learner(control: Actor) -> None:
