@@ -237,7 +237,7 @@ async def test_an_update_reaches_a_new_actor_that_is_still_loading_older_weights
     await pool.update(make.weights(1))
     with pytest.raises(ActorLost):
         await pool.generate(demand("raise"))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while not await takes_weights(handle):
             await asyncio.sleep(0.02)
     assert await pool.update(make.weights(2)) == 0.0, "no actor is ready"
@@ -282,7 +282,7 @@ async def test_a_rewind_restarts_every_actor_even_one_that_is_being_replaced() -
     before = {(await pool.generate(demand())).text for _ in range(2)}
     with pytest.raises(ActorLost):
         await pool.generate(demand("raise"))
-    await asyncio.wait_for(pool.rewind(), 60)
+    await asyncio.wait_for(pool.rewind(), 240)
     responses = await asyncio.gather(*(pool.generate(demand()) for _ in range(8)))
     assert {one.version for one in responses} == {0}
     assert not before & {one.text for one in responses}
