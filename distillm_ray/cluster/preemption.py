@@ -17,7 +17,7 @@ def leaving_nodes() -> frozenset[str]:
     `RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S`. Ray Train's own notice,
     `ray.train.get_preemption_info`, comes up to five seconds later and is a collective.
     """
-    state: Any = ray._private.state.state  # pyright: ignore[reportPrivateImportUsage]
+    state: Any = ray._private.state.state  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
     return frozenset(state.get_draining_nodes())
 
 
