@@ -153,7 +153,7 @@ def test_the_parameters_are_equal_to_rounding(pair: Pair, config: Path) -> None:
 
 def test_every_step_draws_the_same_sequences(pair: Pair) -> None:
     assert drawn(pair.local) == drawn(pair.cluster)
-    shelves = {shelf for _, ids in drawn(pair.local).values() for shelf in ids if ids[shelf]}
+    shelves = {shelf for _, ids, _ in drawn(pair.local).values() for shelf in ids if ids[shelf]}
     assert (
         shelves
         == {
