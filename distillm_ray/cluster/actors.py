@@ -59,8 +59,8 @@ def beside_driver(
 ) -> ActorClass[A]:
     """An actor class that only coordinates, on the driver's node and nowhere else.
 
-    Soft affinity would let Ray put it on another node while this one starts processes, and the run
-    would end with a node that it can do without.
+    With soft affinity Ray also takes another node while this one starts processes, and losing that
+    node would end the run.
 
     Args:
         survives: restart it after a crash and repeat the calls that the crash interrupted.

@@ -125,7 +125,7 @@ class TrainLoop:
         self._waited_s = 0.0  # for samples, in training
         self._published = 0  # the generators loaded the student's directory: version 0
         self._saved = 0  # the step of the newest checkpoint
-        self._nodes: frozenset[str] = frozenset()  # ids of those that the run cannot lose
+        self._nodes: frozenset[str] = frozenset()  # that learners or the driver are on
         self._warned = False
         self._checked_itself = False
 
