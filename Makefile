@@ -8,10 +8,13 @@ PYTHON ?= python3
 # The installed lock, or the CPU's. For GPUs: `make setup LOCK=requirements/cuda.lock`.
 LOCK ?= $(or $(patsubst .venv/.installed-%,requirements/%,$(firstword $(wildcard .venv/.installed-*))),requirements/cpu.lock)
 PYTEST_ARGS ?=
+# Test files run side by side, quick ones first, with one thread each: starting Ray or a model keeps one core busy.
+PYTEST_WORKERS ?= 2
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(notdir $(LOCK))
 SITE_PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 INTEGRATION_TESTS := $(wildcard tests/integration tests/gpu)
 
 export PYTHONUNBUFFERED := 1
@@ -19,7 +22,7 @@ export PYTHONUNBUFFERED := 1
 # many processes that a run or the tests start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup bench-setup bench lint format test test-cluster test-quick test-kernels prometheus quickstart quickstart-ablation lock clean
+.PHONY: help setup bench-setup bench lint format test test-cluster test-quick test-kernels soak prometheus quickstart quickstart-ablation lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 22
@@ -51,10 +54,13 @@ format: $(INSTALLED) ## format and fix with ruff
 	$(BIN)/ruff format .
 
 test: $(INSTALLED) ## run all tests but whole runs, the quick ones first
-	$(BIN)/pytest $(wildcard tests/test_*.py) $(INTEGRATION_TESTS) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) $(wildcard tests/test_*.py) $(INTEGRATION_TESTS) -m "not slow" $(PYTEST_ARGS)
 
 test-cluster: $(INSTALLED) ## run whole runs whose processes and nodes are killed, and jobs
-	$(BIN)/pytest $(INTEGRATION_TESTS) -m slow $(PYTEST_ARGS)
+	$(PYTEST) $(INTEGRATION_TESTS) -m slow $(PYTEST_ARGS)
+
+soak: $(INSTALLED) ## run tiny models for an hour in which a process dies or freezes every minute
+	$(BIN)/python -m tests.integration.soak
 
 prometheus: $(BIN)/prometheus ## put Debian's Prometheus into .venv: without it, test-cluster leaves its tests out
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import psutil
 from matplotlib.figure import Figure
 
 
@@ -40,41 +37,6 @@ def product(log: Path, *arguments: str, threads: int | None = None) -> float:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed: see {log}")
     return usage.ru_utime + usage.ru_stime
-
-
-def training_cpu_seconds(log: Path, *arguments: str) -> float:
-    """Run `distillm-ray train` on Ray; returns the CPU seconds of all processes while it trains.
-
-    Roles are processes of their own, some of which die before the end, so the whole tree is read
-    once a second. What was used before the line `training` in `log`, for start-up and loading, is
-    left out.
-
-    Raises:
-        SystemExit: the command failed.
-    """
-    seen: dict[int, float] = {}
-    before: float | None = None
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal before
-        while not done.wait(1.0):
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    used = process.cpu_times()
-                    seen[process.pid] = used.user + used.system
-            if before is None and log.exists() and "  training\n" in log.read_text():
-                before = sum(seen.values())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        product(log, *arguments)
-    finally:
-        done.set()
-        watcher.join()
-    assert before is not None, f"{log} has no training phase"
-    return sum(seen.values()) - before
 
 
 def once(done: Path) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Methods on real text: SmolLM2-135M into a student of 106M, at equal steps and at equal cost.
 
-    python bench/quality.py [--quick] [--seeds 3] [--only-equal-steps] [--methods sft,kd,...]
+    python bench/quality.py [--quick] [--seeds 3] [--jobs 2] [--methods sft,kd,...]
     python bench/quality.py --name NAME --train FILE --validation FILE --test FILE
 
 The first form takes the quickstart's data, whose responses are the teacher's own. The second takes
@@ -8,37 +8,46 @@ pairs that people wrote, JSONL with `prompt` and `response`, and fine-tunes the 
 student is healed by supervised fine-tuning before any method starts, as in the DistiLLM paper.
 
 Every run is `distillm-ray train method=NAME` with vLLM generators, on-policy baselines included,
-and every model is scored by `distillm-ray evaluate`, greedy. Cost is the CPU seconds of all
-processes of a run from its first step on, which other work on the machine changes little. The
-teacher's responses for seqkd are written before the runs and not counted. At equal cost, a method
-takes as many steps as fit into the CPU seconds of DistiLLM with skew KL.
+and every model is scored by `distillm-ray evaluate`, greedy. Cost is the CPU seconds of all roles
+while they train, from the run's own log. The teacher's responses for seqkd are written before the
+runs and not counted.
 
-Finished runs are kept in runs/quality-NAME; the same command continues.
+The learning rate is constant after its warm-up, so that a checkpoint is the end of a shorter run.
+Each method with each seed is one run: it has a checkpoint after the steps that all take, and one
+whose cost is nearest to that of DistiLLM with skew KL and the same seed.
+
+Finished runs are kept in runs/quality-NAME; the same command continues. The results are written
+again whenever all methods have one more seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from _common import REPOSITORY, RESULTS, write
-from _runs import draw_quality, once, product, spread, training_cpu_seconds
+from _runs import draw_quality, once, product, spread
 from rich.console import Console
 from rich.table import Table
 
 from distillm_ray.evaluation.results import EVALUATION_FILE
 from distillm_ray.log.metrics import FILE_NAME, read_records
-from distillm_ray.log.totals import Totals
+from distillm_ray.log.records import CostRecord, Record, StepRecord
 from distillm_ray.methods import METHODS
+from distillm_ray.types import TRAINING
 
 TEACHER = REPOSITORY / "models" / "smollm2-135m-instruct"
 STUDENT = REPOSITORY / "models" / "smollm2-106m-init"
@@ -63,22 +72,27 @@ RUNS: dict[str, tuple[str, ...]] = {
 class Size:
     """How much of everything. The batch is in sequences."""
 
-    teacher_steps: int = 90
+    teacher_steps: int = 60
     healing_steps: int = 40
-    steps: int = 40
-    batch_size: int = 24
-    test_prompts: int = 200
+    steps: int = 30
+    batch_size: int = 12
+    train_rows: int = 600  # of those that teacher and healing see
+    validation_rows: int = 64
+    test_rows: int = 150
 
 
-QUICK = Size(teacher_steps=0, healing_steps=8, steps=10, batch_size=12, test_prompts=50)
+QUICK = Size(teacher_steps=0, healing_steps=10, steps=10, test_rows=40, validation_rows=32)
+CHECKPOINT_INTERVAL = 5
+EQUAL_STEPS, EQUAL_COST = "equal steps", "equal cost"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One run. Scores are of the test prompts, 0 to 100."""
+    """A checkpoint of a run. Scores are of the test prompts, 0 to 100."""
 
     method: str
     seed: int
+    compared_at: str
     steps: int
     validation_loss: float
     rouge_l: float
@@ -93,9 +107,14 @@ class Laboratory:
     """A directory of runs that share data, models and sizes."""
 
     directory: Path
-    files: dict[str, Path]  # train, validation, test
+    given: dict[str, Path]  # train, validation, test
     size: Size
     tune_teacher: bool
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The parts of the given files that the runs use."""
+        return {name: self.directory / f"{name}.jsonl" for name in self.given}
 
     @property
     def config(self) -> Path:
@@ -136,7 +155,8 @@ class Laboratory:
                 "batch_size": self.size.batch_size,
                 "max_micro_batch_tokens": 1024,
                 "learning_rate": 1e-4,
-                "warmup_steps": min(5, self.size.steps - 1),
+                "min_learning_rate_ratio": 1.0,
+                "warmup_steps": 5,
                 "num_cpus": 1,
             },
             "validation": {"interval": 10, "probe_prompts": 0},
@@ -144,20 +164,15 @@ class Laboratory:
                 "at_end": False,
                 "seeds": [0],
                 "sampling": {**sampling, "temperature": 0.0},
-                "max_prompts": self.size.test_prompts,
             },
             "generate": {"sampling": sampling},
-            "checkpoint": {"interval": 1000},
+            "checkpoint": {"interval": CHECKPOINT_INTERVAL, "keep": 1000},
         }
 
-    def train(self, directory: Path, *overrides: str) -> float:
-        """A run; returns the CPU seconds of its training. An interrupted one begins again."""
-        shutil.rmtree(directory, ignore_errors=True)
-        log = directory.with_suffix(".log")
-        log.unlink(missing_ok=True)
-        return training_cpu_seconds(
-            log, "train", str(self.config), f"run.directory={directory}", *overrides
-        )
+    def train(self, directory: Path, *overrides: str) -> None:
+        """A run, or the rest of one that has been given more steps."""
+        command = ("train", str(self.config), f"run.directory={directory}", *overrides)
+        product(directory.with_suffix(".log"), *command)
 
     def evaluate(self, model: Path, output: Path) -> dict[str, Any]:
         """The scores of a model directory, as `evaluation.json` has them."""
@@ -172,25 +187,31 @@ class Laboratory:
         return scores
 
     def prepare(self) -> None:
-        """The fine-tuned teacher, the healed student, and the teacher's responses."""
+        """The rows, the fine-tuned teacher and the healed student."""
         if not STUDENT.exists():
             subprocess.run(
                 [sys.executable, "scripts/prepare_quickstart.py"], cwd=REPOSITORY, check=True
             )
         self.directory.mkdir(parents=True, exist_ok=True)
         self.config.write_text(yaml.safe_dump(self.tree()))
-        sft = ("method=sft", "teacher=null", "validation.interval=30")
+        counts = (self.size.train_rows, self.size.validation_rows, self.size.test_rows)
+        for (name, path), count in zip(self.given.items(), counts, strict=True):
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            chosen = random.Random(0).sample(lines, min(count, len(lines)))
+            self.files[name].write_text("".join(chosen), encoding="utf-8")
+        sft = ("method=sft", "teacher=null", "validation.interval=30", "checkpoint.interval=1000")
+        every_row = f"data.train=[{self.given['train']}]"
         for _ in once(self.directory / "teacher.done"):
             if self.tune_teacher:
                 self.train(
                     self.directory / "teacher",
-                    *(*sft, f"student.model={TEACHER}", "run.seed=100"),
+                    *(*sft, every_row, f"student.model={TEACHER}", "run.seed=100"),
                     f"learner.steps={self.size.teacher_steps}",
                 )
         for _ in once(self.directory / "healed.done"):
             self.train(
                 self.directory / "healed",
-                *(*sft, f"student.model={STUDENT}", "run.seed=101"),
+                *(*sft, every_row, f"student.model={STUDENT}", "run.seed=101"),
                 f"learner.steps={self.size.healing_steps}",
             )
 
@@ -206,31 +227,71 @@ class Laboratory:
             )
         return path
 
-    def run(self, method: str, seed: int, steps: int) -> Outcome:
-        """One method with one seed; a finished run is read."""
-        directory = self.directory / method / f"seed-{seed}-steps-{steps}"
+    def run(self, method: str, seed: int, budget: Future[list[Outcome]] | None) -> list[Outcome]:
+        """One method with one seed, compared at equal steps and, given a budget, at equal cost.
+
+        Args:
+            budget: the run whose cost is to be met.
+        """
+        directory = self.directory / method / f"seed-{seed}"
         result = directory.with_suffix(".json")
         if not result.exists():
-            overrides = [*RUNS[method], f"run.seed={seed}", f"learner.steps={steps}"]
+            shutil.rmtree(directory, ignore_errors=True)  # interrupted
+            overrides = [*RUNS[method], f"run.seed={seed}"]
             if METHODS[method.partition("-")[0]].get("data", {}).get("responses") == "teacher":
                 overrides.append(f"data.train=[{self.respond()}]")
-            cpu_seconds = self.train(directory, *overrides)
-            totals = Totals.of(read_records(directory / FILE_NAME))
-            scores = self.evaluate(directory / "model", directory)
-            outcome = Outcome(
-                method=method,
-                seed=seed,
-                steps=steps,
-                validation_loss=scores["validation_loss"],
-                rouge_l=scores["rouge_l"]["mean"],
-                exact_match=scores["exact_match"]["mean"],
-                cpu_seconds=cpu_seconds,
-                generated_tokens=totals.work.generated_tokens,
-                scored_tokens=totals.work.scored_tokens,
-            )
-            result.write_text(json.dumps(asdict(outcome)))
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-        return Outcome(**json.loads(result.read_text()))
+            steps = self.size.steps
+            self.train(directory, *overrides, f"learner.steps={steps}")
+            outcomes = [self.outcome(EQUAL_STEPS, method, seed, steps)]
+            if budget is not None:
+                (limit,) = (one.cpu_seconds for one in budget.result())
+                cost = outcomes[0].cpu_seconds
+                if cost < limit:
+                    more = -(-steps * limit / cost // CHECKPOINT_INTERVAL) * CHECKPOINT_INTERVAL
+                    self.train(directory, *overrides, f"learner.steps={int(more)}")
+                nearest = step_of_cost(list(read_records(directory / FILE_NAME)), limit)
+                outcomes.append(self.outcome(EQUAL_COST, method, seed, nearest))
+            result.write_text(json.dumps([asdict(one) for one in outcomes]))
+            shutil.rmtree(directory / "checkpoints")
+        return [Outcome(**one) for one in json.loads(result.read_text())]
+
+    def outcome(self, compared_at: str, method: str, seed: int, step: int) -> Outcome:
+        """Evaluate the checkpoint after `step`."""
+        directory = self.directory / method / f"seed-{seed}"
+        model, scored = directory / f"model-step-{step}", directory / f"step-{step}"
+        if not model.exists():
+            command = ("export", str(directory), "--checkpoint", str(step))
+            product(scored.with_suffix(".export.log"), *command)
+        scores = self.evaluate(model, scored)
+        shutil.rmtree(model)
+        records = list(read_records(directory / FILE_NAME))
+        work = [one.work for one in records if isinstance(one, StepRecord) and one.step <= step]
+        return Outcome(
+            compared_at=compared_at,
+            method=method,
+            seed=seed,
+            steps=step,
+            validation_loss=scores["validation_loss"],
+            rouge_l=scores["rouge_l"]["mean"],
+            exact_match=scores["exact_match"]["mean"],
+            cpu_seconds=cost_at(records, step),
+            generated_tokens=sum(one.generated_tokens for one in work),
+            scored_tokens=sum(one.scored_tokens for one in work),
+        )
+
+
+def cost_at(records: Sequence[Record], step: int) -> float:
+    """CPU seconds of all roles from the first step to the end of `step`."""
+    costs = [one for one in records if isinstance(one, CostRecord) and one.phase == TRAINING]
+    spent = np.cumsum([sum(role.cpu_seconds for role in one.roles.values()) for one in costs])
+    return float(np.interp(step, [0, *(one.step for one in costs)], [0.0, *spent]))
+
+
+def step_of_cost(records: Sequence[Record], limit: float) -> int:
+    """The step with a checkpoint whose cost is nearest to `limit`."""
+    last = max(one.step for one in records if isinstance(one, StepRecord))
+    steps = range(CHECKPOINT_INTERVAL, last + 1, CHECKPOINT_INTERVAL)
+    return min(steps, key=lambda step: abs(cost_at(records, step) - limit))
 
 
 def table_of(title: str, by_method: dict[str, list[Outcome]]) -> Table:
@@ -242,7 +303,7 @@ def table_of(title: str, by_method: dict[str, list[Outcome]]) -> Table:
     for method, outcomes in by_method.items():
         table.add_row(
             method,
-            str(outcomes[0].steps),
+            "/".join(str(steps) for steps in sorted({one.steps for one in outcomes})),
             spread([one.validation_loss for one in outcomes], 4),
             spread([one.rouge_l for one in outcomes], 1),
             spread([one.exact_match for one in outcomes], 1),
@@ -253,27 +314,51 @@ def table_of(title: str, by_method: dict[str, list[Outcome]]) -> Table:
     return table
 
 
-def run_all(lab: Laboratory, steps: dict[str, int], seeds: int) -> dict[str, list[Outcome]]:
-    """Every method, seed by seed, so that an interrupted benchmark has whole rounds."""
-    found: dict[str, list[Outcome]] = {method: [] for method in steps}
-    for seed in range(seeds):
-        for method, count in steps.items():
-            outcome = lab.run(method, seed, count)
-            found[method].append(outcome)
-            print(
-                f"{time.strftime('%H:%M')} {method}, seed {seed}, {count} steps:"
-                f" loss {outcome.validation_loss:.4f}, ROUGE-L {outcome.rouge_l:.1f},"
-                f" {outcome.cpu_seconds:.0f} CPU-seconds",
-                flush=True,
-            )
-    return found
+def report(
+    name: str,
+    lab: Laboratory,
+    outcomes: Sequence[Outcome],
+    ends: dict[str, dict[str, Any]],
+    jobs: int,
+) -> None:
+    """Tables, picture and JSON of the seeds so far.
+
+    Args:
+        ends: the scores of the teacher and of the student before any method.
+    """
+    for compared_at in (EQUAL_STEPS, EQUAL_COST):
+        by_method: dict[str, list[Outcome]] = {}
+        for one in outcomes:
+            # Its only checkpoint is the budget itself.
+            if one.compared_at == compared_at or one.method == DISTILLM:
+                by_method.setdefault(one.method, []).append(one)
+        Console(width=120).print(table_of(compared_at, by_method))
+    points: dict[str, list[tuple[float, float]]] = {}
+    for one in outcomes:
+        points.setdefault(one.method, []).append((one.cpu_seconds, one.rouge_l))
+    draw_quality(
+        points,
+        {title: scores["rouge_l"]["mean"] for title, scores in ends.items()},
+        RESULTS / f"{name}.png",
+        xlabel="CPU-seconds of all roles",
+        ylabel="ROUGE-L",
+    )
+    write(
+        name,
+        {
+            "size": asdict(lab.size),
+            "jobs": jobs,
+            **{title.replace(" ", "_"): scores for title, scores in ends.items()},
+            "outcomes": [asdict(one) for one in outcomes],
+        },
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Methods on real text.")
     parser.add_argument("--quick", action="store_true", help="ten minutes: few steps, one seed")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only-equal-steps", action="store_true", help="no runs of equal cost")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--methods", help="default: all of RUNS, with --quick sft,kd,distillm")
     parser.add_argument("--name", default="quickstart", help="of the data")
     for part in ("train", "validation", "test"):
@@ -290,7 +375,7 @@ def main() -> None:
     name = f"quality_{arguments.name}{'_quick' if arguments.quick else ''}"
     lab = Laboratory(
         directory=REPOSITORY / "runs" / name.replace("_", "-"),
-        files={
+        given={
             part: (path or folder / f"{part}.jsonl").absolute()
             for part, path in zip(("train", "validation", "test"), given, strict=True)
         },
@@ -301,55 +386,44 @@ def main() -> None:
     methods = [method.strip() for method in chosen.split(",")]
     if unknown := [method for method in methods if method not in RUNS]:
         parser.error(f"--methods: {unknown} is none of {', '.join(RUNS)}")
-    seeds = 1 if arguments.quick else arguments.seeds
-    started = time.monotonic()
+    if DISTILLM not in methods:
+        parser.error(f"--methods: {DISTILLM} is needed, its cost is the budget of the others")
+    methods.sort(key=[DISTILLM, *RUNS].index)  # the others wait for its cost
     lab.prepare()
-    before = lab.evaluate(lab.directory / "healed" / "model", lab.directory / "healed")
-    teacher = lab.evaluate(lab.teacher, lab.directory / "teacher")
-    for title, scores in (("teacher", teacher), ("student before", before)):
+    ends = {
+        "teacher": lab.evaluate(lab.teacher, lab.directory / "teacher-scores"),
+        "student before": lab.evaluate(
+            lab.directory / "healed" / "model", lab.directory / "healed-scores"
+        ),
+    }
+    for title, scores in ends.items():
         print(
             f"{title}: loss {scores['validation_loss']:.4f},"
             f" ROUGE-L {scores['rouge_l']['mean']:.1f},"
             f" exact match {scores['exact_match']['mean']:.1f} %",
             flush=True,
         )
-    by_method = run_all(lab, dict.fromkeys(methods, size.steps), seeds)
-    tables = [table_of(f"equal steps: {size.steps}", by_method)]
-    equal_cost: dict[str, list[Outcome]] = {}
-    if DISTILLM in methods and not arguments.quick and not arguments.only_equal_steps:
-        cost = {
-            method: statistics.median(one.cpu_seconds for one in outcomes)
-            for method, outcomes in by_method.items()
-        }
-        steps = {
-            method: max(10, round(size.steps * cost[DISTILLM] / cost[method])) for method in methods
-        }
-        equal_cost = run_all(lab, steps, seeds)
-        tables.append(table_of(f"equal cost: {cost[DISTILLM]:.0f} CPU-seconds", equal_cost))
-    for table in tables:
-        Console(width=120).print(table)
-    draw_quality(
-        {
-            method: [(one.cpu_seconds, one.rouge_l) for one in outcomes]
-            for method, outcomes in by_method.items()
-        },
-        {"student before": before["rouge_l"]["mean"], "teacher": teacher["rouge_l"]["mean"]},
-        RESULTS / f"{name}.png",
-        xlabel="CPU-seconds of all roles",
-        ylabel="ROUGE-L",
-    )
-    write(
-        name,
-        {
-            "size": asdict(size),
-            "seeds": seeds,
-            "teacher": teacher,
-            "student_before": before,
-            "equal_steps": [asdict(one) for found in by_method.values() for one in found],
-            "equal_cost": [asdict(one) for found in equal_cost.values() for one in found],
-            "seconds": time.monotonic() - started,
-        },
-    )
+    if "seqkd" in methods:
+        lab.respond()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        rounds: list[dict[str, Future[list[Outcome]]]] = []
+        for seed in range(1 if arguments.quick else arguments.seeds):
+            runs: dict[str, Future[list[Outcome]]] = {}
+            for method in methods:
+                runs[method] = pool.submit(lab.run, method, seed, runs.get(DISTILLM))
+            rounds.append(runs)
+        outcomes: list[Outcome] = []
+        for runs in rounds:
+            for run in runs.values():
+                for one in run.result():
+                    outcomes.append(one)
+                    print(
+                        f"{time.strftime('%H:%M')} {one.method}, seed {one.seed},"
+                        f" {one.compared_at}, {one.steps} steps: loss {one.validation_loss:.4f},"
+                        f" ROUGE-L {one.rouge_l:.1f}, {one.cpu_seconds:.0f} CPU-seconds",
+                        flush=True,
+                    )
+            report(name, lab, outcomes, ends, arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -455,13 +455,26 @@ def export(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Ask every node of a Ray cluster: auto, or HOST:PORT. Default: RAY_ADDRESS.",
+        ),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(help="A directory that all nodes should share: proves it.", parser=_path),
+    ] = None,
+) -> None:
     """What this machine or cluster can run, and what is missing."""
     with _user_errors():
         _quiet()
-        from distillm_ray.doctor import diagnose, exit_code, render
+        from distillm_ray.doctor.examination import examine
+        from distillm_ray.doctor.findings import exit_code, render
 
-        findings = diagnose()
+        findings = examine(address, directory)
         _print(render(findings))
         raise typer.Exit(exit_code(findings))
 

@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 PROBE = """
 import sys
-from distillm_ray.doctor import probe_cluster
-finding = probe_cluster(sys.argv[1])
+from distillm_ray.doctor.cluster import examine_cluster
+finding = examine_cluster(sys.argv[1])[0]
 print(finding.status, finding.detail, finding.remedy, sep="; ")
 """
 

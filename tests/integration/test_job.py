@@ -6,6 +6,7 @@ started, so that they do not disturb another Ray on this machine.
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from distillm_ray import __version__
 from distillm_ray.learner.checkpoint import CheckpointDirectory
 from distillm_ray.log.records import DoneRecord, StepRecord
-from tests.integration.ray_nodes import TOKEN, Head, finish, running_head
+from tests.integration.ray_nodes import BIN, TOKEN, Head, finish, running_head
 from tests.integration.tiny import (
     LIMIT_S,
     checkpointed,
@@ -36,14 +38,6 @@ from distillm_ray.config.files import load_config
 connect(load_config(Path({config!r}), ["targets.max_bytes=1000000"]))
 print(ray.nodes()[0]["MetricsExportPort"])
 print(ray.get_runtime_context().gcs_address)
-"""
-
-
-DOCTOR_SCRIPT = """
-import os
-from distillm_ray.doctor import probe_cluster
-finding = probe_cluster(os.environ["RAY_ADDRESS"])
-print(finding.detail, finding.status)
 """
 
 
@@ -123,18 +117,33 @@ def test_a_job_with_a_bad_config_fails_with_the_message(head: Head, config: Path
     assert "deletes after the job" in output
 
 
-def test_the_doctor_finds_the_cluster_and_its_dashboard(head: Head) -> None:
-    environment = {**head.environment, "RAY_ADDRESS": f"127.0.0.1:{head.port}"}
-    found = subprocess.run(
-        [sys.executable, "-c", DOCTOR_SCRIPT],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.split()[-1] == "ok", found.stdout
+def test_the_doctor_asks_every_node_and_proves_the_shared_directory(
+    head: Head, tmp_path: Path
+) -> None:
+    with head.node(2, "role=other", notice_s=0):
+        found = subprocess.run(
+            [
+                *(str(BIN / "distillm-ray"), "doctor", "--directory", str(tmp_path)),
+                *("--address", f"127.0.0.1:{head.port}"),
+            ],
+            env={**head.environment, "COLUMNS": "400"},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+    assert found.returncode == 0, found.stdout + found.stderr
+    lines = [[cell.strip() for cell in line.split("│")[1:]] for line in found.stdout.splitlines()]
+    rows = {cells[1]: (cells[0], cells[2]) for cells in lines if len(cells) > 3}
+    status, detail = rows["Ray cluster"]
+    assert status == "ok", "it has a dashboard"
+    assert detail.startswith("2 nodes, ")
+    host = socket.gethostname()
+    kinds = [detail for name, (_, detail) in rows.items() if name.endswith(f"x {host}")]
+    assert sorted(detail.split(",")[0] for detail in kinds) == ["1 CPUs", "4 CPUs"]
+    assert f"distillm-ray {__version__}" in rows["the same on all nodes"][1]
+    assert rows["shared directory"][0] == "ok"
+    assert list(tmp_path.iterdir()) == [], "nothing is left there"
 
 
 def test_without_an_address_we_start_our_own_cluster_beside_a_running_one(

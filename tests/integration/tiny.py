@@ -189,6 +189,10 @@ class Driver:
         """Send a signal to the driver alone."""
         self._process.send_signal(number)
 
+    def poll(self) -> int | None:
+        """The exit code; None while it runs."""
+        return self._process.poll()
+
     def wait(self, timeout_s: float) -> int:
         """Wait for the end; returns the exit code."""
         try:
