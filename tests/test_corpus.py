@@ -245,5 +245,5 @@ def test_ray_data_cuts_the_same_pieces(tmp_path: Path) -> None:
     files = find_files(config.corpus, "corpus")
     cut = partial(cut_rows, renderer=Renderer(tokenizer(), config), config=config)
     in_process = map_files(files, cut)
-    assert in_process.equals(ray_data.mapper(stall_timeout_s=60.0)(files, cut))
+    assert in_process.equals(ray_data.mapper(stall_timeout_s=60.0, spread_from_bytes=0)(files, cut))
     assert in_process["piece"].to_pylist() == [0, 1, 0, 0, 0, 0, 1]

@@ -112,6 +112,19 @@ def test_a_file_listed_twice_is_refused(tmp_path: Path) -> None:
         check_files(DataConfig(train=(path, tmp_path / "." / "a.jsonl")))
 
 
+def test_a_little_is_read_without_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = (write_lines(tmp_path / "a.jsonl", {"prompt": "why"}, {"prompt": "is"}),)
+    files = find_files(paths, "train")
+    renderer = Renderer(make_tokenizer(), config := DataConfig(train=paths))
+    rows = partial(tokenize_rows, renderer=renderer, config=config, require_responses=False)
+    size = paths[0].stat().st_size
+    in_process = ray_data.mapper(stall_timeout_s=60.0, spread_from_bytes=size + 1)
+    monkeypatch.delattr(ray.data, "read_datasource")
+    assert in_process(files, rows).equals(map_files(files, rows))
+
+
 def test_only_the_first_rows_of_each_file_are_read_where_that_is_enough(tmp_path: Path) -> None:
     answered = {"prompt": "why", "response": "so"}
     paths = tuple(
@@ -139,7 +152,7 @@ def load(
         tokenizer or make_tokenizer(),
         split="train",
         responses_needed_by=needed_by,
-        map_files=ray_data.mapper(stall_timeout_s=60.0),
+        map_files=ray_data.mapper(stall_timeout_s=60.0, spread_from_bytes=0),
     )
 
 
@@ -337,7 +350,10 @@ class TestWithRayData:
         )
         config = DataConfig(train=(train,), validation=(held,))
         splits = load_splits(
-            config, make_tokenizer(), seed=0, map_files=ray_data.mapper(stall_timeout_s=60.0)
+            config,
+            make_tokenizer(),
+            seed=0,
+            map_files=ray_data.mapper(stall_timeout_s=60.0, spread_from_bytes=0),
         )
         assert (len(splits.train.prompts), len(splits.validation.prompts)) == (2, 3)
         assert (splits.num_validation_twins, splits.test) == (1, None)
@@ -345,7 +361,7 @@ class TestWithRayData:
     def test_a_cluster_without_a_free_cpu_is_reported_by_key(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "a.jsonl", {"prompt": "why", "response": "so"})
         config = DataConfig(train=(path,), validation=(path,))
-        map_files = ray_data.mapper(stall_timeout_s=3.0)
+        map_files = ray_data.mapper(stall_timeout_s=3.0, spread_from_bytes=0)
         remote: Any = ray.remote  # its annotations know only some of its options
         busy = remote(num_cpus=ray.cluster_resources()["CPU"])(Busy).remote()
         ray.get(busy.start.remote())

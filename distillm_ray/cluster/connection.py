@@ -38,6 +38,8 @@ def connect(
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
         "RAY_TRAIN_V2_ENABLED": "1",
+        # A process that tells learners what the driver tells them (preemption.py).
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }

@@ -1,4 +1,7 @@
-"""Reads and tokenizes files with Ray Data: `tokenizing.map_files`, spread over a cluster."""
+"""Reads and tokenizes files with Ray Data: `tokenizing.map_files`, spread over a cluster.
+
+A little is read in this process: Ray Data's processes take longer to start.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,14 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from distillm_ray.data.files import DataFile
-from distillm_ray.data.tokenizing import MapFiles, MapRows, places_of, raw_batches, raw_table
+from distillm_ray.data.tokenizing import (
+    MapFiles,
+    MapRows,
+    map_files,
+    places_of,
+    raw_batches,
+    raw_table,
+)
 from distillm_ray.errors import ClusterError, DataError
 
 _BYTES_PER_TASK = 8 * 2**20  # smaller tasks do not pay for loading the tokenizer
@@ -50,16 +60,27 @@ class RowsDatasource(FileBasedDatasource):
         return filesystem.open_input_file(path)
 
 
-def mapper(*, stall_timeout_s: float) -> MapFiles:
+def mapper(*, stall_timeout_s: float, spread_from_bytes: int = _BYTES_PER_TASK) -> MapFiles:
     """`tokenizing.map_files` on a cluster. Needs a connection to Ray and free CPUs.
 
     It raises ClusterError when nothing was read for `stall_timeout_s`, `run.startup_timeout_s`.
+
+    Args:
+        spread_from_bytes: files that are smaller together are read in this process.
     """
-    return partial(_map_files, stall_timeout_s=stall_timeout_s)
+    return partial(_map_files, stall_timeout_s=stall_timeout_s, spread_from_bytes=spread_from_bytes)
 
 
-def _map_files(files: Sequence[DataFile], map_rows: MapRows, *, stall_timeout_s: float) -> pa.Table:
+def _map_files(
+    files: Sequence[DataFile],
+    map_rows: MapRows,
+    *,
+    stall_timeout_s: float,
+    spread_from_bytes: int,
+) -> pa.Table:
     num_bytes = sum(file.path.stat().st_size for file in files)
+    if num_bytes < spread_from_bytes:
+        return map_files(files, map_rows)
     num_tasks = -(-num_bytes // _BYTES_PER_TASK)
     progress_bars = num_bytes >= _BYTES_WITH_PROGRESS_BAR
     with _settings(progress_bars=progress_bars, stall_timeout_s=stall_timeout_s):

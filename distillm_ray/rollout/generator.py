@@ -35,7 +35,6 @@ from distillm_ray.types import (
     Source,
     Weights,
 )
-from distillm_ray.weights.adapters import with_adapters
 
 
 class SlowRequest(Exception):
@@ -302,6 +301,9 @@ class Generator(ABC):
         self._loading = True
         buckets: Iterable[Bucket] = weights.buckets
         if weights.adapters is not None:
+            # Imported here: the orchestrator needs this file, and starts sooner without torch.
+            from distillm_ray.weights.adapters import with_adapters  # noqa: PLC0415
+
             buckets = with_adapters(self.job.model, buckets, weights.adapters)
         try:
             await self._load(buckets)
