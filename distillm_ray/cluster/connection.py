@@ -48,8 +48,10 @@ def connect(
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     settings: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
-        # A cluster of this process alone: no authentication and no dashboard.
+        # A cluster of this process alone: no authentication, no dashboard, no report to Ray's
+        # authors of what it is used for.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         settings = {
             # Without an address Ray would join the cluster that was started here last.
             "address": "local",
