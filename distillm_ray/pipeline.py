@@ -25,6 +25,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import ray
@@ -45,6 +46,7 @@ from distillm_ray.cluster.orchestrator import (
     start_orchestrator,
 )
 from distillm_ray.cluster.rollout import GeneratorStarter
+from distillm_ray.cluster.shared_gpus import SharedGpus
 from distillm_ray.cluster.targets import ScorerStarter, flush_stores, start_stores
 from distillm_ray.config import Config
 from distillm_ray.config.files import dump_config
@@ -174,7 +176,9 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
     )
     status: Status = "stopped"
     try:
-        group = watch.group = run.start_learners()
+        # Engines that share devices with the learners measure their memory as they start. Learners
+        # come later, when the student has been evaluated.
+        group = watch.group = None if config.is_colocated else run.start_learners()
         with watch.phase("starting generators, scorers and learners"):
             ask(
                 run.orchestrator.start.remote(),
@@ -187,6 +191,8 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
             with watch.phase("evaluating the student before training"):
                 evaluation = evaluator.before(responder)
                 evaluation.write(directory)
+        if group is None:
+            group = watch.group = run.start_learners()
         with watch.phase(TRAINING):
             watch.follow(group, run.orchestrator, run.log, last_weights_s=publish_limit_s(config))
         run.keep_targets(watch.view)
@@ -195,7 +201,8 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
             watch.group = None  # it has ended as it should
             if evaluation is not None:
                 evaluation = evaluation.of_step(completed)
-                trained = Trained(responder, completed, (*run.generators, *run.scorers))
+                actors = (*run.generators, *run.scorers)
+                trained = Trained(responder, completed, actors, run.shared)
                 _evaluate(config, run.preflight, watch, evaluator, evaluation, trained)
             status = "complete"
     except Stopped:
@@ -265,12 +272,16 @@ class Trained:
     step: int  # the version of its weights
     actors: tuple[Any, ...]  # besides those that elastic pools have added
 
+    shared: SharedGpus | None  # the generators' places, where learners shared them
+
     def release(self) -> None:
         """End generators and scorers, and return their CPUs and GPUs."""
         # Those added end with an orchestrator that is gone.
         with contextlib.suppress(RayError, ClusterError):
             ask(self.responder.orchestrator.release_added.remote(), "the orchestrator")
         release(self.actors)
+        if self.shared is not None:
+            self.shared.remove()
 
 
 def _evaluate(
@@ -444,11 +455,16 @@ class Run:
         self._buffer = start_buffer(config)
         self._buffer.report_to.remote(self.log, "buffer")
         self.generators, generator_starter = [], None
+        self.shared: SharedGpus | None = None
         if config.wants_generators:
             end_token_id = splits.train.end_token_id
             job = student_job(config, preflight.student, end_token_id=end_token_id, device=device)
             spec = placement.generators(config, device)
-            generator_starter = GeneratorStarter(spec=spec, config=config.rollout, job=job)
+            if config.is_colocated:
+                self.shared = SharedGpus(spec)
+            generator_starter = GeneratorStarter(
+                spec=spec, config=config.rollout, job=job, shared=self.shared
+            )
             self.generators = generator_starter.start()
         self.scorers, self._stores, scorer_starter = [], [], None
         self._identity = preflight.target_identity(config, device)
@@ -493,6 +509,7 @@ class Run:
     def start_learners(self) -> LearnerGroup:
         """They load, validate and wait for the first draw, which waits for the orchestrator."""
         config = self.config
+        limit_s = config.run.startup_timeout_s
         held_out, limit = self.splits.validation, config.validation.max_prompts
         job = LearnerJob(
             config=config,
@@ -520,6 +537,7 @@ class Run:
             lambda reason: LogClient(self.log).add(
                 EventRecord(name="learners restart", detail=reason)
             ),
+            None if self.shared is None else partial(self.shared.node_labels, limit_s),
         )
         group.start()
         return group

@@ -44,6 +44,8 @@ class EchoGenerator(Generator):
         self.requests: list[Request] = []
         self.failure: Exception | None = None
         self.places = asyncio.Semaphore(100)  # requests that it decodes at the same time
+        self.events: list[str] = []  # sleeps, wakes and loads
+        self.hangs = False
 
     async def stop(self) -> None:
         pass
@@ -63,7 +65,16 @@ class EchoGenerator(Generator):
     async def _load(self, buckets: Sequence[Any]) -> None:
         if self.failure is not None:
             raise self.failure
+        self.events.append("load")
         (self.weights,) = buckets
+
+    async def _sleep(self) -> None:
+        self.events.append("sleep")
+
+    async def _wake(self) -> None:
+        self.events.append("wake")
+        if self.hangs:
+            await asyncio.sleep(60)
 
 
 def job(end_token_ids: tuple[int, ...] = (END,)) -> GeneratorJob:
@@ -120,6 +131,14 @@ async def test_a_rollout_carries_its_ordinal_and_the_version_it_started_with() -
     assert made.response_ids.tolist() == [1, 2, 3, 1004, END]
     assert made.loss_mask.all()
     assert generator.requests[0].seed == request_seed(3, 7, 0)
+
+
+def test_the_students_job_sleeps_where_it_shares_its_device(tmp_path: Path) -> None:
+    make_model(tmp_path / "student", seed=0)
+    facts = check_model_directory(tmp_path / "student", "student", trust_remote_code=False)
+    for placement, sleeps in (("separate", False), ("colocated", True)):
+        config = make.config(run={"placement": placement})
+        assert student_job(config, facts, end_token_id=3, device="cuda").sleeps is sleeps
 
 
 def test_the_students_job_names_the_teacher_where_trained_responses_are_mixed(
@@ -275,6 +294,36 @@ def test_the_limit_of_many_responses_follows_from_their_waves() -> None:
     pool = RolloutConfig(timeout_s=10.0, stall_timeout_s=3.0, actors=2)
     assert pool.limit_s(128, 256) == (1 + 1) * 10.0 + 3.0
     assert pool.limit_s(129, 256) == (2 + 1) * 10.0 + 3.0
+
+
+async def test_an_engine_sleeps_when_its_requests_have_ended_and_what_comes_then_waits() -> None:
+    generator = await started()
+    generator.allowed.clear()
+    first = asyncio.create_task(generator.generate(demand(0)))
+    await asyncio.sleep(0.01)
+    sleeping = asyncio.create_task(generator.sleep())
+    await asyncio.sleep(0.01)
+    assert generator.events == [], "a request is in flight"
+    generator.allowed.set()
+    await sleeping
+    assert (first.done(), generator.events) == (True, ["sleep"])
+    second = asyncio.create_task(generator.generate(demand(1, min_version=4)))
+    update = asyncio.create_task(generator.update_weights(weights(4), keep_in_flight=True))
+    await asyncio.sleep(0.02)
+    assert (len(generator.requests), generator.events) == (1, ["sleep"])
+    assert generator.silent_s == 0.0, "an engine that sleeps owes no token"
+    await generator.wake()
+    assert (await second).version == 4
+    await update
+    assert generator.events == ["sleep", "wake", "load"]
+
+
+async def test_an_engine_that_does_not_wake_in_time_is_named() -> None:
+    generator = await started(timeout_s=0.05)
+    await generator.sleep()
+    generator.hangs = True
+    with pytest.raises(TimeoutError, match=r"did not wake within rollout\.stall_timeout_s = 0\.05"):
+        await generator.wake()
 
 
 async def test_after_a_failed_update_every_request_is_refused() -> None:

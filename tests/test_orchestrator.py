@@ -142,6 +142,12 @@ class FakeGenerators:
     async def rewind(self) -> None:
         self.events.append("rewind")
 
+    async def sleep(self) -> None:
+        self.events.append("sleep")
+
+    async def wake(self) -> None:
+        self.events.append("wake")
+
     @property
     def size(self) -> PoolSize:
         return PoolSize(ready=3, starting=1)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from distillm_ray.cluster.learner import Links
+from distillm_ray.cluster.learner_turn import OwnDevice
 from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError, ModelError, RunDirectoryError, UserError
 from distillm_ray.learner import train_loop
@@ -95,6 +96,7 @@ class Roles:
         self.reporting: int | None = None  # a step whose record is on its way to the log
         self.fail_report_of: int | None = None
         self.drawn: list[int] = []
+        self.turn = OwnDevice()
 
     @property
     def links(self) -> Links:
@@ -105,6 +107,7 @@ class Roles:
             log=role,
             control=role,
             targets=role,
+            turn=self.turn,
             nodes=("of the rank", "of the driver"),
         )
 
@@ -748,3 +751,123 @@ def test_a_notice_is_answered_while_samples_are_missing(tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match="samples of step 3"):
         run(roles, FakeLearner(), config)
     assert saved_steps(roles) == [2, 3]
+
+
+# ---- a device shared with a generator ------------------------------------------------------------
+
+
+class RecordedDevice(OwnDevice):
+    """A shared device. The generators keep it for `delays` calls of `ask`, again in each turn."""
+
+    def __init__(self, roles: Roles, *, delays: int = 0) -> None:
+        self.roles = roles
+        self.delays = self.left = delays
+        self.held = True
+
+    def ask(self) -> None:
+        self.left -= 1
+        if not self.held and self.left < 0:
+            self.held, self.left = True, self.delays
+            self.roles.calls.append(("take", max(self.roles.completed, 0)))
+
+    def take(self) -> None:
+        while not self.held:
+            self.ask()
+
+    def lend(self) -> None:
+        if self.held:
+            self.held = False
+            self.roles.calls.append(("lend", max(self.roles.completed, 0)))
+
+
+class WatchedLearner(FakeLearner):
+    """A learner that computes only while it holds its device."""
+
+    def __init__(self, device: RecordedDevice) -> None:
+        super().__init__()
+        self.device = device
+
+    def train_step(
+        self, batches: Sequence[LearnerBatch], step: int, *, wait_seconds: float
+    ) -> TrainStep:
+        assert self.device.held
+        return super().train_step(batches, step, wait_seconds=wait_seconds)
+
+    def validation_loss(self, batches: Sequence[LearnerBatch]) -> tuple[float, int]:
+        assert self.device.held
+        return super().validation_loss(batches)
+
+    def token_logprobs(self, batch: LearnerBatch) -> NDArray[np.float32]:
+        assert self.device.held
+        return super().token_logprobs(batch)
+
+    def gather_weights(self, dtype: torch.dtype) -> Iterator[Bucket]:
+        assert self.device.held
+        return super().gather_weights(dtype)
+
+
+class ColocatedRoles(Roles):
+    """Generators that work only while the learner has lent its device."""
+
+    def __init__(self, config: Config, *, delays: int = 0) -> None:
+        super().__init__(config)
+        self.turn: RecordedDevice = RecordedDevice(self, delays=delays)
+        self.generated = 0  # steps whose samples are there
+
+    def draw(self, step: int, rank: int, timeout_s: float) -> RankPlan | None:
+        if not self.turn.held:
+            self.generated = max(self.completed, 0) + self.lookahead
+        return super().draw(step, rank, timeout_s) if step < self.generated else None
+
+    def restore(self, state: bytes | None, completed: int) -> None:
+        assert not self.turn.held, "generators may have to start again"
+        super().restore(state, completed)
+
+    def finish_probe(self) -> list[Rollout]:
+        assert not self.turn.held
+        return super().finish_probe()
+
+
+def test_a_shared_device_is_lent_for_samples_probes_and_restores_and_for_nothing_else(
+    tmp_path: Path,
+) -> None:
+    config = make_config(tmp_path)
+    roles = ColocatedRoles(config)
+    assert run(roles, WatchedLearner(roles.turn), config) == 6
+    turns = [call for call in roles.calls if call[0] in ("lend", "take", "restore", "probe")]
+    assert turns[:6] == [
+        *[("lend", 0), ("restore", 0), ("take", 0)],
+        *[("probe", 0), ("lend", 0), ("take", 0)],
+    ]
+    names = [name for name, _ in roles.calls if name in ("lend", "take")]
+    assert names == ["lend", "take"] * (len(names) // 2)
+    steps_in_a_turn = [
+        "".join(name[0] for name, _ in roles.calls).count("l"),
+        sum(name == "step" for name, _ in roles.calls),
+    ]
+    assert steps_in_a_turn[0] < 3 + steps_in_a_turn[1], "some turns train on more than one step"
+
+
+def test_a_step_begins_only_with_the_device_and_says_what_it_waits_for(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    roles = ColocatedRoles(config, delays=2)
+    assert run(roles, WatchedLearner(roles.turn), config) == 6
+    assert "the generators, which finish their work on the shared devices" in roles.waits
+
+
+def test_a_stop_ends_the_wait_for_a_device_with_a_checkpoint(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    roles = ColocatedRoles(config)
+
+    def stop_while_it_waits() -> None:
+        if roles.completed == 2:
+            roles.stop_at = 2  # and the generators do not give the device up
+            return
+        RecordedDevice.ask(roles.turn)
+
+    cast(Any, roles.turn).ask = stop_while_it_waits
+    assert run(roles, WatchedLearner(roles.turn), config) == 2
+    assert not roles.turn.held
+    latest = CheckpointDirectory(tmp_path / "checkpoints", keep=2).latest()
+    assert latest is not None
+    assert latest.meta.step == 2

@@ -15,7 +15,10 @@ from typing import Any, TypeVar, cast
 import ray
 from ray.actor import ActorClass, ActorHandle, ActorProxy
 from ray.exceptions import GetTimeoutError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from distillm_ray.cluster.placement import RoleSpec
 from distillm_ray.errors import ClusterError, UserError
@@ -40,8 +43,19 @@ class BufferLost(Exception):
 # ---- start and end -------------------------------------------------------------------------------
 
 
-def pooled(role: type[A], spec: RoleSpec, device: Device) -> ActorClass[A]:
-    """An actor class of a pool. Ray restarts its processes; the pool decides about its calls."""
+def pooled(
+    role: type[A],
+    spec: RoleSpec,
+    device: Device,
+    place: PlacementGroupSchedulingStrategy | None = None,
+) -> ActorClass[A]:
+    """An actor class of a pool. Ray restarts its processes; the pool decides about its calls.
+
+    `place`: where it runs, in all of its lives; None: wherever there is room.
+    """
+    where: dict[str, Any] = {"label_selector": dict(spec.node_labels)}
+    if place is not None:
+        where = {"scheduling_strategy": place}
     return _remote(
         role,
         num_cpus=spec.cpus,
@@ -49,7 +63,7 @@ def pooled(role: type[A], spec: RoleSpec, device: Device) -> ActorClass[A]:
         max_restarts=-1,
         max_task_retries=0,
         max_concurrency=MAX_CONCURRENCY,
-        label_selector=dict(spec.node_labels),
+        **where,
         runtime_env={"env_vars": thread_settings(spec.num_threads, device)},
     )
 

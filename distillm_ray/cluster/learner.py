@@ -23,6 +23,7 @@ from ray.train.v2.api.exceptions import (
 from distillm_ray.cluster.actors import BufferLost, thread_settings
 from distillm_ray.cluster.buffer import BufferActor, ReplayConsumer
 from distillm_ray.cluster.control import ControlActor, ControlClient
+from distillm_ray.cluster.learner_turn import OwnDevice
 from distillm_ray.cluster.log import LogActor, LogClient
 from distillm_ray.cluster.orchestrator import (
     OrchestratorActor,
@@ -63,6 +64,7 @@ class Links:
     log: LogClient
     control: ControlClient
     targets: TargetReader | None = None  # None without a teacher
+    turn: OwnDevice = field(default_factory=OwnDevice)
     nodes: tuple[str, ...] = ()  # ids of the rank's node and the driver's
     reporter: Reporter = field(default_factory=lambda: Reporter("learner"))
 
@@ -100,6 +102,12 @@ class LearnerJob:
     validation: ray.ObjectRef[Sequence[Rollout]]  # held-out demonstrations
     held_out_prompts: tuple[Prompt, ...]  # where there are no held-out demonstrations
     probe_prompts: tuple[Prompt, ...]
+    attempt: int = 0  # number of this group of workers
+
+    @property
+    def most_probes(self) -> int:
+        """Held-out prompts that the student responds to at a validation, at most."""
+        return max(len(self.held_out_prompts), len(self.probe_prompts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,10 +155,12 @@ class LearnerGroup(threading.Thread):
         worker: Callable[[LearnerJob], None],
         newest_checkpoint: Callable[[], int],
         say: Callable[[str], None],
+        places: Callable[[], list[dict[str, str]]] | None = None,
     ) -> None:
         """Every rank runs `worker(job)`.
 
         `newest_checkpoint` returns its step, 0 without one. `say` gets the reason of each restart.
+        `places` returns the labels of the node of each worker; None: those of the role.
         """
         super().__init__(daemon=True, name="learners")
         self._spec = spec
@@ -158,6 +168,8 @@ class LearnerGroup(threading.Thread):
         self._worker = worker
         self._newest_checkpoint = newest_checkpoint
         self._say = say
+        self._places = places
+        self._attempts = 0
         self._max_restarts = job.config.learner.max_restarts
         self._directory = job.config.run.directory
         self._failure: BaseException | None = None
@@ -220,8 +232,11 @@ class LearnerGroup(threading.Thread):
         ) from failure
 
     def _trainer(self) -> TorchTrainer:
-        spec, job = self._spec, self._job
-        num_prompts = max(len(job.held_out_prompts), len(job.probe_prompts))
+        self._attempts += 1
+        spec, job = self._spec, replace(self._job, attempt=self._attempts)
+        labels: dict[str, str] | list[dict[str, str]] | None = dict(spec.node_labels) or None
+        if self._places is not None:
+            labels = self._places()
         # Ray Train wants a resource for every worker.
         resources = {"CPU": spec.cpus, "GPU": spec.gpus}
         resources = {name: each for name, each in resources.items() if each} or {"CPU": 0.01}
@@ -232,11 +247,11 @@ class LearnerGroup(threading.Thread):
                 num_workers=spec.count,
                 use_gpu=spec.gpus > 0,
                 resources_per_worker=resources,
-                label_selector=dict(spec.node_labels) or None,
+                label_selector=labels,
             ),
             torch_config=TorchConfig(
                 backend="nccl" if job.device == "cuda" else "gloo",
-                timeout_s=math.ceil(collective_limit_s(job.config, num_prompts)),
+                timeout_s=math.ceil(collective_limit_s(job.config, job.most_probes)),
             ),
             run_config=RunConfig(
                 name="learners",

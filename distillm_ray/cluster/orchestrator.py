@@ -13,6 +13,7 @@ from ray.actor import ActorProxy
 from distillm_ray.cluster.actors import CALL_TIMEOUT_S, ask, beside_driver, reply
 from distillm_ray.cluster.buffer import BufferActor, ReplayProducer
 from distillm_ray.cluster.control import ControlActor
+from distillm_ray.cluster.device_turns import DeviceTurns
 from distillm_ray.cluster.log import AsyncLog, LogActor
 from distillm_ray.cluster.orchestrator_loop import Orchestrator
 from distillm_ray.cluster.process_meter import source_of
@@ -78,6 +79,8 @@ class OrchestratorActor:
         self._reporter = Reporter("orchestrator", self._usages, lambda: self._loop.pools())
         timeline = self._reporter.timeline
         startup_timeout_s = config.run.startup_timeout_s
+        shares = config.is_colocated and peers is not None
+        turns = DeviceTurns(config.learner.workers if shares else 0)
         buffer = scorers = generator_pool = None
         if peers is not None:
             buffer = ReplayProducer(
@@ -92,6 +95,7 @@ class OrchestratorActor:
                 log=log,
                 timeline=timeline,
                 starter=None if peers is None else peers.generator_starter,
+                turns=turns,
             )
         if peers is not None and peers.scorers:
             assert config.teacher is not None
@@ -116,6 +120,7 @@ class OrchestratorActor:
             scores_rollouts=config.loss.compares(Source.STUDENT),
             waited=None if peers is None else partial(_waited, peers.control),
             timeline=timeline,
+            turns=turns,
         )
         self._stream = ResponseStream()
         self._reported = Counters()
@@ -153,6 +158,20 @@ class OrchestratorActor:
     async def publish(self, weights: PublishedWeights) -> None:
         """Start to bring the generators to these weights."""
         await self._loop.publish(weights)
+
+    @ray.method
+    async def take_device(self, attempt: int, rank: int, hurried: bool, timeout_s: float) -> bool:
+        """A rank asks for the device that it shares with a generator.
+
+        Returns whether it has it after `timeout_s` at most. `attempt` numbers the groups of
+        learners. `hurried`: the run ends, so work that has not begun is not waited for.
+        """
+        return await self._loop.take_device(attempt, rank, hurried=hurried, timeout_s=timeout_s)
+
+    @ray.method
+    async def lend_device(self, attempt: int, rank: int) -> None:
+        """A rank has freed the device that it shares, and waits for the generators."""
+        self._loop.lend_device(attempt, rank)
 
     @ray.method
     async def ensure_targets(self, rollouts: Sequence[Rollout]) -> None:
@@ -301,12 +320,14 @@ def restore_limit_s(config: Config) -> float:
 def publish_limit_s(config: Config) -> float:
     """Until the weights published before are in place.
 
-    Every generator may have to finish all its requests first, load, and be replaced.
+    Every generator may have to wake, finish all its requests first, load, and be replaced.
     """
     pool = config.rollout
     in_flight = pool.max_in_flight * pool.fewest
     drained_s = pool.limit_s(in_flight, config.longest_response)
-    return drained_s + pool.stall_timeout_s + config.run.startup_timeout_s + CALL_TIMEOUT_S
+    wakes_s = pool.stall_timeout_s if config.is_colocated else 0.0
+    loaded_s = pool.stall_timeout_s + config.run.startup_timeout_s
+    return wakes_s + drained_s + loaded_s + CALL_TIMEOUT_S
 
 
 def probe_limit_s(config: Config, num_prompts: int) -> float:
@@ -317,6 +338,14 @@ def probe_limit_s(config: Config, num_prompts: int) -> float:
     ahead = config.rollout.open_steps * config.learner.batch_size
     responses_s = config.rollout.limit_s(num_prompts + ahead, config.longest_response)
     return publish_limit_s(config) + responses_s
+
+
+def turn_limit_s(config: Config, num_prompts: int) -> float:
+    """Until the generators have given up the devices that they share with the learners.
+
+    They finish all that they had to do, and fall asleep.
+    """
+    return probe_limit_s(config, num_prompts) + config.rollout.stall_timeout_s
 
 
 def collective_limit_s(config: Config, num_prompts: int) -> float:
@@ -334,5 +363,6 @@ def collective_limit_s(config: Config, num_prompts: int) -> float:
         + publish_limit_s(config)
         + probe_limit_s(config, num_prompts)
         + scoring_s
+        + (turn_limit_s(config, num_prompts) if config.is_colocated else 0.0)
         + _SMALL_CALLS * CALL_TIMEOUT_S
     )

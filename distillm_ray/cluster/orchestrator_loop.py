@@ -14,6 +14,8 @@ orchestrator decides nothing about training and holds no payload: targets pass b
     a task, for a generator      the pool returns or loses the call    the pool's
     a task, for a scorer         the targets are stored                the pool's
     `publish`                    the update before it is complete      the pool's
+    work of a generator          it is the generators' turn on         none (device_turns.py)
+                                 devices shared with the learners
     `respond`                    all responses are there               the pool's, for each response
 
 Retries: an ordinal whose generator failed returns to the buffer, which gives it out again, without
@@ -34,6 +36,7 @@ from typing import Any
 
 from distillm_ray.cluster.buffer import ReplayProducer
 from distillm_ray.cluster.busy_clock import BusyClock
+from distillm_ray.cluster.device_turns import DeviceTurns
 from distillm_ray.cluster.elastic_pool import PoolSize
 from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.pool import ActorLost, InputGivenUp
@@ -75,6 +78,7 @@ class Orchestrator:
         waited: for how many seconds the learners have waited for samples; elastic pools follow it
             while `run` works. None: pools keep their size.
         timeline: gets a slice for each ordinal.
+        turns: when the generators have the devices that they share with the learners; None: always.
     """
 
     def __init__(
@@ -88,8 +92,12 @@ class Orchestrator:
         scores_rollouts: bool = True,
         waited: Callable[[], Awaitable[float]] | None = None,
         timeline: Timeline | None = None,
+        turns: DeviceTurns | None = None,
     ) -> None:
         self._timeline = timeline or Timeline()
+        self._turns = turns or DeviceTurns()
+        if generators is not None:
+            self._turns.control(generators.sleep, generators.wake)
         self._waited = waited
         self._optional_buffer = buffer
         self._optional_generators = generators
@@ -108,6 +116,7 @@ class Orchestrator:
         self._generating = BusyClock()
         self._sync_seconds = 0.0
         self._update: asyncio.Task[None] | None = None
+        self._newest: PublishedWeights | None = None
         self._published = 0
         self._incarnation = 0
         self._restored_once = False
@@ -163,6 +172,7 @@ class Orchestrator:
     async def finish(self) -> None:
         """Make `run` return: the learners have ended."""
         self._finished = True
+        self._turns.end()
         self._wake.set()
 
     async def restore(self, state: bytes | None, completed: int) -> None:
@@ -181,11 +191,17 @@ class Orchestrator:
             self._incarnation = await self._buffer.restore(state, completed)
 
     async def publish(self, weights: PublishedWeights) -> None:
-        """Start to bring the generators to these weights; returns before they are there."""
-        self._published = weights.version
-        if self._update is not None:
+        """Start to bring the generators to these weights; returns before they are there.
+
+        While the learners have the devices, they take the place of weights published before, which
+        no generator has taken yet.
+        """
+        self._published, self._newest = weights.version, weights
+        if self._update is not None and not self._update.done():
+            if self._turns.learners_hold:
+                return
             await self._update
-        self._update = self._spawn(self._bring_to(weights))
+        self._update = self._spawn(self._bring_newest())
 
     async def ensure_targets(self, rollouts: Sequence[Rollout]) -> None:
         """Have the targets of all these sequences stored, scoring those that are missing."""
@@ -202,13 +218,29 @@ class Orchestrator:
         """Responses outside of the demand (probes, evaluation), in the order of the prompts."""
         if self._update is not None:
             await self._update
-        with self._generating.running():
-            responses = await asyncio.gather(
-                *(self._generators.respond(prompt, sampling, seed) for prompt in prompts)
-            )
+        async with self._turns.working():
+            responses = await self._responses(prompts, sampling, seed)
         self._counts["probe_tokens"] += sum(len(item.response_ids) for item in responses)
         self._counts["probe_sequences"] += len(responses)
         return responses
+
+    async def _responses(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int
+    ) -> list[Rollout]:
+        with self._generating.running():
+            return await asyncio.gather(
+                *(self._generators.respond(prompt, sampling, seed) for prompt in prompts)
+            )
+
+    async def take_device(
+        self, attempt: int, rank: int, *, hurried: bool, timeout_s: float
+    ) -> bool:
+        """A learner asks for the device that it shares; whether it has it after `timeout_s`."""
+        return await self._turns.take(attempt, rank, hurried=hurried, timeout_s=timeout_s)
+
+    def lend_device(self, attempt: int, rank: int) -> None:
+        """A learner has freed the device that it shares, and waits for the generators."""
+        self._turns.lend(attempt, rank)
 
     def counters(self) -> Counters:
         """Work done so far; seconds are wall-clock time with at least one call running."""
@@ -321,8 +353,9 @@ class Orchestrator:
 
     async def _work_on(self, demand: Demand) -> None:
         try:
-            with self._generating.running():
-                rollout = await self._generators.generate(demand)
+            async with self._turns.working():
+                with self._generating.running():
+                    rollout = await self._generators.generate(demand)
         except InputGivenUp as reason:
             await self._give_up(demand, reason)
             return
@@ -366,5 +399,7 @@ class Orchestrator:
                 f" rows are at fault. The last one: {reason}"
             ) from reason
 
-    async def _bring_to(self, weights: PublishedWeights) -> None:
-        self._sync_seconds += await self._generators.update(weights)
+    async def _bring_newest(self) -> None:
+        async with self._turns.working():
+            assert self._newest is not None
+            self._sync_seconds += await self._generators.update(self._newest)

@@ -89,12 +89,12 @@ class Phase:
     @property
     def cpus(self) -> float:
         """CPUs of all processes."""
-        return sum(role.count * role.cpus for role in self.roles)
+        return _rounded(sum(role.count * role.cpus for role in self.roles))
 
     @property
     def gpus(self) -> float:
         """GPUs of all processes."""
-        return sum(role.count * role.gpus for role in self.roles)
+        return _rounded(sum(role.count * role.gpus for role in self.roles))
 
 
 # ---- the roles -----------------------------------------------------------------------------------
@@ -393,8 +393,8 @@ def _unplaceable(phase: Phase, nodes: Sequence[Node]) -> list[str]:
                     f" node{labels}, the nodes{labels} have {offers or 'nothing: there is none'};"
                     f" {remedy}"
                 ]
-            home[0] -= role.cpus
-            home[1] -= role.gpus
+            home[0] = _rounded(home[0] - role.cpus)
+            home[1] = _rounded(home[1] - role.gpus)
     return []
 
 
@@ -417,6 +417,11 @@ def _remedy(phase: Phase, name: str) -> str:
             keys.append(role.count_key)
         keys.append(role.cpus_key if name == "CPU" else role.gpus_key)
     return f"lower {', '.join(keys[:-1])} or {keys[-1]}" if len(keys) > 1 else f"lower {keys[0]}"
+
+
+def _rounded(amount: float) -> float:
+    """As exact as Ray counts: 0.85 + 0.15 is 1."""
+    return round(amount, 4)
 
 
 def _amount(value: float) -> str:
@@ -480,6 +485,13 @@ def render_show(config: Config, device: Device) -> str:
                     f"{role.section}.actors: the run needs room for {role.count} and asks for up to"
                     f" {role.most} while the learners wait for them"
                 )
+        if config.is_colocated:
+            console.print(
+                "colocated (run.placement): one learner and one generator on each"
+                f" {'GPU' if device == 'cuda' else 'CPU device'}, in turns; scorers have devices of"
+                " their own",
+                soft_wrap=True,
+            )
         if config.mixes_teacher:
             console.print(
                 "each generator holds the teacher beside the student (rollout.teacher_mix)"

@@ -333,6 +333,16 @@ class ActorPool(Generic[A]):
         self._recoveries.add(task)
         task.add_done_callback(self._recoveries.discard)
 
+    async def _await_end(self, member: Member[A]) -> None:
+        """Return when the process that was killed is gone, or none came up in its place in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._startup_timeout_s):
+                while True:
+                    with contextlib.suppress(RayActorError):
+                        if await member.handle.process.remote() != member.killed:
+                            return
+                    await asyncio.sleep(_RESTART_POLL_S)
+
     def _kill(self, member: Member[A]) -> None:
         member.ready.clear()
         member.life += 1

@@ -11,12 +11,15 @@ from typing import TypeAlias
 import ray
 from ray.actor import ActorProxy
 from ray.exceptions import ObjectLostError, RayError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distillm_ray.cluster.actors import cause_of, pooled
+from distillm_ray.cluster.device_turns import DeviceTurns
 from distillm_ray.cluster.elastic_pool import ElasticPool, Growth
 from distillm_ray.cluster.log import AsyncLog
 from distillm_ray.cluster.member import Member, PooledActor
 from distillm_ray.cluster.placement import RoleSpec
+from distillm_ray.cluster.shared_gpus import SharedGpus
 from distillm_ray.config import ActorRange, GeneratorPoolConfig, SamplingConfig
 from distillm_ray.errors import ClusterError
 from distillm_ray.log.timeline import Timeline
@@ -82,6 +85,16 @@ class GeneratorActor(PooledActor):
         return await self._generator.update_weights(resolved, keep_in_flight=keep_in_flight)
 
     @ray.method
+    async def sleep(self) -> None:
+        """Leave the device to the learners, after the requests in flight."""
+        await self._generator.sleep()
+
+    @ray.method
+    async def wake(self) -> None:
+        """Take the device back."""
+        await self._generator.wake()
+
+    @ray.method
     async def stop(self) -> None:
         """Free the engine and its processes."""
         await self._generator.stop()
@@ -94,14 +107,20 @@ class GeneratorStarter:
     spec: RoleSpec
     config: GeneratorPoolConfig
     job: GeneratorJob
+    shared: SharedGpus | None = None  # with the learners; None: each has devices of its own
 
-    def start_one(self) -> ActorProxy[GeneratorActor]:
+    def start_one(
+        self, place: PlacementGroupSchedulingStrategy | None = None
+    ) -> ActorProxy[GeneratorActor]:
         """One more process."""
-        return pooled(GeneratorActor, self.spec, self.job.device).remote(self.config, self.job)
+        actor = pooled(GeneratorActor, self.spec, self.job.device, place)
+        return actor.remote(self.config, self.job)
 
     def start(self) -> list[ActorProxy[GeneratorActor]]:
         """Those that the pool has from its start on."""
-        return [self.start_one() for _ in range(self.spec.count)]
+        if self.shared is None:
+            return [self.start_one() for _ in range(self.spec.count)]
+        return [self.start_one(self.shared.place(index)) for index in range(self.spec.count)]
 
 
 class GeneratorPool(ElasticPool[GeneratorActor]):
@@ -119,10 +138,12 @@ class GeneratorPool(ElasticPool[GeneratorActor]):
         log: AsyncLog,
         timeline: Timeline | None = None,
         starter: GeneratorStarter | None = None,
+        turns: DeviceTurns | None = None,
     ) -> None:
         """The pool grows by `starter`, if the config has a range of actors.
 
         `keep_in_flight`: requests continue while weights change; else they finish first.
+        `turns`: in which members may load a model; None: always.
         """
         growth = None
         if isinstance(config.actors, ActorRange) and starter is not None:
@@ -140,7 +161,26 @@ class GeneratorPool(ElasticPool[GeneratorActor]):
             growth=growth,
         )
         self._keep_in_flight = keep_in_flight
+        self._turns = turns or DeviceTurns()
         self._newest: PublishedWeights | None = None
+
+    async def start(self) -> None:
+        """As `ActorPool.start`, in the generators' turn."""
+        async with self._turns.working():
+            await super().start()
+
+    async def sleep(self) -> None:
+        """Return when no member uses its device: it sleeps, or its process has ended.
+
+        A member that fails at it is replaced, in the generators' next turn.
+        """
+        members = [member for member in self._members if member.ready.is_set()]
+        await asyncio.gather(*(self._put_to_sleep(member) for member in members))
+
+    async def wake(self) -> None:
+        """Wake every member. One that fails at it is replaced."""
+        members = [member for member in self._members if member.ready.is_set()]
+        await asyncio.gather(*(self._wake(member) for member in members))
 
     async def generate(self, demand: Demand) -> Rollout:
         """Respond to a demand with weights of its minimum version or newer.
@@ -190,6 +230,27 @@ class GeneratorPool(ElasticPool[GeneratorActor]):
         """Bring every member back to the weights of the model directory."""
         self._newest = None
         await self.restart()
+
+    async def _try_start(self, member: Member[GeneratorActor]) -> bool:
+        async with self._turns.working():
+            return await super()._try_start(member)
+
+    async def _put_to_sleep(self, member: Member[GeneratorActor]) -> None:
+        life = member.life
+        try:
+            with self._timeline.slice("generator", f"{member.name}, device", "falls asleep"):
+                await self._reply(member, member.handle.sleep.remote())
+        except (RayError, TimeoutError) as error:
+            await self._replace(member, life, error)
+            await self._await_end(member)
+
+    async def _wake(self, member: Member[GeneratorActor]) -> None:
+        life = member.life
+        try:
+            with self._timeline.slice("generator", f"{member.name}, device", "wakes"):
+                await self._reply(member, member.handle.wake.remote())
+        except (RayError, TimeoutError) as error:
+            await self._replace(member, life, error)
 
     async def _update(self, member: Member[GeneratorActor]) -> float:
         life = member.life

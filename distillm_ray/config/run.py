@@ -107,6 +107,8 @@ class RunConfig(Section):
     seed: NonNegative = 0
     mode: Literal["cluster", "local"] = "cluster"  # local: one process, no Ray (local.py)
     device: MayChange[Literal["auto", "cuda", "cpu"]] = "auto"
+    # colocated: a learner and a generator on each GPU, in turns. Scorers have GPUs of their own.
+    placement: MayChange[Literal["separate", "colocated"]] = "separate"
     startup_timeout_s: MayChange[Above0] = 600.0  # loading one model, on any actor
     # Where Prometheus finds the metrics of a cluster that the run starts by itself, on all
     # interfaces and without a token; None: nowhere. Other clusters have a port of their own.

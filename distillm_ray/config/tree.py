@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ModelWrapValidatorHandler, model_validator
 
+from distillm_ray.config.colocation import check_colocated, with_parts
 from distillm_ray.config.data import DataConfig
 from distillm_ray.config.fields import LARGEST_INTEGER, MayChange, Section, shown_range
 from distillm_ray.config.loss import LossConfig, Text
@@ -109,6 +110,11 @@ class Config(Section):
         return (*data, "student") if self.wants_rollouts else data
 
     @property
+    def is_colocated(self) -> bool:
+        """Whether learners and generators share devices, in turns."""
+        return self.run.placement == "colocated"
+
+    @property
     def wants_generators(self) -> bool:
         """Whether a run generates: rollouts, or responses to score the student."""
         return self.wants_rollouts or self.evaluation.at_end or self.validation.metric == "rouge_l"
@@ -171,6 +177,9 @@ class Config(Section):
                 )
                 filled[name] = section.model_copy(update={"sampling": sampling})
         config = config.model_copy(update=filled)
+        if config.is_colocated:
+            learner, rollout = with_parts(config.learner, config.rollout)
+            config = config.model_copy(update={"learner": learner, "rollout": rollout})
         config._check()
         return config
 
@@ -284,6 +293,8 @@ class Config(Section):
             )
         self._check_corpus()
         self._check_terms()
+        if self.is_colocated:
+            check_colocated(self)
 
     def _check_corpus(self) -> None:
         """A term on the corpus and the corpus come together."""

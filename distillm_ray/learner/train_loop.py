@@ -17,10 +17,15 @@ The order of the parts matters:
 Rank 0 alone talks to the other roles. What it decides by their replies it tells the other ranks,
 because a rank that leaves the loop alone would leave the others in a collective.
 
+Where generators share the devices (`run.placement: colocated`), every rank lends its own while it
+waits for samples, for responses, or for generators that go back to a checkpoint.
+
     wait                        ends when                               limit
     ------------------------    ------------------------------------    ----------------------------
     for a step's batches        all ranks have theirs, or the run is    `learner.data_timeout_s`,
                                 asked to stop, or it has failed         counted while training only
+    for a shared device         the generators' work has ended, and     `turn_limit_s`
+                                their engines sleep
     for the probe's responses   the generators have responded           the pool's (`orchestrator`)
     for the other ranks         they reach the same collective          `collective_limit_s`, longer
                                                                         than the waits of rank 0
@@ -222,22 +227,26 @@ class TrainLoop:
     def _begin(self, start: Checkpoint | None) -> int:
         """Bring learner, buffer and generators to the same step; returns it."""
         if start is None:
-            if self._speaks:
-                self._links.orchestrator.restore(None, 0)
+            with self._links.turn.lent():
+                if self._speaks:
+                    self._links.orchestrator.restore(None, 0)
             with self._doing("validate"):
                 self._validate(0)
             return 0
         completed = start.meta.step
         self._learner.load(start.learner_path)
         self._phi, self._validation = start.meta.phi, start.meta.validation
-        if self._speaks:
-            self._links.orchestrator.restore(start.buffer_state(), completed)
+        with self._links.turn.lent():
+            if self._speaks:
+                self._links.orchestrator.restore(start.buffer_state(), completed)
         self._publish(completed)
         self._log(EventRecord(step=completed, name="resumed", detail=start.path.name))
         return completed
 
     def _await_batches(self, prefetcher: Prefetcher, step: int) -> PreparedStep | None:
         """The batches of `step` as soon as every rank has its own; None if the run must end.
+
+        A shared device is lent while batches are missing, and held again at the return of them.
 
         The notice that a node will be taken away is seen here, and answered by a checkpoint. Every
         rank checks for its batches and rank 0 asks run control; one collective shares both
@@ -246,24 +255,29 @@ class TrainLoop:
         `learner.data_timeout_s`, in the training phase only: what comes before it may take longer
         than any step.
         """
-        control = self._links.control
+        control, turn = self._links.control, self._links.turn
         prepared: PreparedStep | None = None
         waited_s, since = 0.0, time.monotonic()
         before_s = self._waited_s
         reason = ""
         early = False
+        missing = True
         while True:
             prepared = prepared or prefetcher.poll(step, _POLL_S)
+            if not missing:
+                turn.ask()
             was_early, ends, early, leaves = early, False, False, False
             if self._speaks:
                 reason = ""
                 if prepared is None:
                     reason = self._links.buffer.waiting_for(step) or "the teacher targets"
+                elif not turn.held:
+                    reason = "the generators, which finish their work on the shared devices"
                 status = control.wait_for(reason, self._waited_s)
                 ends, early = status.ends, status.phase != TRAINING
                 leaves = self._lose(status.leaving)
-            missing, ends, early, leaves = self._learner.any_of(
-                prepared is None, ends, early, leaves
+            missing, unheld, ends, early, leaves = self._learner.any_of(
+                prepared is None, not turn.held, ends, early, leaves
             )
             now = time.monotonic()
             waited_s += 0.0 if early or was_early else now - since
@@ -274,8 +288,11 @@ class TrainLoop:
             if leaves and self._saved < step:
                 self._save(step)
                 since = time.monotonic()
-            if prepared is not None and not missing:
+            if prepared is not None and not missing and not unheld:
                 return dataclasses.replace(prepared, wait_seconds=waited_s)
+            if not missing:
+                continue  # the wait for a device has a limit of its own
+            turn.lend()
             if waited_s > self._config.learner.data_timeout_s:
                 raise ClusterError(
                     f"the samples of step {step} did not come within learner.data_timeout_s ="
@@ -414,7 +431,9 @@ class TrainLoop:
         responses = None
         if self._speaks:
             self._links.orchestrator.start_probe(self._held_out_prompts)
-            responses = self._links.orchestrator.finish_probe()
+        with self._links.turn.lent():
+            if self._speaks:
+                responses = self._links.orchestrator.finish_probe()
         rollouts = self._learner.collect(responses)[0]
         assert rollouts is not None, "rank 0 has the responses"
         plans = plan_validation(
@@ -437,7 +456,8 @@ class TrainLoop:
 
     def _finish_probe(self, completed: int) -> None:
         """Log the responses, and compare the engine's log-probabilities with the learner's."""
-        responses = self._links.orchestrator.finish_probe() if self._speaks else None
+        with self._links.turn.lent():
+            responses = self._links.orchestrator.finish_probe() if self._speaks else None
         rollouts = self._learner.collect(responses)[0]
         assert rollouts is not None, "rank 0 has the responses"
         (plans,) = plan_validation(

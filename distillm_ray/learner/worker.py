@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
+from distillm_ray.cluster.control import ControlClient
 from distillm_ray.cluster.learner import LearnerJob, Links
+from distillm_ray.cluster.learner_turn import OwnDevice, SharedDevice
+from distillm_ray.cluster.orchestrator import turn_limit_s
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run(job: LearnerJob) -> None:
@@ -35,6 +43,8 @@ def run(job: LearnerJob) -> None:
     device = torch.device("cpu")
     if job.device == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
+    links = replace(links, turn=_turn(job, device))
+    links.turn.take()
     check_offload(config.learner, job.device)
     if config.learner.offload_directory is not None:
         check_async_io(config.learner.offload_directory)
@@ -88,3 +98,23 @@ def run(job: LearnerJob) -> None:
     )
     with links.reporter:
         loop.run(start)
+
+
+def _turn(job: LearnerJob, device: torch.device) -> OwnDevice:
+    """How this rank gets its device."""
+    from ray.train import get_context  # noqa: PLC0415 (as in `run`)
+
+    from distillm_ray.learner.shared_device import leave_room  # noqa: PLC0415
+
+    if not job.config.is_colocated:
+        return OwnDevice()
+    part = job.config.learner.num_gpus
+    assert part is not None, "the config fills it in"
+    return SharedDevice(
+        job.wires.orchestrator,
+        ControlClient(job.wires.control),
+        attempt=job.attempt,
+        rank=get_context().get_world_rank(),
+        limit_s=turn_limit_s(job.config, job.most_probes),
+        free=partial(leave_room, device, part),
+    )

@@ -207,6 +207,12 @@ def check_is_fixed(layout: Layout, format_name: str) -> None:
 
 
 def _training(config: Config, device: Device) -> Phase:
+    if config.is_colocated:
+        raise ConfigError(
+            "run.placement must be separate for a manifest, got colocated: every role has nodes or"
+            " whole GPUs of its own there; write the manifest with run.placement=separate, or"
+            " choose the machines yourself (docs/clusters.md)"
+        )
     phase = placement.train_phases(config, device)[0]
     for role in phase.roles:
         if role.node_labels:

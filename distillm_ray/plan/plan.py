@@ -121,6 +121,11 @@ def make_plan(
     Raises:
         UserError: the config cannot be planned here, by name.
     """
+    if config.is_colocated:
+        raise UserError(
+            "run.placement must be separate for a plan, got colocated: the simulation has all roles"
+            " work at the same time, and knows no turns; plan with run.placement=separate"
+        )
     device = stages.device if stages is not None else _device(config)
     phis = possible_phis(config)
     if phi is not None and len(phis) == 1 and phi != phis[0]:

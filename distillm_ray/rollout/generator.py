@@ -4,7 +4,8 @@
                         ▲
     Weights ──► load between two engine steps, or after the last request in flight
 
-A subclass implements the engine: `start`, `stop`, `_respond` and `_load`. This module derives each
+A subclass implements the engine: `start`, `stop`, `_respond` and `_load`, and `_sleep` and `_wake`
+where the job says that it shares its device. This module derives each
 request's seed and checks its length; weight_gate.py decides when weights may change. No Ray here.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,6 +97,7 @@ class GeneratorJob:
     device: Device
     trust_remote_code: bool = False
     teacher: MixedTeacher | None = None  # None: the demand is the model's alone
+    sleeps: bool = False  # the device is a learner's while the engine sleeps
 
 
 def generator_job(
@@ -142,6 +144,7 @@ def student_job(
         trust_remote_code=config.student.trust_remote_code,
         device=device,
     )
+    job = replace(job, sleeps=config.is_colocated)
     if not config.mixes_teacher:
         return job
     assert config.teacher is not None
@@ -201,6 +204,14 @@ class Generator(ABC):
 
         To iterate may take seconds: not in the event loop.
         """
+
+    async def _sleep(self) -> None:
+        """Free the device's memory, weights included. No request is in flight."""
+        raise RuntimeError(f"{type(self).__name__} does not sleep: the config refuses it")
+
+    async def _wake(self) -> None:
+        """Take the memory back, with the weights from before `_sleep`."""
+        raise RuntimeError(f"{type(self).__name__} does not sleep: the config refuses it")
 
     # ---- called by others ----------------------------------------------------------------------
 
@@ -295,7 +306,36 @@ class Generator(ABC):
             weights.version, lambda: self._take(weights), keep_in_flight=keep_in_flight
         )
 
+    async def sleep(self) -> None:
+        """Finish the requests in flight and leave the device to others until `wake`.
+
+        Requests and weight updates that come meanwhile wait.
+
+        Raises:
+            TimeoutError: the engine did not free its memory within `rollout.stall_timeout_s`.
+        """
+        await self._gate.close()
+        await self._within_stall_limit(self._sleep(), "sleep")
+
+    async def wake(self) -> None:
+        """Be ready again, with the same weights.
+
+        Raises:
+            TimeoutError: the engine did not get its memory within `rollout.stall_timeout_s`.
+        """
+        await self._within_stall_limit(self._wake(), "wake")
+        await self._gate.open()
+
     # ---- internals -----------------------------------------------------------------------------
+
+    async def _within_stall_limit(self, change: Awaitable[None], name: str) -> None:
+        limit_s = self.config.stall_timeout_s
+        try:
+            await asyncio.wait_for(change, limit_s)
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"the engine did not {name} within rollout.stall_timeout_s = {limit_s:g} s"
+            ) from error
 
     async def _take(self, weights: Weights[Bucket]) -> None:
         self._loading = True

@@ -89,6 +89,8 @@ class VllmGenerator(Generator):
             gpu_memory_utilization=engine_config.gpu_memory_utilization,
             kv_cache_memory_bytes=engine_config.cpu_kv_cache_gib * 2**30 if on_cpu else None,
             enforce_eager=engine_config.enforce_eager or on_cpu,
+            # vLLM's CPU build refuses it: an engine there only pauses, and keeps its memory.
+            enable_sleep_mode=self.job.sleeps and not on_cpu,
             # A part of a prompt samples a token that vLLM takes back by rewinding the request's
             # random generator, which a CPU's cannot: the engine would die.
             enable_chunked_prefill=False if on_cpu else None,
@@ -170,6 +172,17 @@ class VllmGenerator(Generator):
             await self._engine.pause_generation(mode="keep", clear_cache=False)
             await self._engine.collective_rpc("take_weights", args=(name,))
             await self._engine.resume_generation()
+
+    async def _sleep(self) -> None:
+        # Level 1: the weights move to main memory and come back at the wake. Level 2 would drop
+        # them, and the waking engine would need those that a learner has published, which may be
+        # lost with it, or the disk.
+        assert self._engine is not None, "call start() first"
+        await self._engine.sleep(level=1)
+
+    async def _wake(self) -> None:
+        assert self._engine is not None, "call start() first"
+        await self._engine.wake_up()
 
 
 def node_local_memory() -> Path:

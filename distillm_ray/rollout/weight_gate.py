@@ -2,6 +2,7 @@
 
     request ──► wait for min_version and for a running update ──► engine
     update  ──► wait for an earlier update ──► [drain requests] ──► load
+    close   ──► wait for a running update ──► drain requests; `open` admits again
 
 Weights are known here by their version only: the number of completed optimizer steps.
 """
@@ -25,6 +26,7 @@ class WeightGate:
         self._version = 0
         self._timeout_s = timeout_s
         self._updating = False
+        self._closed = False
         self._broken = False  # an update failed, so the engine's weights are unknown
         self._in_flight = 0
         self._changed = asyncio.Condition()  # notified when any of the fields above changes
@@ -64,7 +66,9 @@ class WeightGate:
             RuntimeError: an earlier update failed.
         """
         async with self._changed:
-            await self._changed.wait_for(lambda: self._broken or not self._updating)
+            await self._changed.wait_for(
+                lambda: self._broken or not (self._updating or self._closed)
+            )
             self._check()
             if version <= self._version:
                 return 0.0
@@ -92,12 +96,36 @@ class WeightGate:
                 self._changed.notify_all()
         return time.monotonic() - start
 
+    async def close(self) -> None:
+        """Admit nothing more, and return when no request is in flight.
+
+        What waits here meanwhile is admitted after `open`. Closing twice changes nothing.
+
+        Raises:
+            RuntimeError: an update failed.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._broken or not self._updating)
+            self._check()
+            self._closed = True
+            await self._changed.wait_for(lambda: self._in_flight == 0)
+
+    async def open(self) -> None:
+        """Admit requests and updates again."""
+        async with self._changed:
+            self._closed = False
+            self._changed.notify_all()
+
     async def _enter(self, name: str, min_version: int) -> int:
         try:
             async with self._changed:
-                while not self._broken and (self._updating or self._version < min_version):
-                    # An update has its own limits; every change here starts the wait anew.
-                    async with asyncio.timeout(None if self._updating else self._timeout_s):
+                while not self._broken and (
+                    self._updating or self._closed or self._version < min_version
+                ):
+                    # An update has its own limits, and a gate is closed for as long as its owner
+                    # wants; every change here starts the wait anew.
+                    unlimited = self._updating or self._closed
+                    async with asyncio.timeout(None if unlimited else self._timeout_s):
                         await self._changed.wait()
                 self._check()
                 self._in_flight += 1

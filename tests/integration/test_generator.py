@@ -301,6 +301,26 @@ def test_without_keeping_requests_in_flight_they_finish_with_the_old_weights(
         assert rollout.version == version - 1
 
 
+def test_vllm_that_has_slept_responds_with_its_newest_weights(generator: Generator) -> None:
+    if not isinstance(generator, VllmGenerator):
+        pytest.skip("the config refuses an engine that does not sleep")
+    model = tiny_llama(12)
+    update(generator, model)
+    prompt = prompts(1)[0]
+
+    async def sleep_meanwhile() -> tuple[bool, Rollout]:
+        await generator.sleep()
+        asked = asyncio.create_task(generator.complete(prompt, GREEDY, seed=0))
+        await asyncio.sleep(0.3)
+        early = asked.done()
+        await generator.wake()
+        return early, await asked
+
+    early, rollout = run(sleep_meanwhile())
+    assert not early
+    assert rollout.response_ids.tolist() == greedy(model, prompt, 24)
+
+
 def test_the_seed_is_a_function_of_run_ordinal_and_attempt(generator: Generator) -> None:
     update(generator, tiny_llama(3))
     prompt = prompts(1)[0]
