@@ -5,6 +5,8 @@
                                                                                        training │
     report ◄── evaluate student and teacher ◄── learners and orchestrator, to the last step ◄───┘
 
+Learners that share their GPUs with generators start when the student has been evaluated.
+
 The driver moves no data: it starts actors, follows the log and watches the run. Learners pull
 samples from the replay buffer, the orchestrator pulls work from it; nothing calls the driver.
 
@@ -176,8 +178,7 @@ def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
     )
     status: Status = "stopped"
     try:
-        # Engines that share devices with the learners measure their memory as they start. Learners
-        # come later, when the student has been evaluated.
+        # Engines measure the memory of their GPU as they start: a learner on it comes later.
         group = watch.group = None if config.is_colocated else run.start_learners()
         with watch.phase("starting generators, scorers and learners"):
             ask(

@@ -15,7 +15,8 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from distillm_ray.cluster.actors import BufferLost
-from distillm_ray.cluster.learner import LearnerGroup
+from distillm_ray.cluster.learner import LearnerGroup, LearnerJob
+from distillm_ray.cluster.placement import learners as learners_spec
 from distillm_ray.config import Config
 from distillm_ray.errors import ModelError, RunFailed
 from tests import make
@@ -164,3 +165,31 @@ def test_the_first_failure_after_a_notice_is_the_preemption_and_the_next_one_cou
         learners.raise_failure()
     (one,) = said
     assert "after the notice that a node will be taken away; back to step 0" in one
+
+
+def test_each_attempt_has_a_number_and_its_workers_are_where_the_generators_are_now(
+    tmp_path: Path,
+) -> None:
+    config = make.config(
+        run={"directory": tmp_path, "placement": "colocated"},
+        learner={"workers": 2},
+        rollout={"actors": 2},
+    )
+    job = LearnerJob(
+        config=config,
+        device="cpu",
+        wires=cast(Any, None),
+        vocabulary_size=8,
+        end_token_ids=(1,),
+        validation=cast(Any, None),
+        held_out_prompts=(),
+        probe_prompts=(),
+    )
+    places = iter([[{"node": "a"}, {"node": "a"}], [{"node": "b"}, {"node": "a"}]])
+    learners = LearnerGroup(
+        learners_spec(config, "cpu"), job, print, lambda: 0, print, lambda: next(places)
+    )
+    for number, nodes in ((1, ["a", "a"]), (2, ["b", "a"])):
+        trainer = cast(Any, learners._trainer())
+        assert trainer.train_loop_config["job"].attempt == number
+        assert [one["node"] for one in trainer.scaling_config.label_selector] == nodes

@@ -59,6 +59,7 @@ def make_config(directory: Path, **learner: Any) -> Config:
 @pytest.fixture(autouse=True)
 def _quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_loop, "_POLL_S", 0.05)
+    monkeypatch.setattr(train_loop, "_PACKING_S", 0.05)
 
 
 def plan_of(step: int) -> RankPlan:
@@ -758,6 +759,8 @@ def test_a_notice_is_answered_while_samples_are_missing(tmp_path: Path) -> None:
 
 class RecordedDevice(OwnDevice):
     """A shared device. The generators keep it for `delays` calls of `ask`, again in each turn."""
+
+    shared = True
 
     def __init__(self, roles: Roles, *, delays: int = 0) -> None:
         self.roles = roles

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distillm_ray.cluster.device_turns import DeviceTurns
@@ -130,6 +130,7 @@ def check(turns: Turns) -> None:
         assert turns.engines is Engines.AWAKE
 
 
+@settings(max_examples=100)
 @given(st.data(), st.integers(1, 3))
 def test_no_sequence_of_events_leaves_both_awake_or_anybody_waiting_forever(
     data: st.DataObject, ranks: int

@@ -19,6 +19,7 @@ _POLL_S = 2.0  # interval at which run control is asked during a wait
 class OwnDevice:
     """A device that the rank shares with nobody."""
 
+    shared = False
     held = True
     """Whether the rank may use its device."""
 
@@ -44,6 +45,8 @@ class SharedDevice(OwnDevice):
 
     A rank writes a checkpoint also while it has lent its device: that only reads what it keeps.
     """
+
+    shared = True
 
     def __init__(
         self,

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from distillm_ray.learner.learner import Learner
 
 _POLL_S = 2.0  # interval at which run control is asked while batches are missing
+_PACKING_S = 0.25  # for batches whose samples are there, before a shared device is lent
 
 
 class TrainLoop:
@@ -263,7 +264,8 @@ class TrainLoop:
         early = False
         missing = True
         while True:
-            prepared = prepared or prefetcher.poll(step, _POLL_S)
+            poll_s = _PACKING_S if turn.shared and turn.held else _POLL_S
+            prepared = prepared or prefetcher.poll(step, poll_s)
             if not missing:
                 turn.ask()
             was_early, ends, early, leaves = early, False, False, False
