@@ -10,6 +10,7 @@ from unittest.mock import AsyncMock
 import pytest
 
 from distillm_ray.cluster.busy_clock import BusyClock
+from distillm_ray.cluster.device_turns import DeviceTurns
 from distillm_ray.cluster.elastic_pool import PoolSize
 from distillm_ray.cluster.orchestrator_loop import MAX_GIVEN_UP, Orchestrator
 from distillm_ray.cluster.pool import ActorLost, InputGivenUp
@@ -186,7 +187,7 @@ class FakeLog:
 class Setup:
     """An orchestrator whose roles are fakes."""
 
-    def __init__(self, *, teacher: bool = True, **response_filter: bool) -> None:
+    def __init__(self, *, teacher: bool = True, ranks: int = 0, **response_filter: bool) -> None:
         self.events: list[str] = []
         self.buffer = FakeBuffer(self.events)
         self.generators = FakeGenerators(self.events)
@@ -198,6 +199,7 @@ class Setup:
             scorers=cast(Any, self.targets) if teacher else None,
             log=cast(Any, self.log),
             response_filter=FilterConfig(**response_filter),
+            turns=DeviceTurns(ranks),
         )
         self.buffer.finish = self.finish
 
@@ -215,6 +217,61 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(SOON):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+# ---- devices shared with the learners ------------------------------------------------------------
+
+
+async def take(setup: Setup) -> None:
+    assert await setup.loop.take_device(0, 0, hurried=False, timeout_s=SOON)
+    setup.events.append("the learner has its device")
+
+
+async def test_demand_probes_and_weights_wait_for_the_generators_turn() -> None:
+    setup = Setup(ranks=1)
+    await take(setup)
+    running = asyncio.create_task(setup.run_until(1))
+    setup.buffer.give(make.demand(0))
+    await setup.loop.publish(make.weights(2))
+    probe = asyncio.create_task(setup.loop.respond([make.prompt("x")], SamplingConfig(), 0))
+    await asyncio.sleep(0.02)
+    assert setup.events == ["sleep", "the learner has its device"]
+    setup.loop.lend_device(0, 0)
+    await probe
+    await running
+    assert setup.events[2] == "wake"
+    assert set(setup.events[3:]) >= {"weights 2", "respond x", "add student-0"}
+
+
+async def test_of_the_weights_of_one_turn_the_generators_take_the_newest_only() -> None:
+    setup = Setup(ranks=1)
+    await take(setup)
+    for version in (1, 2, 3):
+        await asyncio.wait_for(setup.loop.publish(make.weights(version)), SOON)
+    setup.loop.lend_device(0, 0)
+    await until(lambda: "weights 3" in setup.events)
+    await take(setup)
+    assert setup.events[2:] == ["wake", "weights 3", "sleep", "the learner has its device"]
+
+
+async def test_the_last_weights_arrive_when_the_learners_have_ended_in_their_turn() -> None:
+    setup = Setup(ranks=1)
+    running = asyncio.create_task(setup.loop.run())
+    await take(setup)
+    await setup.loop.publish(make.weights(9))
+    await setup.loop.finish()
+    await asyncio.wait_for(running, SOON)
+    assert setup.events[-2:] == ["wake", "weights 9"]
+
+
+async def test_a_restore_to_an_older_checkpoint_goes_on_when_the_learner_has_lent() -> None:
+    setup = Setup(ranks=1)
+    await take(setup)
+    await setup.loop.publish(make.weights(4))
+    setup.loop.lend_device(0, 0)
+    await asyncio.wait_for(setup.loop.restore(b"", 2), SOON)
+    assert "rewind" in setup.events
+    await take(setup)
 
 
 # ---- elastic pools -------------------------------------------------------------------------------

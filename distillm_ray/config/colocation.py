@@ -8,14 +8,10 @@ optimizer state stay in the rest.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from distillm_ray.config.fields import shown_range
-from distillm_ray.config.roles import ActorRange, LearnerConfig
+from distillm_ray.config.roles import ActorRange, LearnerConfig, TeacherConfig
 from distillm_ray.config.rollout import RolloutConfig, VllmEngine
-
-if TYPE_CHECKING:
-    from distillm_ray.config.tree import Config
+from distillm_ray.config.run import RunConfig
 
 _SMALLEST_PART = 0.51  # of a generator: two of them must not fit on one GPU
 _DIGITS = 4  # Ray counts GPUs in parts of 1/10,000
@@ -38,16 +34,28 @@ def with_parts(
     return learner, rollout
 
 
-def check_colocated(config: Config) -> None:
-    """Rules of `run.placement: colocated`. Raises ValueError with key, rule, value and remedy."""
-    learner, rollout = config.learner, config.rollout
+def check_colocated(
+    run: RunConfig,
+    learner: LearnerConfig,
+    rollout: RolloutConfig,
+    teacher: TeacherConfig | None,
+    *,
+    generates: bool,
+) -> None:
+    """Rules of `run.placement: colocated`, after `with_parts`.
+
+    `generates`: whether the run has generators at all.
+
+    Raises:
+        ValueError: with key, rule, value and remedy.
+    """
     separate = "or set run.placement=separate"
-    if config.run.mode == "local":
+    if run.mode == "local":
         raise ValueError(
             "run.placement must be separate with run.mode=local, got colocated: one process has all"
             " roles there, one after the other; remove the key"
         )
-    if not config.wants_generators:
+    if not generates:
         raise ValueError(
             "run.placement must be separate where a run generates nothing, got colocated: the"
             " learners have their GPUs alone; remove the key"
@@ -84,12 +92,18 @@ def check_colocated(config: Config) -> None:
             f" {shown_range(rollout.node_labels)} and {shown_range(learner.node_labels)}: they are"
             " processes on the same nodes; give both the same labels"
         )
-    _check_parts(config, rollout.engine)
+    _check_parts(rollout.engine, rollout.num_gpus, learner.num_gpus)
+    if teacher is not None and teacher.num_gpus is not None and teacher.num_gpus % 1 != 0:
+        raise ValueError(
+            "teacher.num_gpus must be a whole number with run.placement=colocated, got"
+            f" {teacher.num_gpus:g}: a scorer works in both turns, so it keeps its memory, and"
+            " would get the part of a GPU that is a learner's; remove the key: scorers have GPUs of"
+            " their own"
+        )
 
 
-def _check_parts(config: Config, engine: VllmEngine) -> None:
-    """Of each GPU."""
-    own, other = config.rollout.num_gpus, config.learner.num_gpus
+def _check_parts(engine: VllmEngine, own: float | None, other: float | None) -> None:
+    """Of each GPU: the generator's own one, and the learner's."""
     assert own is not None and other is not None, "filled in by `with_parts`"
     if round(own + other, _DIGITS) != 1.0 or own < _SMALLEST_PART or other <= 0.0:
         raise ValueError(
@@ -105,12 +119,4 @@ def _check_parts(config: Config, engine: VllmEngine) -> None:
             f" rest of the GPU's memory is the learner's, which keeps its weights there while"
             f" vLLM works; set rollout.engine.gpu_memory_utilization={own:g}, or remove"
             " rollout.num_gpus and learner.num_gpus"
-        )
-    teacher = config.teacher
-    if teacher is not None and teacher.num_gpus is not None and teacher.num_gpus % 1 != 0:
-        raise ValueError(
-            "teacher.num_gpus must be a whole number with run.placement=colocated, got"
-            f" {teacher.num_gpus:g}: a scorer works in both turns, so it keeps its memory, and"
-            " would get the part of a GPU that is a learner's; remove the key: scorers have GPUs of"
-            " their own"
         )

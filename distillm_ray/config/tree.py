@@ -294,7 +294,13 @@ class Config(Section):
         self._check_corpus()
         self._check_terms()
         if self.is_colocated:
-            check_colocated(self)
+            check_colocated(
+                self.run,
+                self.learner,
+                self.rollout,
+                self.teacher,
+                generates=self.wants_generators,
+            )
 
     def _check_corpus(self) -> None:
         """A term on the corpus and the corpus come together."""

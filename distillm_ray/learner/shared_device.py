@@ -40,6 +40,6 @@ def check_kept(*, kept_bytes: int, total_bytes: int, part: float) -> None:
         f"a learner must keep at most learner.num_gpus = {part:g} of its GPU's memory while vLLM"
         f" works, got {needed:.2f} ({kept_bytes / _GIB:.1f} of {total_bytes / _GIB:.1f} GiB): vLLM"
         " would not get its memory back; lower rollout.engine.gpu_memory_utilization below"
-        f" {1 - needed:.2f}, set learner.offload=cpu, raise learner.workers and rollout.actors with"
-        " learner.zero_stage=3, or set run.placement=separate"
+        f" {1 - needed:.2f}, set learner.offload=cpu, use more GPUs (learner.workers and"
+        " rollout.actors) with learner.zero_stage=3, or set run.placement=separate"
     )
