@@ -261,7 +261,7 @@ def test_several_nodes_without_a_directory_to_check_are_told_how() -> None:
 def test_the_probe_of_a_node_runs_where_the_package_is_not_installed() -> None:
     cloudpickle.register_pickle_by_value(node)
     try:
-        sent = cloudpickle.dumps(node.examine)
+        sent = cloudpickle.dumps(node.examine)  # pyright: ignore[reportPrivateImportUsage]
     finally:
         cloudpickle.unregister_pickle_by_value(node)
     program = (

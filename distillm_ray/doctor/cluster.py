@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,9 +89,11 @@ def compare(nodes: Sequence[ClusterNode], directory: Path | None) -> list[Findin
 def _ask(alive: Sequence[dict[str, Any]], directory: Path | None) -> list[ClusterNode]:
     """Run node.py on every node at once."""
     import ray  # noqa: PLC0415
+    from ray import cloudpickle  # noqa: PLC0415
+    from ray.exceptions import GetTimeoutError, RayError  # noqa: PLC0415
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
-    ray.cloudpickle.register_pickle_by_value(node)
+    cloudpickle.register_pickle_by_value(node)
     prefix = f".doctor-{uuid.uuid4().hex}"
     names = [f"{prefix}-{index}" for index in range(len(alive))]
     driver_file = f"{prefix}-driver"
@@ -112,9 +114,9 @@ def _ask(alive: Sequence[dict[str, Any]], directory: Path | None) -> list[Cluste
             report, error = None, ""
             try:
                 report = ray.get(call, timeout=0)
-            except ray.exceptions.GetTimeoutError:
+            except GetTimeoutError:
                 error = f"no reply in {PROBE_S:g} s"
-            except ray.exceptions.RayError as problem:
+            except RayError as problem:
                 error = first_line(problem)
             found.append(
                 ClusterNode(
@@ -144,8 +146,8 @@ def _appears(path: Path) -> bool:
 def _resources(
     alive: int,
     dead: int,
-    total: dict[str, float],
-    free: dict[str, float],
+    total: Mapping[str, float],
+    free: Mapping[str, float],
     *,
     has_dashboard: bool,
 ) -> Finding:
