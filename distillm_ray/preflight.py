@@ -28,7 +28,7 @@ from distillm_ray.models.directory import (
     check_targets,
 )
 from distillm_ray.models.identity import model_identity
-from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
+from distillm_ray.run_directory import CONFIG_FILE, held
 from distillm_ray.teacher.target_key import TargetIdentity
 from distillm_ray.types import Device
 
@@ -67,7 +67,7 @@ def settled(config: Config, now: datetime) -> Config:
     Raises:
         ConfigError: the run's own config cannot be read.
     """
-    path = config.run.directory / CONFIG_FILE
+    path = config.run.local_directory / CONFIG_FILE
     saved = load_config(path) if path.is_file() else None
     data, learner = config.data, config.learner
     if data.time is None:
@@ -90,8 +90,8 @@ def check(config: Config) -> Preflight:
     check_run_directory(config)
     if config.loss.needs_teacher:
         check_library(config)
-    if config.run.directory.is_dir():
-        with held(config.run.directory):
+    if config.run.local_directory.is_dir():
+        with held(config.run.local_directory):
             pass
     return found
 
@@ -174,7 +174,7 @@ def check_run_directory(config: Config) -> Checkpoint | None:
     Raises:
         RunDirectoryError: it belongs to something else or to another run, or cannot be written.
     """
-    directory = config.run.directory
+    directory = config.run.local_directory
     if _RAY_UPLOADS in directory.parts:
         raise RunDirectoryError(
             f"run.directory must outlive the job, got {directory}, which lies in the copy of"
@@ -193,7 +193,7 @@ def check_run_directory(config: Config) -> Checkpoint | None:
             )
         return None
     check_resume(load_config(saved), config)
-    checkpoints = CheckpointDirectory(directory / CHECKPOINT_FOLDER, keep=config.checkpoint.keep)
+    checkpoints = CheckpointDirectory.of(config)
     latest = checkpoints.latest()
     damaged = checkpoints.damaged()
     if latest is None and damaged:
@@ -219,11 +219,10 @@ def check_run_directory(config: Config) -> Checkpoint | None:
 
 def is_complete(config: Config) -> bool:
     """Whether the run in `run.directory` has done all its steps, or a rule of `stop` ended it."""
-    path = config.run.directory / FILE_NAME
+    path = config.run.local_directory / FILE_NAME
     if not path.is_file():
         return False
-    folder = config.run.directory / CHECKPOINT_FOLDER
-    latest = CheckpointDirectory(folder, keep=config.checkpoint.keep).latest()
+    latest = CheckpointDirectory.of(config).latest()
     return any(
         isinstance(record, DoneRecord)
         and record.status == "complete"
@@ -236,7 +235,7 @@ def is_complete(config: Config) -> bool:
 
 def missing_evaluations(config: Config) -> tuple[str, ...]:
     """The models that a run has begun to compare and has no scores of."""
-    evaluation = read_evaluation(config.run.directory)
+    evaluation = read_evaluation(config.run.local_directory)
     if evaluation is None or not config.evaluation.at_end:
         return ()
     wanted = (STUDENT_AFTER, *((TEACHER,) if config.evaluates_teacher else ()))
