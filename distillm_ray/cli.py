@@ -78,6 +78,8 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
         with opened(tree) as session:
             _train(tree, session)
+        if session is not None:
+            typer.echo(f"The run is in {tree.run.directory}.")
 
 
 def _train(tree: Config, session: RunSession | None) -> None:

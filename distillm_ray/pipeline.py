@@ -162,6 +162,8 @@ def train(
             ends = preflight.student.ends(splits.train.end_token_id)
             for line in write_first_rows(config.run.local_directory, splits, tokenizer, ends):
                 view.note(line)
+            if session is not None:
+                session.push()  # before the first checkpoint: without a config it is no run's
             run = Run(
                 config,
                 preflight,

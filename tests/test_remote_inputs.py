@@ -102,6 +102,17 @@ def test_what_is_pinned_and_fetched_needs_no_store(
     assert fetched(found).read_text() == ROW
 
 
+def test_the_run_directory_is_no_input(store: ObjectStore, tmp_path: Path) -> None:
+    store.put("data/train.jsonl", ROW)
+    store.put("runs/one/checkpoints/step-00000001/weights", "large")
+    tree = config(tmp_path, train=str(address("data/train.jsonl"))).model_dump(mode="json")
+    tree["run"]["directory"] = str(address("runs/one"))
+    found = pinned(parse_config(tree, name="test"))
+    assert found.run.directory == address("runs/one")
+    files = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert [name for name in files if not name.endswith(".lock")] == ["train.jsonl"]
+
+
 def test_a_killed_download_is_not_taken_for_whole(store: ObjectStore, tmp_path: Path) -> None:
     store.put("models/tiny/a", b"a" * 1000)
     store.put("models/tiny/b", b"b" * 1000)

@@ -32,6 +32,7 @@ from distillm_ray.remote.store import RemoteDirectory, StoredObject, endpoint
 
 PARALLEL_DOWNLOADS = 8
 _FOLDER = "inputs"
+_SECTIONS = ("teacher", "student", "data")  # of a config: what they name is read
 
 
 def pinned(config: Config) -> Config:
@@ -40,9 +41,14 @@ def pinned(config: Config) -> Config:
     Raises:
         StoreError: with the key of the input.
     """
-    found = _pinned(config, "")
-    assert isinstance(found, Config)
-    return found
+    sections = {name: getattr(config, name) for name in _SECTIONS}
+    return config.model_copy(
+        update={
+            name: _pinned(section, f"{name}.")
+            for name, section in sections.items()
+            if section is not None
+        }
+    )
 
 
 def fetched(place: Path | RemotePath) -> Path:
