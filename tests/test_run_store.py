@@ -239,6 +239,17 @@ def test_a_file_that_the_run_removes_is_removed_in_the_store(store: ObjectStore)
     assert store.keys(RUN) == [f"{RUN}/config.yaml"]
 
 
+def test_a_model_that_the_driver_uploads_stays(store: ObjectStore) -> None:
+    tree = config(store)
+    with opened(tree) as session:
+        assert session is not None
+        (tree.run.local_directory / "config.yaml").write_text("saved")
+        (tree.run.local_directory / "model").mkdir()
+        (tree.run.local_directory / "model" / "config.json").write_text("{}")
+        session.push(models=True)
+    assert store.keys(RUN) == [f"{RUN}/config.yaml", f"{RUN}/model/config.json"]
+
+
 def test_a_failure_in_the_run_uploads_its_log_too(store: ObjectStore) -> None:
     tree = config(store)
     with pytest.raises(RunDirectoryError, match="the disk is full"), opened(tree):

@@ -36,7 +36,7 @@ class Owner:
 
     token: str
     host: str
-    boot: str  # of the host's kernel
+    boot: str  # of the host's kernel, and the namespace of its process numbers
     pid: int
 
     @classmethod
@@ -158,4 +158,5 @@ class Lease:
 
 
 def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{kernel} {os.readlink('/proc/self/ns/pid')}"  # containers share the kernel

@@ -62,7 +62,10 @@ def opened(config: Config) -> Iterator[RunSession | None]:
         raise StoreError(f"run.directory: {error}") from error
     try:
         session = RunSession(directory, config.run.local_directory, lease)
-        session.bring()
+        try:
+            session.bring()
+        except StoreError as error:
+            raise StoreError(f"run.directory: {error}") from error
         with session.uploading():
             yield session
     finally:
@@ -128,8 +131,9 @@ class RunSession:
                         self._directory.upload(path, name)
                         self._uploaded[name] = facts
             for name in self._uploaded.keys() - found.keys():
-                self._directory.delete(name)
-                del self._uploaded[name]
+                if name.partition("/")[0] not in left_out:
+                    self._directory.delete(name)
+                    del self._uploaded[name]
 
     @contextmanager
     def uploading(self) -> Iterator[None]:

@@ -137,11 +137,13 @@ class RemoteDirectory:
 
     def delete(self, name: str) -> None:
         """Delete an object, or all below a name. What does not exist is deleted already."""
-        names = sorted(self.files(name)) or [name]
+        path = self._path(name)
         with self._explained() as filesystem:
-            for one in names:
-                if filesystem.get_file_info(self._path(one)).type == fs.FileType.File:
-                    filesystem.delete_file(self._path(one))
+            match filesystem.get_file_info(path).type:
+                case fs.FileType.File:
+                    filesystem.delete_file(path)
+                case fs.FileType.Directory:
+                    filesystem.delete_dir(path)
 
     def filesystem_and_path(self, name: str) -> tuple[fs.FileSystem, str]:
         """What a library needs that writes by itself."""
