@@ -70,6 +70,7 @@ from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory
 from distillm_ray.remote.inputs import fetched
+from distillm_ray.remote.run_store import store_of
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.build import build_buffer
 from distillm_ray.report.console import ConsoleView
@@ -172,10 +173,12 @@ def check_start(config: Config) -> list[str]:
         RunDirectoryError: the directory holds a finished run, which would be replaced.
     """
     directory = config.run.local_directory
-    if (directory / MODEL_FOLDER).exists():
+    store = store_of(config)  # whose models are not in the copy on this node
+    exists = (directory / MODEL_FOLDER).exists() if store is None else store.files(MODEL_FOLDER)
+    if exists:
         raise RunDirectoryError(
-            f"run.directory: {directory} holds a finished run. With run.mode=local there are no"
-            f" checkpoints to go on from: it would start again and replace {MODEL_FOLDER}/; set"
+            f"run.directory: {config.run.directory} holds a finished run. With run.mode=local there"
+            f" are no checkpoints to go on from: it would start again and replace {MODEL_FOLDER}/; set"
             " run.directory to a new directory"
         )
     if (directory / CONFIG_FILE).exists():

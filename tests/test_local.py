@@ -26,6 +26,7 @@ from distillm_ray.run_directory import MODEL_FOLDER
 from distillm_ray.teacher.target_store import TargetStore
 from distillm_ray.types import TeacherTargets
 from tests.integration.tiny import NUM_TRAIN, make_config, make_corpus, make_rows, records
+from tests.object_store import BUCKET, ObjectStore
 
 STEPS, BATCH_SIZE = 4, 8
 DATASET_ONLY = ("schedule={type: fixed, phi: 0}", "loss.terms=[{type: forward_kl}]")
@@ -130,6 +131,28 @@ def test_show_prints_no_resources_for_a_local_run(tiny_job: Path) -> None:
 
 
 # ---- what it does -------------------------------------------------------------------------------
+
+
+def test_a_run_in_a_store_leaves_its_log_and_its_model_there(
+    store: ObjectStore, tiny_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = f"s3://{BUCKET}/runs/local"
+    command = ["train", str(tiny_job), "run.mode=local", f"run.directory={run}", *DATASET_ONLY]
+    ended = CliRunner().invoke(app, command)
+    assert ended.exit_code == 0, ended.stderr
+    assert f"The run is in {run}." in ended.stdout
+    keys = store.keys("runs/local")
+    for name in ("config.yaml", "metrics.jsonl", "model/model.safetensors", "summary.json"):
+        assert f"runs/local/{name}" in keys
+    assert "runs/local/lease.json" not in keys
+    monkeypatch.setenv("DISTILLM_RAY_CACHE", str(tmp_path / "of another machine"))
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 0, again.stderr
+    assert f"The run in {run} is complete." in again.stdout
+    longer = CliRunner().invoke(app, [*command, "learner.steps=5"])
+    assert longer.exit_code == EXIT_USER_ERROR
+    assert f"{run} holds a finished run" in longer.stderr
+    assert store.keys("runs/local") == keys
 
 
 def test_a_run_leaves_its_log_and_its_model_which_no_second_run_replaces(load: Load) -> None:

@@ -38,6 +38,7 @@ def test_a_run_in_a_store_is_resumed_with_an_empty_disk_and_draws_the_same_steps
         tree[name]["model"] = f"{ROOT}/models/{name}"
     for name in ("train", "validation"):
         tree["data"][name] = [f"{ROOT}/data/{name}.jsonl"]
+    tree["learner"] |= {"workers": 2, "zero_stage": 1}
     config = tmp_path / "elsewhere" / "store.yaml"  # with nothing beside it
     config.parent.mkdir()
     config.write_text(yaml.safe_dump(tree))
@@ -73,5 +74,6 @@ def test_a_run_in_a_store_is_resumed_with_an_empty_disk_and_draws_the_same_steps
     assert kept == {"step-00000002", "step-00000004"}
     manifest = json.loads(store.get(f"{RUN}/checkpoints/step-00000004/manifest.json"))
     assert "buffer.bin" in manifest
+    assert sum(name.endswith("optim_states.pt") for name in manifest) == 2  # one of each rank
     assert not any(SECRET in output for output in outputs)
     assert not [name for name in names if SECRET.encode() in store.get(f"{RUN}/{name}")]
