@@ -178,8 +178,8 @@ def check_start(config: Config) -> list[str]:
     if exists:
         raise RunDirectoryError(
             f"run.directory: {config.run.directory} holds a finished run. With run.mode=local there"
-            f" are no checkpoints to go on from: it would start again and replace {MODEL_FOLDER}/; set"
-            " run.directory to a new directory"
+            f" are no checkpoints to go on from: it would start again and replace {MODEL_FOLDER}/;"
+            " set run.directory to a new directory"
         )
     if (directory / CONFIG_FILE).exists():
         return ["the run starts again: with run.mode=local there are no checkpoints to go on from"]

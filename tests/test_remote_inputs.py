@@ -241,11 +241,10 @@ def test_an_address_of_a_wrong_form_is_refused_by_key(tmp_path: Path, text: str,
 
 @pytest.mark.parametrize("command", ["export", "plot", "compare"])
 def test_commands_on_a_run_that_need_it_on_a_disk_say_so(command: str) -> None:
-    ended = CliRunner().invoke(app, [command, "s3://bucket/runs/one"], terminal_width=200)
+    ended = CliRunner().invoke(app, [command, "s3://bucket/runs/one"])
     assert ended.exit_code == 2
-    assert (
-        "must be a path on a disk, got 's3://bucket/runs/one': copy it there first" in ended.stderr
-    )
+    said = " ".join(ended.stderr.replace("│", " ").split())  # without the frame around it
+    assert "must be a path on a disk, got 's3://bucket/runs/one': copy it there first" in said
 
 
 def test_an_address_where_only_a_path_can_stand_is_refused(tmp_path: Path) -> None:
