@@ -37,6 +37,7 @@ from distillm_ray.data import ray_data, tokenizing
 from distillm_ray.data.fingerprint import keep_or_compare
 from distillm_ray.data.splits import Splits, splits_of
 from distillm_ray.models.tokenizers import load_tokenizer
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.replay.build import build_buffer
 from distillm_ray.report.opening import opening_lines
 from distillm_ray.report.rows import write_first_rows
@@ -129,7 +130,7 @@ def run(config: Config, *, in_process: bool) -> tuple[Splits, list[Stage], dict[
     """The driver's way from the file to the buffer."""
     stages: list[Stage] = []
     with measured("imports, tokenizer", stages):
-        tokenizer = load_tokenizer(config.student.model)
+        tokenizer = load_tokenizer(fetched(config.student.model))
     with measured("read, tokenize, collect", stages):
         splits = splits_of(
             config,
@@ -146,9 +147,11 @@ def run(config: Config, *, in_process: bool) -> tuple[Splits, list[Stage], dict[
     with measured("sizes of the targets", stages):
         target_sizes(config, splits.train.demonstrations, (), 1152)
     with measured("digests of the rows", stages):
-        keep_or_compare(config.run.directory, splits, resumed=False)
+        keep_or_compare(config.run.local_directory, splits, resumed=False)
     with measured("first rows", stages):
-        write_first_rows(config.run.directory, splits, tokenizer, (splits.train.end_token_id,))
+        write_first_rows(
+            config.run.local_directory, splits, tokenizer, (splits.train.end_token_id,)
+        )
     if in_process:
         return splits, stages, {}
     with measured("share with the buffer", stages):

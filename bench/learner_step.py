@@ -37,6 +37,7 @@ from distillm_ray.data import tokenizing
 from distillm_ray.data.splits import load_splits
 from distillm_ray.learner.learner import Learner
 from distillm_ray.models.heads import load_frozen_head
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.types import (
     Draw,
     DrawnSequence,
@@ -134,8 +135,8 @@ def main() -> None:
     torch.set_num_threads(1)
     config = load_config(REPOSITORY / "configs" / "quickstart.yaml", [])
     assert config.teacher is not None
-    teacher_path = Path(config.teacher.model)
-    tokenizer = AutoTokenizer.from_pretrained(config.student.model)
+    teacher_path = fetched(config.teacher.model)
+    tokenizer = AutoTokenizer.from_pretrained(fetched(config.student.model))
     splits = load_splits(config.data, tokenizer, 0, map_files=tokenizing.map_files)
     rollouts = splits.train.demonstrations[:BATCH_SIZE]
     dtype = getattr(torch, arguments.dtype)
@@ -151,7 +152,7 @@ def main() -> None:
         name: learner_of(config, loss, arguments.dtype, vocabulary_size, teacher_path)
         for name, loss in (("SFT", SFT), ("skew KL", SKEW_KL))
     }
-    bare = AutoModelForCausalLM.from_pretrained(config.student.model, dtype=dtype)
+    bare = AutoModelForCausalLM.from_pretrained(fetched(config.student.model), dtype=dtype)
     functions: dict[str, Callable[[], Any]] = {
         "bare loop": bare_loop(bare, rows["SFT"]),
         "learner, SFT": lambda: learners["SFT"].train_step(rows["SFT"], 1),

@@ -38,6 +38,7 @@ from distillm_ray.models.packed import PackedModel, check_head, load_packed_mode
 from distillm_ray.models.row_path import tolerance_of
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.report.opening import opening_lines
 from distillm_ray.report.rows import NUM_ROWS, describe_pieces, describe_rows
 from distillm_ray.rollout.engines import make_generator
@@ -75,7 +76,7 @@ def check(config: Config, preflight: Preflight, say: Say) -> None:
             say(describe_model(facts))
 
     tokenizer = load_tokenizer(
-        config.student.model, trust_remote_code=config.student.trust_remote_code
+        fetched(config.student.model), trust_remote_code=config.student.trust_remote_code
     )
     splits = splits_of(
         config,
@@ -101,7 +102,7 @@ def check(config: Config, preflight: Preflight, say: Say) -> None:
     if config.teacher is not None and config.loss.needs_teacher:
         say(check_teacher(config, preflight.vocabulary_size, torch.device(device)))
     student = load_packed_model(
-        config.student.model,
+        fetched(config.student.model),
         role="student",
         dtype=resolve_dtype(config.student.dtype, device),
         device=torch.device(device),
@@ -139,7 +140,7 @@ def compare_tokenizers(
     """Whether the teacher's tokenizer reads the student's rows as the same ids."""
     assert config.teacher is not None
     teacher = load_tokenizer(
-        config.teacher.model, trust_remote_code=config.teacher.trust_remote_code
+        fetched(config.teacher.model), trust_remote_code=config.teacher.trust_remote_code
     )
     for row in rows:
         if isinstance(row, Prompt):
@@ -162,14 +163,14 @@ def check_teacher(config: Config, vocabulary_size: int, device: torch.device) ->
     assert config.teacher is not None
     dtype = resolve_dtype(config.teacher.dtype, device)
     packed = load_packed_model(
-        config.teacher.model,
+        fetched(config.teacher.model),
         role="teacher",
         dtype=dtype,
         device=device,
         trust_remote_code=config.teacher.trust_remote_code,
     )
     head = load_frozen_head(
-        config.teacher.model,
+        fetched(config.teacher.model),
         vocabulary_size=vocabulary_size,
         dtype=dtype,
         device=device,
@@ -220,9 +221,8 @@ def check_export(config: Config, student: PackedModel, end_token_ids: tuple[int,
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
         weights = gather(model, model.dtype, keep=True)
-        export_model(
-            weights, config.student.model, directory, model.dtype, end_token_ids=end_token_ids
-        )
+        source = fetched(config.student.model)
+        export_model(weights, source, directory, model.dtype, end_token_ids=end_token_ids)
         own, loaded = (
             AutoModelForCausalLM.from_pretrained(
                 path,
@@ -230,7 +230,7 @@ def check_export(config: Config, student: PackedModel, end_token_ids: tuple[int,
                 local_files_only=True,
                 trust_remote_code=config.student.trust_remote_code,
             )
-            for path in (config.student.model, directory)
+            for path in (source, directory)
         )
     expected, found = (
         nn.Module.to(one, model.device).eval()(input_ids=ids_1L).logits for one in (own, loaded)

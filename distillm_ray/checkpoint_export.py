@@ -24,6 +24,7 @@ from distillm_ray.learner.student_model import PackedStudent, load_student
 from distillm_ray.models.directory import check_model_directory
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.tokenizers import load_tokenizer
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE
 from distillm_ray.weights.export import export_model
 from distillm_ray.weights.gather import EXPORT_ELEMENTS, gather
@@ -55,7 +56,7 @@ def export(run: Path, which: str, output: Path | None) -> list[str]:
         )
     check_writable(directory.absolute().parent, "--output")
     tokenizer = load_tokenizer(
-        config.student.model, trust_remote_code=config.student.trust_remote_code
+        fetched(config.student.model), trust_remote_code=config.student.trust_remote_code
     )
     facts = check_model_directory(
         config.student.model, "student", trust_remote_code=config.student.trust_remote_code
@@ -83,7 +84,7 @@ def write_model(
     if dtype not in whole and student.dtype == "auto" and len(whole) == 1:
         (dtype,) = whole
     buckets = gather(packed.model, dtype, keep=True, bucket_elements=EXPORT_ELEMENTS)
-    export_model(buckets, student.model, directory, dtype, end_token_ids=end_token_ids)
+    export_model(buckets, fetched(student.model), directory, dtype, end_token_ids=end_token_ids)
 
 
 def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:

@@ -24,6 +24,7 @@ from distillm_ray.errors import DISK_FULL, NOT_ALLOWED, RunFailed, UserError
 
 if TYPE_CHECKING:
     from distillm_ray.config import Config
+    from distillm_ray.remote.run_store import RunSession
     from distillm_ray.report.console import ConsoleView
 
 EXIT_FAILED = 1
@@ -73,50 +74,61 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     with _user_errors():
         tree = _load(config, overrides)
         _quiet()
-        from distillm_ray import preflight
+        from distillm_ray.remote.run_store import opened
 
-        tree = preflight.settled(tree, datetime.now())
-        if tree.run.mode == "local":
-            from distillm_ray import local
+        with opened(tree) as session:
+            _train(tree, session)
+        if session is not None:
+            typer.echo(f"The run is in {tree.run.directory}.")
 
-            local.check(tree)
-        checked = preflight.check(tree)
-        from distillm_ray.report.report import write_report
 
-        if preflight.is_complete(tree):
-            typer.echo(f"The run in {tree.run.directory} is complete.")
-            if missing := preflight.missing_evaluations(tree):
-                typer.echo(f"The evaluation of {' and '.join(missing)} is missing.")
-                from distillm_ray import pipeline
+def _train(tree: Config, session: RunSession | None) -> None:
+    """The job, with its run directory on this node; `session` of one in a store."""
+    from distillm_ray import preflight
+    from distillm_ray.remote.inputs import pinned
+    from distillm_ray.report.report import write_report
 
-                with _view(tree) as view:
-                    pipeline.evaluate_missing(tree, checked, view)
-            _print(write_report(tree.run.directory, compare=_comparable(tree)))
-            return
-        command = shlex.join(sys.argv)
-        if tree.run.mode == "local":
-            from transformers.utils.logging import disable_progress_bar
+    directory = tree.run.local_directory
+    tree = pinned(preflight.settled(tree, datetime.now()))
+    if tree.run.mode == "local":
+        from distillm_ray import local
 
-            from distillm_ray import local
+        local.check(tree)
+    checked = preflight.check(tree)
+    if preflight.is_complete(tree):
+        typer.echo(f"The run in {tree.run.directory} is complete.")
+        if missing := preflight.missing_evaluations(tree):
+            typer.echo(f"The evaluation of {' and '.join(missing)} is missing.")
+            from distillm_ray import pipeline
 
-            disable_progress_bar()  # of loading weights: it would garble the view
             with _view(tree) as view:
-                local.train(tree, checked, view, command=command)
-            _print(write_report(tree.run.directory, compare=_comparable(tree)))
-            return
-        from distillm_ray import pipeline
+                pipeline.evaluate_missing(tree, checked, view)
+        _print(write_report(directory, compare=_comparable(tree)))
+        return
+    command = shlex.join(sys.argv)
+    if tree.run.mode == "local":
+        from transformers.utils.logging import disable_progress_bar
 
+        from distillm_ray import local
+
+        disable_progress_bar()  # of loading weights: it would garble the view
         with _view(tree) as view:
-            ended = pipeline.train(tree, checked, view, command=command)
-        if ended.status == "stopped" and ended.step == 0:
-            typer.echo(
-                "Stopped before the first checkpoint; the same command starts the run again."
-            )
-            raise typer.Exit(EXIT_STOPPED)
-        _print(write_report(tree.run.directory, compare=_comparable(tree)))
-        if ended.status == "stopped":
-            typer.echo(f"Stopped at step {ended.step}; the same command resumes the run.")
-            raise typer.Exit(EXIT_STOPPED)
+            local.train(tree, checked, view, command=command)
+        if session is not None:
+            session.push(models=True)
+        _print(write_report(directory, compare=_comparable(tree)))
+        return
+    from distillm_ray import pipeline
+
+    with _view(tree) as view:
+        ended = pipeline.train(tree, checked, view, command=command, session=session)
+    if ended.status == "stopped" and ended.step == 0:
+        typer.echo("Stopped before the first checkpoint; the same command starts the run again.")
+        raise typer.Exit(EXIT_STOPPED)
+    _print(write_report(directory, compare=_comparable(tree)))
+    if ended.status == "stopped":
+        typer.echo(f"Stopped at step {ended.step}; the same command resumes the run.")
+        raise typer.Exit(EXIT_STOPPED)
 
 
 @app.command()
@@ -136,8 +148,9 @@ def evaluate(
         tree = _load(config, overrides)
         _quiet()
         from distillm_ray import jobs, preflight
+        from distillm_ray.remote.inputs import pinned
 
-        tree = preflight.settled(tree, datetime.now())
+        tree = pinned(preflight.settled(tree, datetime.now()))
         with _view(tree) as view:
             table = jobs.evaluate(tree, model, output, view)
         _print(table)
@@ -164,7 +177,9 @@ def generate(
         tree = _load(config, overrides)
         _quiet()
         from distillm_ray import jobs
+        from distillm_ray.remote.inputs import pinned
 
+        tree = pinned(tree)
         with _view(tree) as view:
             lines = jobs.generate(tree, model, prompts, output, keep_truncated, view)
         for line in lines:
@@ -182,7 +197,9 @@ def score(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
             raise UserError(reason)
         _quiet()
         from distillm_ray import scoring
+        from distillm_ray.remote.inputs import pinned
 
+        tree = pinned(tree)
         with _view(tree) as view:
             lines = scoring.score(tree, view)
         for line in lines:
@@ -339,8 +356,9 @@ def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         tree = _load(config, overrides)
         _quiet()
         from distillm_ray import preflight
+        from distillm_ray.remote.inputs import pinned
 
-        tree = preflight.settled(tree, datetime.now())
+        tree = pinned(preflight.settled(tree, datetime.now()))
         checked = preflight.check(tree)
         from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -388,8 +406,9 @@ def plan(
         _quiet()
         from distillm_ray import preflight
         from distillm_ray.data.files import check_files
+        from distillm_ray.remote.inputs import pinned
 
-        tree = preflight.settled(tree, datetime.now())
+        tree = pinned(preflight.settled(tree, datetime.now()))
         preflight.check_engines(preflight.train_engines(tree))
         checked = preflight.check_models(tree)
         check_files(tree.data, require_responses=tree.draws_data)
@@ -537,7 +556,7 @@ def _comparable(config: Config) -> tuple[Path, ...]:
     """Evaluated runs beside this one whose names begin with its name, such as its ablations."""
     from distillm_ray.evaluation.results import has_trained_student
 
-    directory = config.run.directory
+    directory = config.run.local_directory
     return tuple(filter(has_trained_student, sorted(directory.parent.glob(f"{directory.name}-*"))))
 
 

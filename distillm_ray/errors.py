@@ -34,6 +34,10 @@ class RunDirectoryError(UserError):
     """A run directory belongs to another run, or cannot be written or resumed."""
 
 
+class StoreError(UserError):
+    """An object store cannot be reached, refuses, or lacks what an address names."""
+
+
 class ClusterError(UserError):
     """The cluster lacks what the config asks for, or something did not start in time."""
 

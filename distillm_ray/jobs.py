@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from distillm_ray.cluster import placement
 from distillm_ray.cluster.connection import available, connect, resolve_device
 from distillm_ray.cluster.placement import Phase
-from distillm_ray.config import Config, ModelConfig
+from distillm_ray.config import Config, ModelConfig, RemotePath
 from distillm_ray.data import partial_responses, ray_data
 from distillm_ray.data.files import check_files
 from distillm_ray.data.partial_responses import PartialResponses
@@ -36,6 +36,7 @@ from distillm_ray.models.directory import ModelFacts, check_context, check_model
 from distillm_ray.models.identity import model_identity
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import check_engines
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.report.console import ConsoleView, duration
 from distillm_ray.report.scores_table import scores_table
 from distillm_ray.run_directory import MODEL_FOLDER
@@ -50,8 +51,8 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
     Raises:
         UserError: the model or the data cannot be used.
     """
-    directory = model or config.run.directory / MODEL_FOLDER
-    if model is None and not directory.exists():
+    directory = model or config.run.below(MODEL_FOLDER)
+    if isinstance(directory, Path) and model is None and not directory.exists():
         raise RunDirectoryError(
             f"{config.run.directory} has no {MODEL_FOLDER}/, which a finished run leaves: run"
             " `distillm-ray train` to its end first, or name a model with --model"
@@ -62,7 +63,7 @@ def evaluate(config: Config, model: Path | None, output: Path | None, view: Cons
     facts = _check(config, directory, config.longest_response)
     check_files(config.data, require_responses=config.draws_data, with_corpus=False)
     device = _connect(config, placement.evaluate_phases, view)
-    tokenizer = _tokenizer(directory, config)
+    tokenizer = _tokenizer(facts.path, config)
     view.start("reading data")
     splits = splits_of(
         config,
@@ -267,7 +268,7 @@ def _student_difference(
 
     Empty if they agree, or if there is no student yet.
     """
-    student = config.student.model
+    student = fetched(config.student.model)
     if student == model or not (student / "tokenizer.json").is_file():
         return ""
     return template_difference(
@@ -279,7 +280,7 @@ def _tokenizer(directory: Path, config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(directory, trust_remote_code=config.student.trust_remote_code)
 
 
-def _check(config: Config, directory: Path, longest_response: int) -> ModelFacts:
+def _check(config: Config, directory: Path | RemotePath, longest_response: int) -> ModelFacts:
     facts = check_model_directory(
         directory, "model", trust_remote_code=config.student.trust_remote_code
     )

@@ -69,6 +69,8 @@ from distillm_ray.loss.terms import loss_at
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory
+from distillm_ray.remote.inputs import fetched
+from distillm_ray.remote.run_store import store_of
 from distillm_ray.replay.buffer import ReplayBuffer
 from distillm_ray.replay.build import build_buffer
 from distillm_ray.report.console import ConsoleView
@@ -120,10 +122,10 @@ def train(
         UserError: the data or the run directory cannot be used, or the training diverged.
     """
     started = time.monotonic()
-    directory = config.run.directory
+    directory = config.run.local_directory
     view.start("reading data")
     tokenizer = load_tokenizer(
-        config.student.model, trust_remote_code=config.student.trust_remote_code
+        fetched(config.student.model), trust_remote_code=config.student.trust_remote_code
     )
     splits = splits_of(
         config,
@@ -170,12 +172,14 @@ def check_start(config: Config) -> list[str]:
     Raises:
         RunDirectoryError: the directory holds a finished run, which would be replaced.
     """
-    directory = config.run.directory
-    if (directory / MODEL_FOLDER).exists():
+    directory = config.run.local_directory
+    store = store_of(config)  # whose models are not in the copy on this node
+    exists = (directory / MODEL_FOLDER).exists() if store is None else store.files(MODEL_FOLDER)
+    if exists:
         raise RunDirectoryError(
-            f"run.directory: {directory} holds a finished run. With run.mode=local there are no"
-            f" checkpoints to go on from: it would start again and replace {MODEL_FOLDER}/; set"
-            " run.directory to a new directory"
+            f"run.directory: {config.run.directory} holds a finished run. With run.mode=local there"
+            f" are no checkpoints to go on from: it would start again and replace {MODEL_FOLDER}/;"
+            " set run.directory to a new directory"
         )
     if (directory / CONFIG_FILE).exists():
         return ["the run starts again: with run.mode=local there are no checkpoints to go on from"]
@@ -433,8 +437,8 @@ def distil(
     weights = gather(student.model, torch.float32, keep=True)
     export_model(
         weights,
-        config.student.model,
-        config.run.directory / MODEL_FOLDER,
+        fetched(config.student.model),
+        config.run.local_directory / MODEL_FOLDER,
         torch.float32,
         end_token_ids=preflight.student.ends(splits.train.end_token_id),
     )

@@ -74,11 +74,13 @@ from distillm_ray.log.stopping import has_ended
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import Preflight, check_run_directory, missing_evaluations
+from distillm_ray.remote.inputs import fetched
+from distillm_ray.remote.run_store import RunSession
 from distillm_ray.report.console import ConsoleView
 from distillm_ray.report.opening import opening_lines
 from distillm_ray.report.rows import write_first_rows
 from distillm_ray.rollout.generator import student_job
-from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
+from distillm_ray.run_directory import CONFIG_FILE, held
 from distillm_ray.teacher.target_library import library_settings
 from distillm_ray.teacher.target_sizes import (
     TargetSizes,
@@ -102,14 +104,21 @@ class Ended:
     step: int  # of the newest checkpoint; 0 if there is none
 
 
-def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: str) -> Ended:
-    """Run or resume the job.
+def train(
+    config: Config,
+    preflight: Preflight,
+    view: ConsoleView,
+    *,
+    command: str,
+    session: RunSession | None = None,
+) -> Ended:
+    """Run or resume the job. `session`: of a run directory in a store.
 
     Raises:
         UserError: a message for the user.
         RunFailed: restarts did not fix it; the last checkpoint is intact.
     """
-    watch = Watch(view)
+    watch = Watch(view, check=session.check if session is not None else None)
     weights = weights_in_transit(config, preflight)
     with watch.phase("connecting to Ray"):
         connect(config, weights_bytes=weights, metrics_port=_metrics_port(config, view))
@@ -118,7 +127,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
         phases = placement.train_phases(config, device, weights_bytes=weights)
         placement.check(phases, available())
     tokenizer = load_tokenizer(
-        config.student.model, trust_remote_code=config.student.trust_remote_code
+        fetched(config.student.model), trust_remote_code=config.student.trust_remote_code
     )
     with watch.signals():
         try:
@@ -142,15 +151,19 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                     view.note(check_room(config, sizes))
         except Stopped:
             return Ended(status="stopped", step=_checkpointed(config))
-        config.run.directory.mkdir(parents=True, exist_ok=True)
-        with held(config.run.directory):
+        config.run.local_directory.mkdir(parents=True, exist_ok=True)
+        with held(config.run.local_directory):
             # Checked again: another job may have used the directory until now.
             resume_from = check_run_directory(config)
-            write_atomically(config.run.directory / CONFIG_FILE, dump_config(written).encode())
-            keep_or_compare(config.run.directory, splits, resumed=resume_from is not None)
+            write_atomically(
+                config.run.local_directory / CONFIG_FILE, dump_config(written).encode()
+            )
+            keep_or_compare(config.run.local_directory, splits, resumed=resume_from is not None)
             ends = preflight.student.ends(splits.train.end_token_id)
-            for line in write_first_rows(config.run.directory, splits, tokenizer, ends):
+            for line in write_first_rows(config.run.local_directory, splits, tokenizer, ends):
                 view.note(line)
+            if session is not None:
+                session.push()  # before the first checkpoint: without a config it is no run's
             run = Run(
                 config,
                 preflight,
@@ -159,6 +172,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
                 device,
                 command=command,
                 started=watch.started_at,
+                lease=session.token if session is not None else "",
             )
             watch.control, watch.log = ControlClient(run.control), LogClient(run.log)
             with watch.reporter.start(run.log):
@@ -167,7 +181,7 @@ def train(config: Config, preflight: Preflight, view: ConsoleView, *, command: s
 
 def _work(run: Run, watch: Watch, tokenizer: PreTrainedTokenizerBase) -> Ended:
     """The phases after the roles were made."""
-    config, directory = run.config, run.config.run.directory
+    config, directory = run.config, run.config.run.local_directory
     evaluator = RunEvaluator(config, run.splits, tokenizer, run.device, watch.interrupt)
     responder = Responder(
         orchestrator=run.orchestrator,
@@ -234,7 +248,7 @@ def evaluate_missing(config: Config, preflight: Preflight, view: ConsoleView) ->
     Raises:
         UserError: a message for the user.
     """
-    evaluation = read_evaluation(config.run.directory)
+    evaluation = read_evaluation(config.run.local_directory)
     assert evaluation is not None
     watch = Watch(view)
     with watch.phase("connecting to Ray"):
@@ -242,9 +256,9 @@ def evaluate_missing(config: Config, preflight: Preflight, view: ConsoleView) ->
         device = resolve_device(config)
         placement.check(placement.train_phases(config, device), available())
     tokenizer = load_tokenizer(
-        config.student.model, trust_remote_code=config.student.trust_remote_code
+        fetched(config.student.model), trust_remote_code=config.student.trust_remote_code
     )
-    with watch.signals(), held(config.run.directory):
+    with watch.signals(), held(config.run.local_directory):
         try:
             with watch.phase("reading data"):
                 splits = watch.wait_for(
@@ -257,7 +271,7 @@ def evaluate_missing(config: Config, preflight: Preflight, view: ConsoleView) ->
                     )
                 )
             config = config.with_rows(len(splits.train.prompts))
-            keep_or_compare(config.run.directory, splits, resumed=True)
+            keep_or_compare(config.run.local_directory, splits, resumed=True)
             evaluator = RunEvaluator(config, splits, tokenizer, device, watch.interrupt)
             evaluation = evaluation.of_step(_checkpointed(config))
             _evaluate(config, preflight, watch, evaluator, evaluation, None)
@@ -294,7 +308,7 @@ def _evaluate(
     trained: Trained | None,
 ) -> None:
     """Score what `evaluation` lacks. A failure costs an evaluation, never the trained student."""
-    directory = config.run.directory
+    directory = config.run.local_directory
 
     def attempt(name: str, score: Callable[[Evaluation], Evaluation | None]) -> bool:
         nonlocal evaluation
@@ -416,8 +430,7 @@ def _check_metric(config: Config, splits: Splits) -> None:
 
 def _checkpointed(config: Config) -> int:
     """The step of the newest checkpoint; 0 if there is none."""
-    folder = config.run.directory / CHECKPOINT_FOLDER
-    latest = CheckpointDirectory(folder, keep=config.checkpoint.keep).latest()
+    latest = CheckpointDirectory.of(config).latest()
     return latest.meta.step if latest is not None else 0
 
 
@@ -434,6 +447,7 @@ class Run:
         *,
         command: str,
         started: float,
+        lease: str = "",
     ) -> None:
         """Start all of them but the learners; models are loaded later, by `orchestrator.start`.
 
@@ -444,6 +458,7 @@ class Run:
         self.splits = splits
         self.resume_from = resume_from
         self.device: Device = device
+        self._lease = lease
         self.log = start_log(
             config,
             resume_step=resume_from.meta.step if resume_from else None,
@@ -524,6 +539,7 @@ class Run:
                 stores=self._stores,
                 identity=self._identity,
             ),
+            lease=self._lease,
             vocabulary_size=self.preflight.vocabulary_size,
             end_token_ids=self.preflight.student.ends(self.splits.train.end_token_id),
             validation=ray.put(tuple(held_out.demonstrations[:limit])),

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from distillm_ray.config import Config, GeneratorPoolConfig, VllmEngine
-from distillm_ray.config.files import load_config
+from distillm_ray.config.files import load_config, parse_config
+from distillm_ray.config.strict_yaml import parse_yaml
 from distillm_ray.data.files import check_files
-from distillm_ray.errors import ConfigError, RunDirectoryError
+from distillm_ray.errors import ConfigError, RunDirectoryError, StoreError
 from distillm_ray.evaluation.results import STUDENT_AFTER, TEACHER, read_evaluation
 from distillm_ray.files import check_writable
 from distillm_ray.learner.checkpoint import Checkpoint, CheckpointDirectory
@@ -28,7 +29,8 @@ from distillm_ray.models.directory import (
     check_targets,
 )
 from distillm_ray.models.identity import model_identity
-from distillm_ray.run_directory import CHECKPOINT_FOLDER, CONFIG_FILE, held
+from distillm_ray.remote.run_store import store_of
+from distillm_ray.run_directory import CONFIG_FILE, held
 from distillm_ray.teacher.target_key import TargetIdentity
 from distillm_ray.types import Device
 
@@ -67,8 +69,7 @@ def settled(config: Config, now: datetime) -> Config:
     Raises:
         ConfigError: the run's own config cannot be read.
     """
-    path = config.run.directory / CONFIG_FILE
-    saved = load_config(path) if path.is_file() else None
+    saved = saved_config(config)
     data, learner = config.data, config.learner
     if data.time is None:
         time = saved.data.time if saved is not None else None
@@ -76,6 +77,26 @@ def settled(config: Config, now: datetime) -> Config:
     if saved is not None and saved.learner.epoch_rows is not None:
         learner = learner.model_copy(update={"epoch_rows": saved.learner.epoch_rows})
     return config.model_copy(update={"data": data, "learner": learner})
+
+
+def saved_config(config: Config) -> Config | None:
+    """The config that the run in `run.directory` was begun with; None if there is no run.
+
+    Raises:
+        ConfigError: it cannot be read.
+        StoreError: the store of the run cannot be used.
+    """
+    if (store := store_of(config)) is None:
+        path = config.run.local_directory / CONFIG_FILE
+        return load_config(path) if path.is_file() else None
+    try:
+        content = store.read(CONFIG_FILE)
+    except StoreError as error:
+        raise StoreError(f"run.directory: {error}") from error
+    if content is None:
+        return None
+    name = str(store.address.child(CONFIG_FILE))
+    return parse_config(parse_yaml(content.decode()), name=name)
 
 
 def check(config: Config) -> Preflight:
@@ -90,8 +111,8 @@ def check(config: Config) -> Preflight:
     check_run_directory(config)
     if config.loss.needs_teacher:
         check_library(config)
-    if config.run.directory.is_dir():
-        with held(config.run.directory):
+    if config.run.local_directory.is_dir():
+        with held(config.run.local_directory):
             pass
     return found
 
@@ -174,7 +195,7 @@ def check_run_directory(config: Config) -> Checkpoint | None:
     Raises:
         RunDirectoryError: it belongs to something else or to another run, or cannot be written.
     """
-    directory = config.run.directory
+    directory = config.run.local_directory
     if _RAY_UPLOADS in directory.parts:
         raise RunDirectoryError(
             f"run.directory must outlive the job, got {directory}, which lies in the copy of"
@@ -183,8 +204,8 @@ def check_run_directory(config: Config) -> Checkpoint | None:
             " run.directory=/shared/runs/NAME"
         )
     check_writable(directory, "run.directory")
-    saved = directory / CONFIG_FILE
-    if not saved.is_file():
+    saved = saved_config(config)
+    if saved is None:
         begun = f"{CONFIG_FILE}.tmp"  # by a job that was killed at its very start
         if directory.is_dir() and any(path.name != begun for path in directory.iterdir()):
             raise RunDirectoryError(
@@ -192,8 +213,8 @@ def check_run_directory(config: Config) -> Checkpoint | None:
                 " distillm-ray run; refusing to overwrite it; choose another directory"
             )
         return None
-    check_resume(load_config(saved), config)
-    checkpoints = CheckpointDirectory(directory / CHECKPOINT_FOLDER, keep=config.checkpoint.keep)
+    check_resume(saved, config)
+    checkpoints = CheckpointDirectory.of(config)
     latest = checkpoints.latest()
     damaged = checkpoints.damaged()
     if latest is None and damaged:
@@ -219,11 +240,10 @@ def check_run_directory(config: Config) -> Checkpoint | None:
 
 def is_complete(config: Config) -> bool:
     """Whether the run in `run.directory` has done all its steps, or a rule of `stop` ended it."""
-    path = config.run.directory / FILE_NAME
+    path = config.run.local_directory / FILE_NAME
     if not path.is_file():
         return False
-    folder = config.run.directory / CHECKPOINT_FOLDER
-    latest = CheckpointDirectory(folder, keep=config.checkpoint.keep).latest()
+    latest = CheckpointDirectory.of(config).latest()
     return any(
         isinstance(record, DoneRecord)
         and record.status == "complete"
@@ -236,7 +256,7 @@ def is_complete(config: Config) -> bool:
 
 def missing_evaluations(config: Config) -> tuple[str, ...]:
     """The models that a run has begun to compare and has no scores of."""
-    evaluation = read_evaluation(config.run.directory)
+    evaluation = read_evaluation(config.run.local_directory)
     if evaluation is None or not config.evaluation.at_end:
         return ()
     wanted = (STUDENT_AFTER, *((TEACHER,) if config.evaluates_teacher else ()))

@@ -13,6 +13,7 @@ CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 BEST_MODEL_FOLDER = "model-best"  # where an earlier checkpoint is better than the last
 CHECKPOINT_FOLDER = "checkpoints"
+RAY_TRAIN_FOLDER = "ray_train"  # Ray Train's own state
 
 
 @contextmanager

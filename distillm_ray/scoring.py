@@ -34,6 +34,7 @@ from distillm_ray.data.token_table import RowSequence
 from distillm_ray.errors import DataError, RunDirectoryError
 from distillm_ray.models.tokenizers import load_tokenizer
 from distillm_ray.preflight import check_library, check_models
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.report.console import ConsoleView, duration
 from distillm_ray.teacher.target_key import TargetIdentity, target_key
 from distillm_ray.teacher.target_library import library_settings
@@ -55,7 +56,7 @@ def score(config: Config, view: ConsoleView) -> list[str]:
     found = check_models(config)
     check_files(config.data, require_responses=config.draws_data)
     tokenizer = load_tokenizer(
-        config.student.model, trust_remote_code=config.student.trust_remote_code
+        fetched(config.student.model), trust_remote_code=config.student.trust_remote_code
     )
     renderer = Renderer(tokenizer, config.data, vocabulary_size=found.vocabulary_size)
     if renderer.writes_date and config.data.time is None:

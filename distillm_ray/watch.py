@@ -41,15 +41,18 @@ class Watch:
     Args:
         view: shows phases, notes and records.
         leaving_nodes: ids of the nodes that the cluster will take away soon.
+        check: raises a UserError if the run must not go on.
     """
 
     def __init__(
         self,
         view: ConsoleView,
         leaving_nodes: Callable[[], frozenset[str]] = preemption.leaving_nodes,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.view = view
         self._leaving_nodes = leaving_nodes
+        self._check = check or (lambda: None)
         self.phase_seconds: dict[str, float] = {}
         self.control: ControlClient | None = None
         self.group: LearnerGroup | None = None
@@ -86,6 +89,7 @@ class Watch:
             UserError: a role reported a failure, or the learners ended with one.
         """
         self.view.tick()
+        self._check()
         if self.control is not None:
             status = self.control.update(self._phase, stop=self._stop.is_set())
             if status.failure is not None:
@@ -141,6 +145,7 @@ class Watch:
         losing: frozenset[str] = frozenset()
         while group.is_alive():
             group.join(_POLL_S)
+            self._check()
             position = self._show(log, position)
             if self._stop.is_set() and not told:
                 told = True

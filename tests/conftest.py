@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
 from hypothesis import settings
+
+from tests import object_store
 
 settings.register_profile("fixed", derandomize=True, max_examples=200, deadline=None)
 settings.register_profile("random", max_examples=20_000, deadline=None, print_blob=True)
@@ -25,3 +28,22 @@ def local_ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def store_server() -> Iterator[object_store.ObjectStore]:
+    """One object store for the whole session."""
+    with object_store.serving() as store:
+        yield store
+
+
+@pytest.fixture
+def store(
+    store_server: object_store.ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> object_store.ObjectStore:
+    """An object store with an empty bucket; the environment names it, and an empty cache."""
+    store_server.empty()
+    for name, value in store_server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DISTILLM_RAY_CACHE", str(tmp_path / "cache"))
+    return store_server

@@ -17,9 +17,10 @@ PACKAGE = Path(__file__).parent.parent / "distillm_ray"
 # From the bottom to the top. A name is a module of the package, or a folder and all that is in it.
 # Rooms of one layer do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("activity", "errors", "methods", "types"),
+    ("activity", "cache_directory", "errors", "methods", "types"),
     ("config", "files", "directory_lock", "dynamic_batching", "packing", "text_metrics"),
     ("log", "run_directory"),
+    ("remote",),
     ("models",),
     ("weights",),
     ("data", "loss", "replay", "rollout", "teacher"),

@@ -538,7 +538,7 @@ def test_files_and_overrides_expand_paths_too(file: Path, monkeypatch: pytest.Mo
     file.write_text(file.read_text().replace("/models/student", "${oc.env:HOME}/student"))
     overrides = ["run.directory=~/one", "data.train=[~/a.jsonl, $HOME/b.jsonl]"]
     config = load_config(file, [*overrides, "data.train.1=~/c.jsonl"])
-    assert config.run.directory == Path("/home/ada/one")
+    assert config.run.local_directory == Path("/home/ada/one")
     assert config.data.train == (Path("/home/ada/a.jsonl"), Path("/home/ada/c.jsonl"))
     assert config.student.model == Path("/home/ada/student")
 

@@ -26,6 +26,7 @@ from distillm_ray.run_directory import MODEL_FOLDER
 from distillm_ray.teacher.target_store import TargetStore
 from distillm_ray.types import TeacherTargets
 from tests.integration.tiny import NUM_TRAIN, make_config, make_corpus, make_rows, records
+from tests.object_store import BUCKET, ObjectStore
 
 STEPS, BATCH_SIZE = 4, 8
 DATASET_ONLY = ("schedule={type: fixed, phi: 0}", "loss.terms=[{type: forward_kl}]")
@@ -53,7 +54,7 @@ def train(config: Config, store: TargetStore[TeacherTargets] | None = None) -> l
     local.check(config)
     view = ConsoleView(config.learner.num_steps, stream=io.StringIO())
     local.train(config, preflight.check(config), view, store=store)
-    return records(config.run.directory, StepRecord)
+    return records(config.run.local_directory, StepRecord)
 
 
 def num_scored(steps: list[StepRecord]) -> int:
@@ -114,7 +115,7 @@ def test_the_command_line_refuses_before_anything_is_loaded_or_written(
 
 
 def test_the_directory_of_a_run_on_a_cluster_is_refused(load: Load, tiny_job: Path) -> None:
-    directory = load().run.directory
+    directory = load().run.local_directory
     directory.mkdir()
     overrides = [f"run.directory={directory}"]
     (directory / "config.yaml").write_text(dump_config(load_config(tiny_job, overrides)))
@@ -132,10 +133,32 @@ def test_show_prints_no_resources_for_a_local_run(tiny_job: Path) -> None:
 # ---- what it does -------------------------------------------------------------------------------
 
 
+def test_a_run_in_a_store_leaves_its_log_and_its_model_there(
+    store: ObjectStore, tiny_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = f"s3://{BUCKET}/runs/local"
+    command = ["train", str(tiny_job), "run.mode=local", f"run.directory={run}", *DATASET_ONLY]
+    ended = CliRunner().invoke(app, command)
+    assert ended.exit_code == 0, ended.stderr
+    assert f"The run is in {run}." in ended.stdout
+    keys = store.keys("runs/local")
+    for name in ("config.yaml", "metrics.jsonl", "model/model.safetensors", "summary.json"):
+        assert f"runs/local/{name}" in keys
+    assert "runs/local/lease.json" not in keys
+    monkeypatch.setenv("DISTILLM_RAY_CACHE", str(tmp_path / "of another machine"))
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 0, again.stderr
+    assert f"The run in {run} is complete." in again.stdout
+    longer = CliRunner().invoke(app, [*command, "learner.steps=5"])
+    assert longer.exit_code == EXIT_USER_ERROR
+    assert f"{run} holds a finished run" in longer.stderr
+    assert store.keys("runs/local") == keys
+
+
 def test_a_run_leaves_its_log_and_its_model_which_no_second_run_replaces(load: Load) -> None:
     config = load()
     first = train(config)
-    directory = config.run.directory
+    directory = config.run.local_directory
     assert [step.step for step in first] == [1, 2, 3, 4]
     assert [one.step for one in records(directory, ValidationRecord)] == [0, STEPS]
     assert [(one.step, one.status) for one in records(directory, DoneRecord)] == [
@@ -160,7 +183,7 @@ def test_it_loads_neither_ray_nor_vllm_nor_deepspeed(load: Load, tiny_job: Path)
         "try:\n    app(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "print([name for name in ('ray', 'vllm', 'deepspeed') if name in sys.modules])"
     )
-    overrides = ["run.mode=local", f"run.directory={load().run.directory}"]
+    overrides = ["run.mode=local", f"run.directory={load().run.local_directory}"]
     done = subprocess.run(
         [sys.executable, "-c", program, "train", str(tiny_job), *overrides],
         capture_output=True,
@@ -290,10 +313,10 @@ def test_minillm_learns_a_corpus_beside_its_own_text(load: Load, tmp_path: Path)
         # The teacher sees what the student wrote and none of the corpus.
         assert step.untargeted_sequences == 4
     assert num_scored(steps) <= sum(step.mix.fresh for step in steps)
-    totals = Totals.of(records(config.run.directory))
+    totals = Totals.of(records(config.run.local_directory))
     assert totals.mix.corpus == 80
     assert 0.0 <= totals.target_reuse_sequences < 0.2
-    rows = (config.run.directory / ROWS_FILE).read_text()
+    rows = (config.run.local_directory / ROWS_FILE).read_text()
     assert "corpus-1.0: 18 tokens, 17 under the loss" in rows
 
 
@@ -307,7 +330,7 @@ def test_a_divergence_on_the_corpus_has_its_pieces_scored_once(load: Load, tmp_p
     steps = train(config)
     # Of 8 data-set sequences, none is compared with the teacher; 8 pieces are a whole epoch.
     assert [step.work.scored_sequences for step in steps] == [8, 0, 0, 0]
-    assert Totals.of(records(config.run.directory)).target_reuse_sequences == 0.75
+    assert Totals.of(records(config.run.local_directory)).target_reuse_sequences == 0.75
 
 
 @pytest.mark.parametrize(

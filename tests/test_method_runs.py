@@ -63,7 +63,7 @@ def run(job: Path, directory: Path, *overrides: str) -> list[StepRecord]:
     local.check(config)
     view = ConsoleView(config.learner.num_steps, stream=io.StringIO())
     local.train(config, preflight.check(config), view)
-    return records(config.run.directory, StepRecord)
+    return records(config.run.local_directory, StepRecord)
 
 
 def test_every_method_is_run() -> None:

@@ -87,7 +87,7 @@ def test_a_directory_with_other_files_is_not_overwritten(tmp_path: Path) -> None
 
 def test_fewer_steps_than_the_run_has_completed_are_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run")
-    directory = config.run.directory
+    directory = config.run.local_directory
     directory.mkdir()
     (directory / "config.yaml").write_text(dump_config(config))
     checkpoints = CheckpointDirectory(directory / "checkpoints", keep=2)
@@ -100,7 +100,7 @@ def test_fewer_steps_than_the_run_has_completed_are_refused(tmp_path: Path) -> N
 
 def test_a_run_whose_only_checkpoint_is_damaged_is_refused_by_name(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run")
-    directory = config.run.directory
+    directory = config.run.local_directory
     directory.mkdir()
     (directory / "config.yaml").write_text(dump_config(config))
     checkpoints = CheckpointDirectory(directory / "checkpoints", keep=2)

@@ -291,7 +291,7 @@ PROBE = make.prompt("probe", text="why", references=("so",))
 
 def run(roles: Roles, learner: FakeLearner, config: Config, *, resume: bool = False) -> int:
     checkpoints = CheckpointDirectory(
-        config.run.directory / "checkpoints", keep=2, metric=config.validation.metric
+        config.run.local_directory / "checkpoints", keep=2, metric=config.validation.metric
     )
     loop = TrainLoop(
         cast(Any, learner),

@@ -10,10 +10,12 @@ from typing import Any
 import psutil
 import ray
 
+from distillm_ray.cache_directory import CACHE_VARIABLE, cache_directory
 from distillm_ray.cluster.address import knock
 from distillm_ray.cluster.placement import Available, Node
 from distillm_ray.config import Config
 from distillm_ray.errors import ClusterError
+from distillm_ray.remote.store import PLACE_VARIABLES
 from distillm_ray.types import Device
 
 
@@ -44,6 +46,10 @@ def connect(
         "HF_HUB_OFFLINE": "1",
     }
     environment = {name: os.environ.setdefault(name, value) for name, value in environment.items()}
+    # All processes of a job find an object store, and what was fetched, at the same place. Its
+    # credentials are not handed on: Ray shows the runtime environment to whoever asks.
+    environment[CACHE_VARIABLE] = str(cache_directory())
+    environment |= {name: os.environ[name] for name in PLACE_VARIABLES if name in os.environ}
     # Ray refuses a variable that the job's runtime environment sets too, even to the same value.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     settings: dict[str, Any] = {}

@@ -36,6 +36,8 @@ from distillm_ray.cluster.reporter import Reporter
 from distillm_ray.cluster.targets import TargetReader, TargetStoreActor
 from distillm_ray.config import Config
 from distillm_ray.errors import RunFailed, UserError
+from distillm_ray.remote.run_store import store_of
+from distillm_ray.run_directory import RAY_TRAIN_FOLDER
 from distillm_ray.teacher.target_key import TargetIdentity
 from distillm_ray.types import Device, Prompt, Rollout
 
@@ -103,6 +105,7 @@ class LearnerJob:
     held_out_prompts: tuple[Prompt, ...]  # where there are no held-out demonstrations
     probe_prompts: tuple[Prompt, ...]
     attempt: int = 0  # number of this group of workers
+    lease: str = ""  # of a run directory in a store
 
     @property
     def most_probes(self) -> int:
@@ -171,7 +174,8 @@ class LearnerGroup(threading.Thread):
         self._places = places
         self._attempts = 0
         self._max_restarts = job.config.learner.max_restarts
-        self._directory = job.config.run.directory
+        self._directory = job.config.run.local_directory
+        self._store = store_of(job.config)
         self._failure: BaseException | None = None
         self._leaving: frozenset[str] = frozenset()  # nodes with a notice since the last failure
 
@@ -240,6 +244,9 @@ class LearnerGroup(threading.Thread):
         # Ray Train wants a resource for every worker.
         resources = {"CPU": spec.cpus, "GPU": spec.gpus}
         resources = {name: each for name, each in resources.items() if each} or {"CPU": 0.01}
+        filesystem, storage = None, str((self._directory / RAY_TRAIN_FOLDER).resolve())
+        if self._store is not None:
+            filesystem, storage = self._store.filesystem_and_path(RAY_TRAIN_FOLDER)
         return TorchTrainer(
             _run_worker,
             train_loop_config={"worker": self._worker, "job": job},
@@ -255,7 +262,8 @@ class LearnerGroup(threading.Thread):
             ),
             run_config=RunConfig(
                 name="learners",
-                storage_path=str((self._directory / "ray_train").resolve()),
+                storage_path=storage,
+                storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
                 worker_runtime_env={
                     "env_vars": {

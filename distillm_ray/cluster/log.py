@@ -44,7 +44,7 @@ class LogActor:
         planned = config.learner.num_steps
         self._export.add((Reading(metric=Metric.PLANNED_STEPS, value=planned),))
         self._log = MetricsLog(
-            config.run.directory,
+            config.run.local_directory,
             resume_step=resume_step,
             commit=commit,
             command=command,
@@ -57,7 +57,7 @@ class LogActor:
         self._phase = "starting"
         resumed = resume_step is not None
         self._timeline = TimelineFile(
-            config.run.directory / TIMELINE_FILE,
+            config.run.local_directory / TIMELINE_FILE,
             max_events=config.run.timeline_events,
             started=time.time() if started is None else started,
             attempt=f"resumed from step {resume_step}" if resumed else "run started",

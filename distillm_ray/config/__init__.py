@@ -29,6 +29,7 @@ from distillm_ray.config.loss import (
     TotalVariation,
     has_curriculum,
 )
+from distillm_ray.config.remote_path import RemotePath
 from distillm_ray.config.roles import (
     ActivationCheckpointing,
     ActorRange,
@@ -90,6 +91,7 @@ __all__ = [
     "PoolConfig",
     "ProcessConfig",
     "ReferenceRule",
+    "RemotePath",
     "ReverseKL",
     "RolloutConfig",
     "SamplingConfig",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from distillm_ray.config.fields import (
-    AbsolutePath,
+    Location,
     Number,
     Positive,
     Section,
@@ -106,9 +106,9 @@ class DataConfig(Section):
     Without `validation`, that fraction of the training prompts is held out, by seed.
     """
 
-    train: tuple[AbsolutePath, ...] = Field(min_length=1)
-    validation: tuple[AbsolutePath, ...] = ()
-    test: tuple[AbsolutePath, ...] = ()
+    train: tuple[Location, ...] = Field(min_length=1)
+    validation: tuple[Location, ...] = ()
+    test: tuple[Location, ...] = ()
     validation_fraction: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.05
     columns: ColumnsConfig = ColumnsConfig()
     template: Annotated[
@@ -126,7 +126,7 @@ class DataConfig(Section):
     sequence of its own. `auto` is all where the template renders earlier turns unchanged, else the
     last."""
     # Plain text beside the prompts, for terms with on: corpus. A row is a document.
-    corpus: tuple[AbsolutePath, ...] = ()
+    corpus: tuple[Location, ...] = ()
     corpus_column: Annotated[str, Field(min_length=1)] = "text"
     # Sequences of the corpus that every step adds to its batch; default: learner.batch_size.
     corpus_batch: Positive | None = None

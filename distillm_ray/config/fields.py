@@ -14,7 +14,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
+    PlainValidator,
 )
+
+from distillm_ray.config.remote_path import RemotePath, is_address, parse_remote_path
 
 T = TypeVar("T")
 
@@ -79,6 +83,9 @@ def expanded_path(value: Any) -> Path:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"must be a path, got {value!r}: write a file or directory, in quotes")
     text = os.path.expanduser(_VARIABLE.sub(_variable, value))
+    if is_address(text):
+        parse_remote_path(text)  # one with credentials must not be repeated in a message
+        raise ValueError(f"must be a path on a disk, got {text!r}: copy it there first")
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"must be UTF-8 text without null characters, got {text!r}")
     if text.startswith("~"):
@@ -112,6 +119,29 @@ def _absolute(path: Path) -> Path:
 
 AbsolutePath = Annotated[Path, BeforeValidator(expanded_path), AfterValidator(_absolute)]
 """Relative paths are resolved where the job starts: Ray's workers run in other directories."""
+
+
+def _location(value: Any) -> Path | RemotePath:
+    """A path, or the address that a user wrote, with `$NAME` expanded.
+
+    Raises:
+        ValueError: as `expanded_path` and `parse_remote_path` do.
+    """
+    if isinstance(value, RemotePath):
+        return value
+    if isinstance(value, str):
+        text = _VARIABLE.sub(_variable, value)
+        if is_address(text):
+            return parse_remote_path(text)
+    return _absolute(expanded_path(value))
+
+
+Location: TypeAlias = Annotated[
+    Path | RemotePath,
+    PlainValidator(_location),
+    PlainSerializer(str, return_type=str, when_used="json"),
+]
+"""A path, or an address in an object store. `remote/inputs.py` brings it to a node."""
 
 
 def type_unless_given(name: str) -> BeforeValidator:

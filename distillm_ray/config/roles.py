@@ -18,6 +18,7 @@ from distillm_ray.config.fields import (
     Integer,
     LabelKey,
     LabelValue,
+    Location,
     MayChange,
     NonNegative,
     Number,
@@ -31,9 +32,9 @@ ActivationCheckpointing: TypeAlias = Literal["none", "full"] | Annotated[Integer
 
 
 class ModelConfig(Section):
-    """A Hugging Face directory with safetensors, and how it is loaded."""
+    """A Hugging Face directory with safetensors, on disk or in a store, and how it is loaded."""
 
-    model: AbsolutePath
+    model: Location
     dtype: Dtype = "auto"
     trust_remote_code: bool = False
 

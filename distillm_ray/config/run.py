@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from distillm_ray.cache_directory import cache_directory
 from distillm_ray.config.fields import (
     Above0,
-    AbsolutePath,
     Amount,
+    Location,
     MayChange,
     NonNegative,
     Positive,
     Section,
 )
+from distillm_ray.config.remote_path import RemotePath
 from distillm_ray.config.roles import ProcessConfig
 from distillm_ray.config.rollout import GeneratorPoolConfig, SamplingConfig
 
@@ -103,7 +107,8 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """The run itself."""
 
-    directory: MayChange[AbsolutePath]  # shared by all nodes that run a learner
+    # A path that all nodes with a learner share, or an address in an object store.
+    directory: MayChange[Location]
     seed: NonNegative = 0
     mode: Literal["cluster", "local"] = "cluster"  # local: one process, no Ray (local.py)
     device: MayChange[Literal["auto", "cuda", "cpu"]] = "auto"
@@ -115,3 +120,20 @@ class RunConfig(Section):
     metrics_port: MayChange[Annotated[int, Field(ge=1024, le=65535)] | None] = None
     log_rollout_ids: MayChange[bool] = False  # of every step in metrics.jsonl, not the digest alone
     timeline_events: MayChange[NonNegative] = 100_000  # in timeline.json at most; 0: no such file
+
+    def below(self, name: str) -> Path | RemotePath:
+        """A part of the run directory, which other nodes may read."""
+        if isinstance(self.directory, Path):
+            return self.directory / name
+        return self.directory.child(name)
+
+    @property
+    def local_directory(self) -> Path:
+        """Where processes read and write the run's files: the directory, or its copy on the node.
+
+        A run in a store has a copy on the node of the driver and on each node with a learner.
+        """
+        if isinstance(self.directory, Path):
+            return self.directory
+        digest = hashlib.blake2b(str(self.directory).encode(), digest_size=8).hexdigest()
+        return cache_directory() / "runs" / digest / self.directory.name

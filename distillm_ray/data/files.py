@@ -9,16 +9,17 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillm_ray.config import DataConfig
+from distillm_ray.config import DataConfig, RemotePath
 from distillm_ray.data.rows import RowError, parse_document, parse_row
 from distillm_ray.errors import DataError
+from distillm_ray.remote.inputs import fetched
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 FileList: TypeAlias = Literal[Split, "corpus"]
@@ -42,32 +43,44 @@ _PARQUET_BATCH_ROWS = 1024
 class DataFile:
     """One file of rows."""
 
-    path: Path  # absolute
+    path: Path  # absolute, on the driver's node
     name: str  # as the user wrote it
     format: Format
+    origin: RemotePath | None = None  # what other nodes fetch it with; None: all have `path`
+    below: str = "."  # its place in what is fetched
+
+    def here(self) -> Path:
+        """The file on this node.
+
+        Raises:
+            StoreError: it cannot be fetched.
+        """
+        return self.path if self.origin is None else fetched(self.origin) / self.below
 
     def position(self, row: int) -> str:
         """`FILE:LINE` for messages. Rows of binary formats are counted from 1 too."""
         return f"{self.name}:{row}"
 
 
-def find_files(paths: Sequence[Path], split: FileList) -> tuple[DataFile, ...]:
-    """The files of `paths`, in order; a directory stands for its files of `split`.
+def find_files(places: Sequence[Path | RemotePath], split: FileList) -> tuple[DataFile, ...]:
+    """The files of `places`, in order; a directory stands for its files of `split`.
 
     Of a directory the corpus is the training split.
 
     Raises:
+        StoreError: an object cannot be fetched.
         DataError: a path does not exist, has an unknown extension, is empty, is listed twice, or
             is a directory without files of the split.
     """
     files: list[DataFile] = []
-    for path in paths:
+    for place in places:
+        path = fetched(place)
         if not path.exists():
             raise DataError(f"data.{split}: {path} does not exist")
-        if path.is_dir():
-            files += _files_of_directory(path, split)
-        else:
-            files.append(_data_file(path, split))
+        found = _files_of_directory(path, split) if path.is_dir() else [_data_file(path, split)]
+        if isinstance(place, RemotePath):
+            found = [_from_store(file, path, place) for file in found]
+        files += found
     seen: set[Path] = set()
     for file in files:
         if file.path in seen:
@@ -97,14 +110,14 @@ def check_files(
     def parse_text(row: Any) -> None:
         parse_document(row, config.corpus_column)
 
-    lists: tuple[tuple[FileList, tuple[Path, ...], Callable[[Any], None]], ...] = (
+    lists: tuple[tuple[FileList, tuple[Path | RemotePath, ...], Callable[[Any], None]], ...] = (
         ("train", config.train, parse),
         ("validation", config.validation, parse),
         ("test", config.test, parse),
         ("corpus", config.corpus if with_corpus else (), parse_text),
     )
-    for split, paths, check in lists:
-        for file in find_files(paths, split):
+    for split, places, check in lists:
+        for file in find_files(places, split):
             if config.bad_rows == "fail":
                 _check_first_rows(file, check)
 
@@ -196,7 +209,7 @@ def _check_column_names(fields: pa.Schema | pa.StructType, name: str) -> None:
 
 
 def _check_first_rows(file: DataFile, check: Callable[[Any], None]) -> None:
-    with file.path.open("rb") as stream:
+    with file.here().open("rb") as stream:
         rows = read_rows(stream, file)
         for _ in range(_NUM_ROWS_CHECKED):
             item = next(rows, None)
@@ -228,6 +241,13 @@ def _data_file(path: Path, split: FileList) -> DataFile:
             f" {path.suffix or 'no extension'}"
         )
     return DataFile(path=path.resolve(), name=str(path), format=_FORMATS[path.suffix])
+
+
+def _from_store(file: DataFile, root: Path, address: RemotePath) -> DataFile:
+    """A file that was found in what was fetched to `root`, under the name that it has there."""
+    below = file.path.relative_to(root.resolve()).as_posix()
+    child = address if below == "." else address.child(below)
+    return replace(file, name=str(child), origin=address, below=below)
 
 
 def _files_of_directory(directory: Path, split: FileList) -> list[DataFile]:

@@ -28,7 +28,7 @@ from distillm_ray.data.tokenizing import (
     raw_batches,
     raw_table,
 )
-from distillm_ray.errors import ClusterError, DataError
+from distillm_ray.errors import ClusterError, DataError, UserError
 
 _BYTES_PER_TASK = 8 * 2**20  # smaller tasks do not pay for loading the tokenizer
 _CPUS_OF_READING = 0.1  # a task that reads mostly waits for those that tokenize
@@ -56,8 +56,9 @@ class RowsDatasource(FileBasedDatasource):
         yield from raw_batches(io.BufferedReader(f) if file.format == "jsonl" else f, file, index)
 
     def _open_input_source(self, filesystem: Any, path: str, **open_args: Any) -> Any:
-        # Parquet needs a seekable file; the default is an input stream.
-        return filesystem.open_input_file(path)
+        # Parquet needs a seekable file; the default is an input stream. The task's node may have
+        # another cache than the driver's.
+        return filesystem.open_input_file(str(self._files[path][1].here()))
 
 
 def mapper(*, stall_timeout_s: float, spread_from_bytes: int = _BYTES_PER_TASK) -> MapFiles:
@@ -104,7 +105,7 @@ def _map_files(
                 " run.startup_timeout_s"
             ) from error
         except RayTaskError as error:
-            if isinstance(error.cause, DataError):
+            if isinstance(error.cause, UserError):
                 # The first line only: Ray adds the task's stack trace and notes on retries.
                 raise DataError(str(error.cause).splitlines()[0]) from error
             raise

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from distillm_ray.config import Config, DataConfig
+from distillm_ray.config import Config, DataConfig, RemotePath
 from distillm_ray.data.corpus import Corpus, load_corpus
 from distillm_ray.data.files import DataFile, Split, find_files
 from distillm_ray.data.problems import Problems, RowProblem
@@ -176,9 +176,9 @@ def load_splits(
         DataError: as in `load_dataset`, `hold_out` and `load_corpus`.
     """
 
-    def load(paths: Sequence[Path], split: Split) -> Dataset:
+    def load(places: Sequence[Path | RemotePath], split: Split) -> Dataset:
         return load_dataset(
-            paths,
+            places,
             config,
             tokenizer,
             split=split,
@@ -208,7 +208,7 @@ def load_splits(
 
 
 def load_dataset(
-    paths: Sequence[Path],
+    places: Sequence[Path | RemotePath],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -226,7 +226,7 @@ def load_dataset(
         DataError: a file is missing or unreadable, rows are refused (by file and line), or no row
             is left.
     """
-    files = find_files(paths, split)
+    files = find_files(places, split)
     renderer = Renderer(tokenizer, config, vocabulary_size=vocabulary_size)
     tokenize = partial(
         tokenize_rows,

@@ -69,7 +69,7 @@ def map_files(
     """
     tables = []
     for index, file in enumerate(files):
-        with file.path.open("rb") as stream:
+        with file.here().open("rb") as stream:
             tables += [map_rows(one) for one in raw_batches(stream, file, index, max_rows=max_rows)]
     return pa.concat_tables(tables)
 

@@ -11,7 +11,7 @@ import ray
 
 from distillm_ray.cluster import placement
 from distillm_ray.cluster.actors import ask, thread_settings
-from distillm_ray.config import Config, Dtype
+from distillm_ray.config import Config, Dtype, RemotePath
 from distillm_ray.evaluation import scores
 from distillm_ray.evaluation.responder import Responder, ServedModel, serving
 from distillm_ray.evaluation.results import ModelScores
@@ -118,7 +118,7 @@ def start_held_out_loss(
         runtime_env={"env_vars": thread_settings(spec.num_threads, device)},
     )(_held_out_loss)
     return task.remote(
-        served.facts.path,
+        served.facts.source,
         validation,
         dtype=served.model.dtype,
         vocabulary_size=served.facts.vocabulary_size,
@@ -130,7 +130,7 @@ def start_held_out_loss(
 
 
 def _held_out_loss(
-    model: Path,
+    model: Path | RemotePath,
     validation: Sequence[Rollout],
     *,
     dtype: Dtype,
@@ -142,9 +142,10 @@ def _held_out_loss(
 ) -> float:
     # Imported in the task: the driver loads no model code.
     from distillm_ray.learner.held_out_loss import held_out_loss  # noqa: PLC0415
+    from distillm_ray.remote.inputs import fetched  # noqa: PLC0415
 
     return held_out_loss(
-        model,
+        fetched(model),
         validation,
         dtype=dtype,
         vocabulary_size=vocabulary_size,

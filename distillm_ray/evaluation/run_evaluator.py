@@ -101,7 +101,7 @@ class RunEvaluator:
     def exported(self, evaluation: Evaluation, *, version: int) -> Evaluation:
         """The student of step `version`, from `model/`, in the pool of `evaluation.student`."""
         facts = check_model_directory(
-            self._config.run.directory / MODEL_FOLDER,
+            self._config.run.below(MODEL_FOLDER),
             "student",
             trust_remote_code=self._config.student.trust_remote_code,
         )
@@ -119,7 +119,7 @@ class RunEvaluator:
         self._keep(STUDENT_AFTER, responses)
         losses = {
             record.step: record.loss
-            for record in read_records(self._config.run.directory / FILE_NAME)
+            for record in read_records(self._config.run.local_directory / FILE_NAME)
             if isinstance(record, ValidationRecord) and record.text == "dataset"
         }
         if not losses:
@@ -145,7 +145,9 @@ class RunEvaluator:
         return dataclasses.replace(evaluation, models={**evaluation.models, TEACHER: scores})
 
     def _keep(self, model: str, responses: Sequence[Sequence[Rollout]]) -> None:
-        path = self._config.run.directory / RESPONSES_FOLDER / f"{model.replace(' ', '_')}.jsonl"
+        path = (
+            self._config.run.local_directory / RESPONSES_FOLDER / f"{model.replace(' ', '_')}.jsonl"
+        )
         write_responses(path, self.prompts, responses, evaluation_seeds(self._config))
 
     def _score(self, served: ServedModel) -> tuple[ModelScores, list[list[Rollout]]]:

@@ -11,6 +11,11 @@ that it sees these files, syncs them to disk and renames the directory. The modu
 `files.new_directory`, which assumes a single writer. The newest `keep` checkpoints and the best one
 by `validation.metric` are kept.
 
+A run directory in a store has the same layout there. Each node writes into its copy of the
+directory and uploads its files. When all nodes have, rank 0 uploads the manifest of all files.
+A checkpoint of the store is one whose manifest is there. A node that loads one has it in its copy,
+or fetches it.
+
 A checkpoint that lacks a file of its manifest, or has it in another size, is damaged: it is passed
 over for the one before.
 """
@@ -23,14 +28,18 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from distillm_ray.config import ValidationMetric
-from distillm_ray.errors import DISK_FULL, RunDirectoryError
-from distillm_ray.files import rename_durably
+from distillm_ray.config import Config, ValidationMetric
+from distillm_ray.errors import DISK_FULL, RunDirectoryError, StoreError
+from distillm_ray.files import new_directory, rename_durably
+from distillm_ray.remote.lease import check_owner
+from distillm_ray.remote.run_store import store_of, upload_files
+from distillm_ray.remote.store import RemoteDirectory
+from distillm_ray.run_directory import CHECKPOINT_FOLDER
 from distillm_ray.types import Validation
 
 LEARNER_FOLDER = "learner"
@@ -100,11 +109,38 @@ class Checkpoint:
 class CheckpointDirectory:
     """The `checkpoints/` of a run. The constructor does not access the disk."""
 
-    def __init__(self, path: Path, *, keep: int, metric: ValidationMetric = "loss") -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep: int,
+        metric: ValidationMetric = "loss",
+        store: RemoteDirectory | None = None,
+        lease: str = "",
+    ) -> None:
+        """`store`: of the run, whose copy on this node `path` lies in. `lease`: of who writes."""
         assert keep >= 1, f"keep must be at least 1, got {keep}"
         self._path = path
         self._keep = keep
         self._metric: ValidationMetric = metric
+        self._store = store
+        self._lease = lease
+
+    @classmethod
+    def of(cls, config: Config, *, lease: str = "") -> CheckpointDirectory:
+        """The checkpoints of the run in `run.directory`."""
+        return cls(
+            config.run.local_directory / CHECKPOINT_FOLDER,
+            keep=config.checkpoint.keep,
+            metric=config.validation.metric,
+            store=store_of(config),
+            lease=lease,
+        )
+
+    @property
+    def in_store(self) -> bool:
+        """Whether each node has a copy of its own."""
+        return self._store is not None
 
     def complete(self) -> list[Checkpoint]:
         """Return all complete checkpoints, oldest first."""
@@ -115,10 +151,53 @@ class CheckpointDirectory:
         return [found for found in self._read() if isinstance(found, str)]
 
     def _read(self) -> list[Checkpoint | str]:
+        if self._store is not None:
+            return list(self._read_store(self._store))
         if not self._path.is_dir():
             return []
         paths = sorted(self._path.iterdir(), key=lambda path: (len(path.name), path.name))
         return [_read(path) for path in paths if _COMPLETE.fullmatch(path.name)]
+
+    def _read_store(self, store: RemoteDirectory) -> Iterator[Checkpoint | str]:
+        """The checkpoints of the store, oldest first. `path`: where this node has or gets them."""
+        objects = store.files(CHECKPOINT_FOLDER)
+        sizes: dict[str, dict[str, int]] = {}  # by checkpoint and file
+        for name, found in objects.items():
+            _, step, file = name.split("/", 2)
+            sizes.setdefault(step, {})[file] = found.size
+        for step in sorted(sizes, key=lambda name: (len(name), name)):
+            # Without a manifest an upload was cut off.
+            if _COMPLETE.fullmatch(step) and MANIFEST_FILE in sizes[step]:
+                folder = f"{CHECKPOINT_FOLDER}/{step}"
+
+                def text(file: str, folder: str = folder) -> str:
+                    content = store.read(f"{folder}/{file}")
+                    if content is None:
+                        raise FileNotFoundError(file)
+                    return content.decode()
+
+                where = str(store.address.child(folder))
+                yield _checked(self._path / step, where, sizes[step], text)
+
+    def here(self, checkpoint: Checkpoint) -> None:
+        """Make the files of a checkpoint present on this node. One rank of each node only.
+
+        Raises:
+            StoreError: the store cannot be used.
+        """
+        if self._store is None:
+            return
+        folder = f"{CHECKPOINT_FOLDER}/{checkpoint.path.name}"
+        objects = self._store.files(folder)
+        self._path.mkdir(parents=True, exist_ok=True)
+        present = _sizes(checkpoint.path) if checkpoint.path.is_dir() else {}
+        if all(
+            present.get(name.removeprefix(f"{folder}/")) == objects[name].size for name in objects
+        ):
+            return
+        with new_directory(checkpoint.path, replace=True) as partial:
+            for name in objects:
+                self._store.download(name, partial / name.removeprefix(f"{folder}/"), _no_progress)
 
     def latest(self) -> Checkpoint | None:
         """Return the newest complete checkpoint."""
@@ -135,10 +214,12 @@ class CheckpointDirectory:
 
     def partial_path(self, step: int) -> Path:
         """Return the directory that all ranks write the checkpoint of `step` into."""
-        return self._path / f"step-{step:08d}{_PARTIAL_SUFFIX}"
+        return self._path / f"{_name(step)}{_PARTIAL_SUFFIX}"
 
     def prepare(self, step: int) -> None:
-        """Make an empty partial directory and remove those that killed writers left. Rank 0 only.
+        """Make an empty partial directory and remove those that killed writers left.
+
+        One rank of each node that has a copy of its own; rank 0 alone where all nodes share it.
 
         Raises:
             RunDirectoryError: the disk is full.
@@ -153,6 +234,46 @@ class CheckpointDirectory:
     def written(self, step: int) -> dict[str, int]:
         """Sizes of the files that this rank sees in the partial directory, by relative path."""
         return _sizes(self.partial_path(step))
+
+    def upload(self, step: int) -> None:
+        """Upload what the ranks of this node have written. One rank of each node only.
+
+        Raises:
+            StoreError: the store cannot be used.
+            RunDirectoryError: another job has taken the run directory.
+        """
+        assert self._store is not None
+        check_owner(self._store, self._lease)
+        if self._in_store(step):
+            return
+        partial = self.partial_path(step)
+        folder = f"{CHECKPOINT_FOLDER}/{_name(step)}"
+        upload_files(self._store, {f"{folder}/{name}": partial / name for name in _sizes(partial)})
+
+    def _in_store(self, step: int) -> bool:
+        """Whether the store has a complete checkpoint of this step."""
+        return any(found.meta.step == step for found in self.complete())
+
+    def _commit_to_store(
+        self, store: RemoteDirectory, step: int, written: Sequence[Mapping[str, int]]
+    ) -> None:
+        """Upload what rank 0 alone has written, the manifest of all nodes' files last."""
+        partial = self.partial_path(step)
+        folder = f"{CHECKPOINT_FOLDER}/{_name(step)}"
+        sizes = {name: size for of_rank in written for name, size in of_rank.items()}
+        for name in (BUFFER_FILE, META_FILE):
+            store.upload(partial / name, f"{folder}/{name}")
+            sizes[name] = (partial / name).stat().st_size
+        found = store.files(folder)
+        for name, size in sizes.items():
+            at_store = found.get(f"{folder}/{name}")
+            if at_store is None or at_store.size != size:
+                raise StoreError(
+                    f"{store.address.child(folder)} must have {name} with {size:,} bytes and does"
+                    " not: an upload was cut off; no checkpoint was written"
+                )
+        check_owner(store, self._lease)
+        store.write(f"{folder}/{MANIFEST_FILE}", json.dumps(sizes, indent=2).encode())
 
     def commit(
         self, meta: CheckpointMeta, buffer_state: bytes, written: Sequence[Mapping[str, int]] = ()
@@ -170,10 +291,13 @@ class CheckpointDirectory:
         """
         partial = self.partial_path(meta.step)
         final = partial.with_suffix("")
-        self._await_files(meta.step, written)
+        if self._store is None:
+            self._await_files(meta.step, written)
         with self.removing_partial_on_failure(meta.step):
             (partial / BUFFER_FILE).write_bytes(buffer_state)
             (partial / META_FILE).write_text(meta.to_json())
+            if self._store is not None and not self._in_store(meta.step):
+                self._commit_to_store(self._store, meta.step, written)
             (partial / MANIFEST_FILE).write_text(json.dumps(_sizes(partial), indent=2))
             if final.exists() and isinstance(_read(final), Checkpoint):
                 shutil.rmtree(partial)
@@ -236,7 +360,24 @@ class CheckpointDirectory:
         best = self.best()
         for found in complete[: -self._keep]:
             if best is None or found.path != best.path:
-                shutil.rmtree(found.path)
+                self._delete(found.path)
+        if self._store is not None:
+            self._delete_cut_off(self._store)
+
+    def _delete(self, path: Path) -> None:
+        """Delete a checkpoint, in the store too, its manifest first."""
+        if self._store is not None:
+            folder = f"{CHECKPOINT_FOLDER}/{path.name}"
+            self._store.delete(f"{folder}/{MANIFEST_FILE}")
+            self._store.delete(folder)
+        shutil.rmtree(path, ignore_errors=self._store is not None)  # which a copy may lack
+
+    def _delete_cut_off(self, store: RemoteDirectory) -> None:
+        """Delete what uploads that were cut off have left in the store."""
+        names = [name.split("/", 2)[1:] for name in store.files(CHECKPOINT_FOLDER)]
+        whole = {step for step, file in names if file == MANIFEST_FILE}
+        for step in sorted({step for step, _ in names} - whole):
+            store.delete(f"{CHECKPOINT_FOLDER}/{step}")
 
 
 def _sizes(directory: Path) -> dict[str, int]:
@@ -246,18 +387,34 @@ def _sizes(directory: Path) -> dict[str, int]:
 
 
 def _read(path: Path) -> Checkpoint | str:
-    """A checkpoint, or what is wrong with it."""
+    """A checkpoint on disk, or what is wrong with it."""
+    return _checked(path, str(path), _sizes(path), lambda file: (path / file).read_text())
+
+
+def _checked(
+    path: Path, where: str, sizes: Mapping[str, int], text: Callable[[str], str]
+) -> Checkpoint | str:
+    """A checkpoint with files of these sizes, or what is wrong with it; `text` reads a file."""
     try:
-        expected: dict[str, int] = json.loads((path / MANIFEST_FILE).read_text())
-        sizes = _sizes(path)
+        expected: dict[str, int] = json.loads(text(MANIFEST_FILE))
         for name, size in expected.items():
             if (found := sizes.get(name)) != size:
                 there = "is missing" if found is None else f"has {found:,} bytes"
-                return f"{path} is damaged: {name} must have {size:,} bytes and {there}"
-        meta = CheckpointMeta.from_json((path / META_FILE).read_text())
+                return f"{where} is damaged: {name} must have {size:,} bytes and {there}"
+        meta = CheckpointMeta.from_json(text(META_FILE))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{path} is damaged: {MANIFEST_FILE} or {META_FILE} cannot be read: {error}"
+        if isinstance(error, StoreError):
+            raise
+        return f"{where} is damaged: {MANIFEST_FILE} or {META_FILE} cannot be read: {error}"
     return Checkpoint(path=path, meta=meta)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _no_progress(num_bytes: int) -> None:
+    """Downloads of checkpoints show none: workers have no terminal."""
 
 
 def _is_disk_full(error: OSError | RuntimeError) -> bool:

@@ -56,6 +56,7 @@ from distillm_ray.loss.terms import loss_at
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.row_path import RowPath
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.types import AdapterBase, Bucket, LearnerBatch, TrainStep
 from distillm_ray.weights.export import export_model
 from distillm_ray.weights.gather import EXPORT_ELEMENTS, gather
@@ -122,7 +123,7 @@ class Learner:
         self._check_passes(packed.path)
         self.remark = packed.remark
         self._model = packed.model
-        self._adapted = adapted_weights(packed.model, student.model)
+        self._adapted = adapted_weights(packed.model, fetched(student.model))
         self._gradient_norm = math.nan
         self._freed_memory = FreedMemory()
         trainable = [parameter for parameter in packed.parameters() if parameter.requires_grad]
@@ -279,7 +280,7 @@ class Learner:
         keep = self.rank == 0
         buckets = gather(self._model, self._dtype, keep=keep, bucket_elements=EXPORT_ELEMENTS)
         if keep:
-            student = self._student.model
+            student = fetched(self._student.model)
             export_model(buckets, student, directory, self._dtype, end_token_ids=end_token_ids)
         else:
             for _ in buckets:

@@ -15,7 +15,8 @@ import uuid
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from distillm_ray.errors import RunDirectoryError
+from distillm_ray.errors import RunDirectoryError, StoreError
+from distillm_ray.remote.store import RemoteDirectory
 from distillm_ray.run_directory import CONFIG_FILE
 
 VISIBLE_S = 60.0  # after which a network file system shows what another node has written
@@ -69,6 +70,36 @@ def check_shared(directory: Path, ranks: Ranks, config_text: str) -> None:
             f" driver's, got {directory}: {'; '.join(problems)}. Name one on a shared disk, or run"
             " driver and learners on one node"
         )
+
+
+def check_reached(store: RemoteDirectory, ranks: Ranks) -> None:
+    """Raise on all ranks unless each can write to the store and reads what every other wrote.
+
+    Raises:
+        RunDirectoryError: with the ranks and nodes that cannot.
+    """
+    node = socket.gethostname()
+    name = ranks.collect(f"{_PREFIX}{uuid.uuid4().hex}")[0]
+    problem = ""
+    try:
+        store.write(f"{name}-{ranks.rank}", node.encode())
+    except StoreError as error:
+        problem = f"rank {ranks.rank} on {node} cannot write there: {error}"
+    nodes = ranks.collect(node)
+    try:
+        for rank, other in enumerate(nodes):
+            if not problem and store.read(f"{name}-{rank}") != other.encode():
+                problem = f"rank {ranks.rank} on {node} does not see what rank {rank} wrote there"
+    except StoreError as error:
+        problem = f"rank {ranks.rank} on {node} cannot read there: {error}"
+    problems = [one for one in ranks.collect(problem) if one]
+    if problems:
+        raise RunDirectoryError(
+            f"run.directory must be an address that all nodes with a learner can use, got"
+            f" {store.address}: {'; '.join(problems)}. Credentials must be in the environment of"
+            " every node, when Ray is started there"
+        )
+    store.delete(f"{name}-{ranks.rank}")
 
 
 def _unseen(expected: dict[Path, str]) -> list[Path]:

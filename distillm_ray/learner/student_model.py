@@ -37,6 +37,7 @@ from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.packed import PackedModel, load_packed_model
 from distillm_ray.models.row_path import RowPath
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.types import LearnerBatch, Shelf
 
 
@@ -199,7 +200,7 @@ def load_student(
             " spurious first step; set learner.zero_stage=1, which costs nothing"
         )
     packed = load_packed_model(
-        config.model,
+        fetched(config.model),
         role="student",
         dtype=dtype,
         device=device,

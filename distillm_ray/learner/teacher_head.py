@@ -7,6 +7,7 @@ import torch
 from distillm_ray.config import Config
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead, load_frozen_head
+from distillm_ray.remote.inputs import fetched
 
 
 def teacher_head(
@@ -21,7 +22,7 @@ def teacher_head(
     if teacher is None or not config.loss.needs_teacher or config.targets.type != "hidden":
         return None
     return load_frozen_head(
-        teacher.model,
+        fetched(teacher.model),
         vocabulary_size=vocabulary_size,
         dtype=resolve_dtype(teacher.dtype, device),
         device=device,

@@ -67,6 +67,7 @@ from distillm_ray.log.records import (
     ValidationRecord,
 )
 from distillm_ray.log.stopping import ENDED_EARLY, why_stop
+from distillm_ray.remote.run_store import store_of, upload_directory
 from distillm_ray.run_directory import BEST_MODEL_FOLDER, MODEL_FOLDER
 from distillm_ray.text_metrics import rouge
 from distillm_ray.types import (
@@ -134,6 +135,8 @@ class TrainLoop:
         self._nodes: frozenset[str] = frozenset()  # that learners or the driver are on
         self._warned = False
         self._checked_itself = False
+        self._store = store_of(config)
+        self._leads_node = self._speaks  # the first rank of its node
 
     def run(self, start: Checkpoint | None) -> int:
         """Run to the last step, to a rule of `stop` or to a stop request; returns `completed`.
@@ -149,8 +152,10 @@ class TrainLoop:
         """
         if self._learner.remark:
             self._log(EventRecord(name="student", detail=self._learner.remark))
-        completed = self._saved = self._begin(start)
         nodes = self._learner.collect(self._links.nodes)
+        own = [of_rank[:1] for of_rank in nodes]
+        self._leads_node = own.index(own[self._learner.rank]) == self._learner.rank
+        completed = self._saved = self._begin(start)
         self._nodes = frozenset(node for of_rank in nodes for node in of_rank)
         total_steps = self._config.learner.num_steps
         rule = self._rule_that_ends()
@@ -210,18 +215,37 @@ class TrainLoop:
         """Give the last weights to the evaluation, and write the models."""
         if self._config.evaluation.at_end and self._published != completed:
             self._publish(completed, wanted=True)
-        directory = self._config.run.directory
-        self._learner.export(directory / MODEL_FOLDER, self._end_token_ids)
+        directory = self._config.run.local_directory
+        self._export(MODEL_FOLDER)
         best = self._learner.collect(self._checkpoints.best() if self._speaks else None)[0]
         if best is not None and best.meta.step != completed:
-            self._learner.load(best.learner_path)
-            self._learner.export(directory / BEST_MODEL_FOLDER, self._end_token_ids)
+            self._load(best)
+            self._export(BEST_MODEL_FOLDER)
             detail = f"{BEST_MODEL_FOLDER}/ is the student after step {best.meta.step}"
             self._log(EventRecord(step=completed, name="best student", detail=detail))
         elif self._speaks:
             shutil.rmtree(directory / BEST_MODEL_FOLDER, ignore_errors=True)
+            if self._store is not None:
+                self._store.delete(BEST_MODEL_FOLDER)
         if rule:
             self._log(EventRecord(step=completed, name=ENDED_EARLY, detail=rule))
+
+    def _export(self, name: str) -> None:
+        """Write the student into a folder of the run directory, and to its store."""
+        directory = self._config.run.local_directory / name
+        self._learner.export(directory, self._end_token_ids)
+        if self._store is not None:
+            with self._failing_together():
+                if self._speaks:
+                    upload_directory(self._store, directory, name)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Load a checkpoint on all ranks, which their nodes have or fetch."""
+        if self._checkpoints.in_store:
+            with self._failing_together():
+                if self._leads_node:
+                    self._checkpoints.here(checkpoint)
+        self._learner.load(checkpoint.learner_path)
 
     # ---- the parts of a step ---------------------------------------------------------------------
 
@@ -235,7 +259,7 @@ class TrainLoop:
                 self._validate(0)
             return 0
         completed = start.meta.step
-        self._learner.load(start.learner_path)
+        self._load(start)
         self._phi, self._validation = start.meta.phi, start.meta.validation
         with self._links.turn.lent():
             if self._speaks:
@@ -505,15 +529,22 @@ class TrainLoop:
     def _write_checkpoint(self, completed: int) -> None:
         started = time.monotonic()
         checkpoints = self._checkpoints
+        in_store = checkpoints.in_store  # then every node has a directory of its own
+        writes = self._leads_node if in_store else self._speaks
         with self._failing_together():
-            if self._speaks:
+            if writes:
                 checkpoints.prepare(completed)
         # A rank that fails inside DeepSpeed's save cannot tell the others, which wait for it there.
         # It fails alone, reports to run control, and the driver ends the job.
         with checkpoints.removing_partial_on_failure(completed):
             self._learner.save(checkpoints.partial_path(completed) / LEARNER_FOLDER)
         self._learner.barrier()  # a rank's last files are written after DeepSpeed's own barrier
-        written = self._learner.collect(checkpoints.written(completed))
+        sees = {} if in_store and not writes else checkpoints.written(completed)
+        written = self._learner.collect(sees)
+        if in_store:
+            with self._failing_together():
+                if writes:
+                    checkpoints.upload(completed)
         if self._speaks and self._links.targets is not None:
             self._links.targets.start_flush()
         with self._failing_together():
@@ -558,7 +589,7 @@ class TrainLoop:
             return
         ids = [list(batch.rollout_ids) for batch in prepared.batches]
         ids_by_rank = self._learner.collect(ids)
-        path = self._config.run.directory / f"non_finite_step_{train.step:08d}.json"
+        path = self._config.run.local_directory / f"non_finite_step_{train.step:08d}.json"
         if self._speaks:
             path.parent.mkdir(parents=True, exist_ok=True)
             report = {

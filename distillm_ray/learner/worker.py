@@ -28,13 +28,14 @@ def run(job: LearnerJob) -> None:
     from distillm_ray.learner.checkpoint import CheckpointDirectory  # noqa: PLC0415
     from distillm_ray.learner.learner import Learner  # noqa: PLC0415
     from distillm_ray.learner.offload import check_async_io, check_offload  # noqa: PLC0415
-    from distillm_ray.learner.shared_directory import check_shared  # noqa: PLC0415
+    from distillm_ray.learner.shared_directory import check_reached, check_shared  # noqa: PLC0415
     from distillm_ray.learner.teacher_head import teacher_head  # noqa: PLC0415
     from distillm_ray.learner.train_loop import TrainLoop  # noqa: PLC0415
     from distillm_ray.log.records import EventRecord  # noqa: PLC0415
     from distillm_ray.models.dtypes import resolve_dtype  # noqa: PLC0415
     from distillm_ray.models.tokenizers import load_tokenizer  # noqa: PLC0415
-    from distillm_ray.run_directory import CHECKPOINT_FOLDER  # noqa: PLC0415
+    from distillm_ray.remote.inputs import fetched  # noqa: PLC0415
+    from distillm_ray.remote.run_store import store_of  # noqa: PLC0415
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     config = job.config
@@ -58,7 +59,11 @@ def run(job: LearnerJob) -> None:
         seed=config.run.seed,
         compare_engine=not config.mixes_teacher,
     )
-    check_shared(config.run.directory, learner, dump_config(config))
+    store = store_of(config)
+    if store is None:
+        check_shared(config.run.local_directory, learner, dump_config(config))
+    else:
+        check_reached(store, learner)
     held_out = ask(
         job.validation,
         "the held-out rows, which the driver's node has (run.startup_timeout_s)",
@@ -71,15 +76,11 @@ def run(job: LearnerJob) -> None:
             num_ranks=learner.num_ranks,
             max_micro_batch_tokens=config.learner.max_micro_batch_tokens,
         )
-    checkpoints = CheckpointDirectory(
-        config.run.directory / CHECKPOINT_FOLDER,
-        keep=config.checkpoint.keep,
-        metric=config.validation.metric,
-    )
+    checkpoints = CheckpointDirectory.of(config, lease=job.lease)
     # One rank looks, so that all resume from the same checkpoint.
     (start, *_) = learner.collect(checkpoints.latest() if learner.rank == 0 else None)
     tokenizer = load_tokenizer(
-        config.student.model, trust_remote_code=config.student.trust_remote_code
+        fetched(config.student.model), trust_remote_code=config.student.trust_remote_code
     )
     for damage in checkpoints.damaged() if learner.rank == 0 else ():
         detail = f"{damage}; the run goes on from {start.path.name if start else 'the beginning'}"

@@ -119,7 +119,7 @@ def why_stop(stop: StopConfig, standing: Standing) -> str:
 
 def read_standing(config: Config) -> Standing:
     """Of the run in `run.directory`."""
-    log = read_log(config.run.directory / FILE_NAME)
+    log = read_log(config.run.local_directory / FILE_NAME)
     return Standing.of(
         log.records,
         log.superseded,
@@ -132,7 +132,7 @@ def spent_without_a_checkpoint(config: Config) -> str:
     """The budget that attempts without a checkpoint have spent already; empty if there is none."""
     if not config.stop.is_set:
         return ""
-    log = read_log(config.run.directory / FILE_NAME)
+    log = read_log(config.run.local_directory / FILE_NAME)
     return why_stop(config.stop, Standing.of((), (*log.records, *log.superseded)))
 
 
@@ -147,5 +147,5 @@ def has_ended(config: Config, step: int) -> bool:
         return False
     return any(
         isinstance(record, EventRecord) and record.name == ENDED_EARLY and record.step == step
-        for record in read_records(config.run.directory / FILE_NAME)
+        for record in read_records(config.run.local_directory / FILE_NAME)
     )

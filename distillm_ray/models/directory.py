@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from distillm_ray.config import Config, TargetsConfig, TeacherConfig
+from distillm_ray.config import Config, RemotePath, TargetsConfig, TeacherConfig
 from distillm_ray.errors import ConfigError, ModelError
 from distillm_ray.models.logit_rules import LogitRule, logit_rule
 from distillm_ray.models.quantization import check_quantization
 from distillm_ray.models.safetensors_files import TensorInfo, read_tensors
+from distillm_ray.remote.inputs import fetched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,7 @@ class ModelFacts:
     """What a run needs to know about a model before loading it."""
 
     path: Path
+    source: Path | RemotePath  # as the config names it: other nodes fetch it from there
     role: Role
     config: Mapping[str, Any] = field(repr=False)  # config.json
     architecture: str
@@ -68,14 +70,18 @@ class ModelFacts:
         return tuple(dict.fromkeys((end_token_id, *self.end_token_ids)))
 
 
-def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = False) -> ModelFacts:
+def check_model_directory(
+    source: Path | RemotePath, role: Role, *, trust_remote_code: bool = False
+) -> ModelFacts:
     """Read the facts of a Hugging Face directory.
 
     Raises:
-        ModelError: `path` is not a directory; config, weights or tokenizer are missing or damaged;
+        StoreError: it cannot be fetched.
+        ModelError: it is not a directory; config, weights or tokenizer are missing or damaged;
             the weights are pickles only; the model has custom code that is not trusted; it is not
             a causal language model; or its head rule is unknown.
     """
+    path = fetched(source)
     if not path.exists():
         raise ModelError(f"{key_of(role)}: {path} does not exist")
     if not path.is_dir():
@@ -102,6 +108,7 @@ def check_model_directory(path: Path, role: Role, *, trust_remote_code: bool = F
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
     return ModelFacts(
         path=path,
+        source=source,
         role=role,
         config=config,
         architecture=architecture,

@@ -21,6 +21,7 @@ from distillm_ray.plan.servers import ROLES
 from distillm_ray.plan.simulation import Counts, Machine, Outcome, RunData, simulate
 from distillm_ray.plan.stages import Stages
 from distillm_ray.preflight import Preflight
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.types import Device, TrainingData
 
 PHIS = (0.0, 0.1, 0.2, 0.5, 1.0)
@@ -252,7 +253,7 @@ def _device(config: Config) -> Device:
 def read_splits(config: Config, preflight: Preflight) -> Splits:
     """The data, at most `MAX_ROWS` of each file."""
     tokenizer = load_tokenizer(
-        config.student.model, trust_remote_code=config.student.trust_remote_code
+        fetched(config.student.model), trust_remote_code=config.student.trust_remote_code
     )
     return splits_of(
         config,

@@ -36,6 +36,7 @@ from distillm_ray.plan.stages import (
     non_negative_fit,
 )
 from distillm_ray.preflight import Preflight
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.rollout.engines import make_generator
 from distillm_ray.rollout.generator import GeneratorJob, student_job
 from distillm_ray.teacher.scorer import Scorer
@@ -291,7 +292,7 @@ def _demand(prompt: Prompt, ordinal: int) -> Demand:
 def _buckets(config: Config, device: Device) -> tuple[Bucket, ...]:
     """The student's weights as the learners publish them."""
     model = AutoModelForCausalLM.from_pretrained(
-        config.student.model,
+        fetched(config.student.model),
         local_files_only=True,
         trust_remote_code=config.student.trust_remote_code,
     )

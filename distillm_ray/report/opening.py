@@ -9,6 +9,7 @@ from distillm_ray.config.remarks import remarks_on
 from distillm_ray.data.splits import Splits
 from distillm_ray.data.template_difference import template_difference
 from distillm_ray.models.tokenizers import load_tokenizer
+from distillm_ray.remote.inputs import fetched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ def opening_lines(config: Config, splits: Splits, tokenizer: PreTrainedTokenizer
         )
     if config.teacher is not None:
         teacher = load_tokenizer(
-            config.teacher.model, trust_remote_code=config.teacher.trust_remote_code
+            fetched(config.teacher.model), trust_remote_code=config.teacher.trust_remote_code
         )
         warning = template_difference(
             splits.train.prompts[0], config.data, tokenizer, teacher, name="the teacher"

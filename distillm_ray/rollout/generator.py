@@ -21,8 +21,15 @@ from pathlib import Path
 import numpy as np
 
 from distillm_ray.activity import Activity
-from distillm_ray.config import Config, Dtype, GeneratorPoolConfig, SamplingConfig
+from distillm_ray.config import (
+    Config,
+    Dtype,
+    GeneratorPoolConfig,
+    RemotePath,
+    SamplingConfig,
+)
 from distillm_ray.models.directory import ModelFacts
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.rollout.weight_gate import WeightGate
 from distillm_ray.types import (
     Bucket,
@@ -76,7 +83,7 @@ class Response:
 class MixedTeacher:
     """A teacher that takes part in every token of a demanded response."""
 
-    model: Path
+    model: Path | RemotePath
     share: float  # m of b = m p + (1 - m) q, p the teacher's and q the student's distribution
     dtype: Dtype
     trust_remote_code: bool
@@ -86,7 +93,7 @@ class MixedTeacher:
 class GeneratorJob:
     """What a generator is told about its model."""
 
-    model: Path
+    model: Path | RemotePath
     source: Source  # of the responses outside of the demand
     sampling: SamplingConfig  # of the demand
     end_token_ids: tuple[int, ...]  # of the model; those of the sampling are added to them
@@ -117,7 +124,7 @@ def generator_job(
         end_token_id: ends the responses of the data, so it ends generated ones too.
     """
     return GeneratorJob(
-        model=facts.path,
+        model=facts.source,
         source=source,
         sampling=sampling,
         end_token_ids=facts.ends(end_token_id),
@@ -344,7 +351,7 @@ class Generator(ABC):
             # Imported here: the orchestrator needs this file, and starts sooner without torch.
             from distillm_ray.weights.adapters import with_adapters  # noqa: PLC0415
 
-            buckets = with_adapters(self.job.model, buckets, weights.adapters)
+            buckets = with_adapters(fetched(self.job.model), buckets, weights.adapters)
         try:
             await self._load(buckets)
         finally:

@@ -33,6 +33,7 @@ from distillm_ray.dynamic_batching import DynamicBatcher
 from distillm_ray.errors import ModelError
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.row_path import soft_cap_of
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.rollout.generator import Generator, MixedTeacher, Request, Response
 from distillm_ray.rollout.lockstep import Lockstep, mixture, next_log_probs
 from distillm_ray.types import Bucket, FinishReason
@@ -137,7 +138,7 @@ class TransformersGenerator(Generator):
         self._batcher = DynamicBatcher(self._generate, self._fits)
         job = self.job
         self._model = await asyncio.to_thread(
-            self._loaded, job.model, self.config.dtype, job.trust_remote_code
+            self._loaded, fetched(job.model), self.config.dtype, job.trust_remote_code
         )
         models = [(self._model, 0.0)]
         if job.teacher is not None:
@@ -179,7 +180,7 @@ class TransformersGenerator(Generator):
             ModelError: it cannot be loaded, lacks ids of the vocabulary, or cannot follow.
         """
         try:
-            model = self._loaded(teacher.model, teacher.dtype, teacher.trust_remote_code)
+            model = self._loaded(fetched(teacher.model), teacher.dtype, teacher.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"teacher.model: {teacher.model} cannot be loaded: {error}") from error
         num_rows = model.config.get_text_config().vocab_size

@@ -22,6 +22,7 @@ import numpy as np
 from distillm_ray.config import VllmEngine
 from distillm_ray.directory_lock import locked
 from distillm_ray.models.dtypes import resolve_dtype
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.rollout.engine_owner import own_engine
 from distillm_ray.rollout.generator import Generator, Request, Response
 from distillm_ray.types import Bucket, FinishReason
@@ -81,7 +82,7 @@ class VllmGenerator(Generator):
 
         dtype = resolve_dtype(self.config.dtype, self.job.device)
         arguments = AsyncEngineArgs(
-            model=str(self.job.model),
+            model=str(fetched(self.job.model)),
             dtype="bfloat16" if dtype.itemsize == 2 else "float32",
             max_model_len=self.max_model_len,
             max_num_seqs=engine_config.max_num_seqs,

@@ -24,6 +24,7 @@ from distillm_ray.models.directory import check_parallelism
 from distillm_ray.models.dtypes import resolve_dtype
 from distillm_ray.models.heads import FrozenHead, load_frozen_head
 from distillm_ray.models.packed import PackedModel, check_head, load_packed_model
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.types import (
     HiddenTargets,
     LogitTargets,
@@ -109,14 +110,14 @@ class Scorer:
 
     def _load(self) -> None:
         packed = load_packed_model(
-            self.config.model,
+            fetched(self.config.model),
             role="teacher",
             dtype=self.dtype,
             device=self.device,
             trust_remote_code=self.config.trust_remote_code,
         )
         head = load_frozen_head(
-            self.config.model,
+            fetched(self.config.model),
             vocabulary_size=self.vocabulary_size,
             dtype=self.dtype,
             device=self.device,

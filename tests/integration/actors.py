@@ -139,7 +139,7 @@ def start_links(
     peers = TrainingPeers(
         buffer=buffer,
         data=data,
-        log=log or remote_log(config.run.directory),
+        log=log or remote_log(config.run.local_directory),
         control=cast(Any, None),
         scorers=scorers,
         stores=stores,

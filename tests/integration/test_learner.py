@@ -44,6 +44,7 @@ from distillm_ray.loss.divergences import skew_kl
 from distillm_ray.loss.terms import loss_at
 from distillm_ray.models.heads import FrozenHead
 from distillm_ray.models.partitioned import is_partitioned, whole_shape
+from distillm_ray.remote.inputs import fetched
 from distillm_ray.types import (
     HiddenTargets,
     LearnerBatch,
@@ -322,7 +323,7 @@ def received(learner: Learner, student: StudentConfig) -> dict[str, torch.Tensor
     if learner.rank > 0:
         assert buckets == [{}]
         return {}
-    whole = with_adapters(student.model, buckets, base)
+    whole = with_adapters(fetched(student.model), buckets, base)
     return {name: tensor for bucket in whole for name, tensor in to_tensors(bucket)}
 
 

@@ -1,0 +1,1 @@
+"""Object stores: inputs that are fetched to each node, and run directories that outlive a disk."""
