@@ -22,7 +22,7 @@ export PYTHONUNBUFFERED := 1
 # many processes that a run or the tests start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup bench-setup bench lint format test test-cluster test-quick test-kernels soak prometheus quickstart quickstart-ablation lock clean
+.PHONY: help setup bench-setup bench lint format test test-cluster test-nightly test-quick test-kernels soak prometheus quickstart quickstart-ablation lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 22
@@ -57,7 +57,10 @@ test: $(INSTALLED) ## run all tests but whole runs, the quick ones first
 	$(PYTEST) $(wildcard tests/test_*.py) $(INTEGRATION_TESTS) -m "not slow" $(PYTEST_ARGS)
 
 test-cluster: $(INSTALLED) ## run whole runs whose processes and nodes are killed, and jobs
-	$(PYTEST) $(INTEGRATION_TESTS) -m slow $(PYTEST_ARGS)
+	$(PYTEST) $(INTEGRATION_TESTS) -m "slow and not nightly" $(PYTEST_ARGS)
+
+test-nightly: $(INSTALLED) ## run the whole runs for which CI has no time
+	$(PYTEST) $(INTEGRATION_TESTS) -m nightly $(PYTEST_ARGS)
 
 soak: $(INSTALLED) ## run tiny models for an hour in which a process dies or freezes every minute
 	$(BIN)/python -m tests.integration.soak

@@ -69,6 +69,8 @@ METHODS = {
         "data={train: [prompts.jsonl], validation: [held_out_prompts.jsonl]}",
     ),
 }
+# CI compares these; the others nightly.
+ALWAYS = ("distillm", "prompts")
 # Float32 sums in another order. Weights are around 0.2, and the largest moves by more than 0.01.
 ROUNDING = 1e-5
 
@@ -119,7 +121,12 @@ def train(config: Path, **overrides: Sequence[str]) -> list[Path]:
     return runs
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in ALWAYS else pytest.mark.nightly) for name in METHODS
+    ],
+)
 def pair(request: pytest.FixtureRequest, config: Path) -> Pair:
     method: str = request.param
     cluster, local = train(

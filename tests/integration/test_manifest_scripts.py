@@ -35,7 +35,12 @@ from tests.integration.tiny import (
     wait_until_gone,
 )
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(4 * LIMIT_S)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.nightly,
+    pytest.mark.timeout(4 * LIMIT_S),
+]
 
 STEPS = 24
 SRUN = """#!/bin/bash

@@ -136,38 +136,39 @@ def count(titles: list[str], name: str) -> int:
 def disturbed(config: Path) -> Disturbed:
     run = config.parent / "disturbed"
     command = ("train", str(config), f"run.directory={run}")
-    with Driver(*command, *VLLM, log=config.parent / "killed.log") as driver:
-        driver.wait_for(lambda: checkpointed(run, 4), LIMIT_S)
-        driver.find("EngineCore")
+    with Driver(*command, *VLLM, log=config.parent / "killed.log") as killed:
+        killed.wait_for(lambda: checkpointed(run, 4), LIMIT_S)
+        killed.find("EngineCore")
         with locked(run) as free:
             held_while_running = not free
-        driver.send(signal.SIGKILL)
-        driver.wait(10)
-        left = wait_until_gone(driver.mark, 30, besides=RAYS_AGENTS)
-        agents_left = wait_until_gone(driver.mark, 240)
-    killed_at = newest_checkpoint(run)
-    with Driver(*command, log=config.parent / "stopped.log") as driver:
-        driver.wait_for(lambda: checkpointed(run, killed_at + 2), LIMIT_S)
-        driver.send(signal.SIGTERM)
-        stopped_code = driver.wait(LIMIT_S)
-    steps = [record.step for record in records(run, StepRecord)]
-    stopped_at = newest_checkpoint(run)
-    with Driver(*command, log=config.parent / "last.log") as driver:
-        driver.wait_for(lambda: checkpointed(run, stopped_at + 2), LIMIT_S)
-        os.kill(driver.find("ray::GeneratorActor").pid, signal.SIGKILL)
-        generator_lost_at = newest_checkpoint(run)
-        driver.wait_for(lambda: checkpointed(run, generator_lost_at + 4), LIMIT_S)
-        os.kill(driver.find("RayTrainWorker").pid, signal.SIGKILL)
-        driver.wait_for(lambda: rewinds(run) == 1, LIMIT_S)
-        learner_lost_at = newest_checkpoint(run)
-        driver.wait_for(lambda: checkpointed(run, learner_lost_at + 2), LIMIT_S)
-        os.kill(driver.find("ray::BufferActor").pid, signal.SIGKILL)
-        driver.wait_for(lambda: rewinds(run) == 2, LIMIT_S)
-        buffer_lost_at = newest_checkpoint(run)
-        driver.wait_for(lambda: checkpointed(run, buffer_lost_at + 2), LIMIT_S)
-        os.kill(driver.find("ray::TrainController").pid, signal.SIGKILL)
-        last_code = driver.wait(LIMIT_S)
-        assert last_code == 0, driver.output()
+        killed.send(signal.SIGKILL)
+        killed.wait(10)
+        left = wait_until_gone(killed.mark, 30, besides=RAYS_AGENTS)
+        killed_at = newest_checkpoint(run)
+        with Driver(*command, log=config.parent / "stopped.log") as driver:
+            driver.wait_for(lambda: checkpointed(run, killed_at + 2), LIMIT_S)
+            driver.send(signal.SIGTERM)
+            stopped_code = driver.wait(LIMIT_S)
+        steps = [record.step for record in records(run, StepRecord)]
+        stopped_at = newest_checkpoint(run)
+        with Driver(*command, log=config.parent / "last.log") as driver:
+            driver.wait_for(lambda: checkpointed(run, stopped_at + 2), LIMIT_S)
+            os.kill(driver.find("ray::GeneratorActor").pid, signal.SIGKILL)
+            generator_lost_at = newest_checkpoint(run)
+            driver.wait_for(lambda: checkpointed(run, generator_lost_at + 4), LIMIT_S)
+            os.kill(driver.find("RayTrainWorker").pid, signal.SIGKILL)
+            driver.wait_for(lambda: rewinds(run) == 1, LIMIT_S)
+            learner_lost_at = newest_checkpoint(run)
+            driver.wait_for(lambda: checkpointed(run, learner_lost_at + 2), LIMIT_S)
+            os.kill(driver.find("ray::BufferActor").pid, signal.SIGKILL)
+            driver.wait_for(lambda: rewinds(run) == 2, LIMIT_S)
+            buffer_lost_at = newest_checkpoint(run)
+            driver.wait_for(lambda: checkpointed(run, buffer_lost_at + 2), LIMIT_S)
+            os.kill(driver.find("ray::TrainController").pid, signal.SIGKILL)
+            last_code = driver.wait(LIMIT_S)
+            assert last_code == 0, driver.output()
+        # Meanwhile they have had their minutes.
+        agents_left = wait_until_gone(killed.mark, 240)
     return Disturbed(
         run=run,
         held_while_running=held_while_running,
