@@ -19,6 +19,7 @@ from distillm_ray.cluster import targets as cluster_targets
 from distillm_ray.cluster.learner import Links
 from distillm_ray.cluster.targets import ScorerPool, store_index
 from distillm_ray.errors import ClusterError, ModelError
+from distillm_ray.log.records import Record
 from distillm_ray.teacher.target_key import target_key
 from distillm_ray.teacher.target_store import StoreCounters
 from distillm_ray.types import HiddenTargets, Rollout, ScoreReport, TeacherTargets
@@ -100,18 +101,25 @@ async def test_calls_that_a_dying_scorer_loses_are_repeated() -> None:
     assert await asyncio.wait_for(asyncio.gather(*calls), 240) == [3, 4, 5, 6]
 
 
+class PatientAfterAFailure(Events):
+    """The limit on silence is a short one up to the first failure: a new process needs its time."""
+
+    async def add(self, record: Record) -> None:
+        store_calls.STORE_SILENCE_S = 60.0
+        await super().add(record)
+
+
 async def test_a_frozen_store_is_replaced_and_the_sequence_scored_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(store_calls, "STORE_SILENCE_S", 2.0)
-    log, scorer, stores = Events(), remote(FakeScorer), remote_stores(1)
+    log, scorer, stores = PatientAfterAFailure(), remote(FakeScorer), remote_stores(1)
     targets = pool_of([scorer], stores, log=log)
     await targets.start()
     assert await targets.ensure(rollout("a", 3)) == 5
     process = await stores[0].__ray_call__.remote(lambda _: os.getpid())
     os.kill(process, signal.SIGSTOP)
+    monkeypatch.setattr(store_calls, "STORE_SILENCE_S", 2.0)
     assert await asyncio.wait_for(targets.counters(), 240) == [StoreCounters(nbytes=0, evictions=0)]
-    monkeypatch.setattr(store_calls, "STORE_SILENCE_S", 60.0)
     assert await asyncio.wait_for(targets.ensure(rollout("a", 3)), 240) == 5
     assert (await stored(stores, rollout("a", 3))).shape == (3, HIDDEN_SIZE)
     assert log.names == ["target store 0 failed"]
@@ -205,7 +213,6 @@ def test_targets_lost_with_their_store_are_scored_again(tmp_path: Path) -> None:
 def test_a_store_that_does_not_reply_to_a_learner_is_a_miss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster_targets, "STORE_SILENCE_S", 2.0)
     scorer, stores = remote(FakeScorer), remote_stores(2)
     links, _ = start_links(small_config(tmp_path), [scorer], stores)
     rollouts = [rollout(f"r{index}", 1 + index) for index in range(12)]
@@ -213,6 +220,7 @@ def test_a_store_that_does_not_reply_to_a_learner_is_a_miss(
     assert lengths(fetch(links, rollouts)) == expected
     process = get(stores[1].__ray_call__.remote(lambda _: os.getpid()))
     os.kill(process, signal.SIGSTOP)
+    monkeypatch.setattr(cluster_targets, "STORE_SILENCE_S", 2.0)
     timer = threading.Timer(5.0, ray.kill, (stores[1],), {"no_restart": False})
     timer.start()  # the orchestrator would, after a minute
     assert lengths(fetch(links, rollouts)) == expected
