@@ -201,6 +201,12 @@ def test_another_version_on_a_node_is_named_with_its_node() -> None:
     assert "ray 2.60.0" in alike.detail and "torch" not in alike.detail
 
 
+def test_nodes_with_different_versions_of_the_package_cannot_train() -> None:
+    nodes = [cluster_node("a"), cluster_node("b", versions={"distillm-ray": "0.0.9"})]
+    (found,) = [one for one in compare(nodes, None) if one.name == "distillm-ray"]
+    assert (found.status, found.detail) == ("missing", "0.1.0 on a; 0.0.9 on b")
+
+
 def test_a_node_without_the_package_cannot_train() -> None:
     lacking = cluster_node("b")
     assert lacking.report is not None

@@ -14,8 +14,8 @@ def leaving_nodes() -> frozenset[str]:
     """Ids of the nodes that Ray drains: after a preemption notice, or before they are scaled down.
 
     A node started by `ray start --block` is drained when it gets SIGTERM, for
-    `RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S`. Ray Train's own notice,
-    `ray.train.get_preemption_info`, comes up to five seconds later and is a collective.
+    `RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S`. Ray Train's own notice comes up to five seconds
+    later, by a collective and a process more, and is turned off in connection.py.
     """
     state: Any = ray._private.state.state  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
     return frozenset(state.get_draining_nodes())

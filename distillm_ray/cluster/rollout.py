@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -236,21 +236,27 @@ class GeneratorPool(ElasticPool[GeneratorActor]):
             return await super()._try_start(member)
 
     async def _put_to_sleep(self, member: Member[GeneratorActor]) -> None:
-        life = member.life
-        try:
-            with self._timeline.slice("generator", f"{member.name}, device", "falls asleep"):
-                await self._reply(member, member.handle.sleep.remote())
-        except (RayError, TimeoutError) as error:
-            await self._replace(member, life, error)
+        if not await self._tell(member, "falls asleep", lambda actor: actor.sleep.remote()):
             await self._await_end(member)
 
     async def _wake(self, member: Member[GeneratorActor]) -> None:
+        await self._tell(member, "wakes", lambda actor: actor.wake.remote())
+
+    async def _tell(
+        self,
+        member: Member[GeneratorActor],
+        change: str,
+        call: Callable[[ActorProxy[GeneratorActor]], ray.ObjectRef[None]],
+    ) -> bool:
+        """Whether a member has done it. One that has not is replaced."""
         life = member.life
         try:
-            with self._timeline.slice("generator", f"{member.name}, device", "wakes"):
-                await self._reply(member, member.handle.wake.remote())
+            with self._timeline.slice("generator", f"{member.name}, device", change):
+                await self._reply(member, call(member.handle))
         except (RayError, TimeoutError) as error:
             await self._replace(member, life, error)
+            return False
+        return True
 
     async def _update(self, member: Member[GeneratorActor]) -> float:
         life = member.life

@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,13 @@ from distillm_ray.doctor.findings import GIB, Finding, first_line, missing, ok, 
 if TYPE_CHECKING:
     from distillm_ray.doctor.node import NodeReport
 
-PROBE_S = 90.0  # for all nodes together: starting a process takes some seconds, sharing 20
-_VISIBLE_S = 20.0  # as in node.py
+# All nodes start a process and reply at the same time, so it does not grow with their number.
+PROBE_S = 90.0
 _POLL_S = 0.2
 _HOSTS_SHOWN = 4
-# Actors exchange objects of our classes, and a result depends on these.
+# Processes of different versions of these cannot work together.
+_NEEDED = ("Python", "distillm-ray", "ray")
+# With different versions of these, they may compute different numbers.
 _ALIKE = ("torch", "transformers", "deepspeed", "vLLM")
 
 
@@ -38,7 +40,7 @@ class ClusterNode:
 
     @property
     def name(self) -> str:
-        """The host's name; nodes on one host differ in nothing that a person could tell apart."""
+        """The host's name, or its address if the node did not reply."""
         return self.report["host"] if self.report else self.address
 
 
@@ -99,7 +101,7 @@ def _ask(alive: Sequence[dict[str, Any]], directory: Path | None) -> list[Cluste
     driver_file = f"{prefix}-driver"
     shared = str(directory.absolute()) if directory else None
     if directory:
-        (directory / driver_file).write_text("")
+        (directory / driver_file).touch()
     try:
         examine = ray.remote(num_cpus=0, max_retries=0)(node.examine)
         calls = [
@@ -109,6 +111,7 @@ def _ask(alive: Sequence[dict[str, Any]], directory: Path | None) -> list[Cluste
             for one, name in zip(alive, names, strict=True)
         ]
         ray.wait(calls, num_returns=len(calls), timeout=PROBE_S)
+        deadline = time.monotonic() + node.VISIBLE_S
         found = []
         for one, call, name in zip(alive, calls, names, strict=True):
             report, error = None, ""
@@ -124,7 +127,7 @@ def _ask(alive: Sequence[dict[str, Any]], directory: Path | None) -> list[Cluste
                     resources=one["Resources"],
                     report=report,
                     error=error,
-                    wrote=not (directory and report) or _appears(directory / name),
+                    wrote=not (directory and report) or _appears(directory / name, deadline),
                 )
             )
         return found
@@ -134,8 +137,7 @@ def _ask(alive: Sequence[dict[str, Any]], directory: Path | None) -> list[Cluste
                 (directory / name).unlink(missing_ok=True)
 
 
-def _appears(path: Path) -> bool:
-    deadline = time.monotonic() + _VISIBLE_S
+def _appears(path: Path, deadline: float) -> bool:
     while not path.exists():
         if time.monotonic() > deadline:
             return False
@@ -216,7 +218,7 @@ def _versions(nodes: Sequence[ClusterNode]) -> list[Finding]:
     found: list[Finding] = []
     alike = []
     of_node = {name: _installed(report) for name, report in reports}
-    for package in ("Python", "distillm-ray", "ray", *_ALIKE):
+    for package in (*_NEEDED, *_ALIKE):
         versions = Counter(installed.get(package) for installed in of_node.values())
         if len(versions) == 1:
             (version,) = versions
@@ -237,7 +239,7 @@ def _versions(nodes: Sequence[ClusterNode]) -> list[Finding]:
             for version, _ in versions.most_common()
         )
         remedy = "install the same lock file on all nodes, or use one image (deploy/README.md)"
-        if None in versions and package != "vLLM":
+        if package in _NEEDED or (None in versions and package != "vLLM"):
             found.append(missing(package, detail, remedy))
         else:
             found.append(warn(package, detail, remedy))
@@ -317,8 +319,8 @@ def _shared(nodes: Sequence[ClusterNode], directory: Path | None) -> list[Findin
     ]
 
 
-def _some(hosts: Iterable[Hashable]) -> str:
+def _some(hosts: Iterable[str]) -> str:
     """The first hosts, each once, and how many more there are."""
-    names = list(dict.fromkeys(map(str, hosts)))
+    names = list(dict.fromkeys(hosts))
     more = len(names) - _HOSTS_SHOWN
     return ", ".join(names[:_HOSTS_SHOWN]) + (f" and {more} more" if more > 0 else "")

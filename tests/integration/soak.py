@@ -243,9 +243,7 @@ class Soak:
         if not fault.title:
             self.driver.send(fault.number)
         else:
-            victim = self._youngest(fault.title)
-            if victim is None:
-                return
+            victim = self._await_youngest(fault.title)
             os.kill(victim.pid, fault.number)
             if fault.frozen_s:
                 self.wait(fault.frozen_s)
@@ -273,6 +271,15 @@ class Soak:
 
     def _superseded(self) -> int:
         return len(self.steps.logged) - len(set(self.steps.logged))
+
+    def _await_youngest(self, title: str) -> Process:
+        """One may be missing at this moment: its successor is starting."""
+        deadline = self.seconds + RECOVERY_S
+        while (found := self._youngest(title)) is None:
+            if self.seconds > deadline:
+                raise SystemExit(f"no process is titled {title}: see {self._log}")
+            self.tick()
+        return found
 
     def _youngest(self, title: str) -> Process | None:
         found = []
