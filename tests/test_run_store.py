@@ -64,8 +64,8 @@ def write(folder: CheckpointDirectory, step: int, content: str = "weights") -> d
     return written
 
 
-def save(folder: CheckpointDirectory, step: int) -> None:
-    folder.commit(meta(step), b"buffer", [write(folder, step)])
+def save(folder: CheckpointDirectory, step: int, content: str = "weights") -> None:
+    folder.commit(meta(step), b"buffer", [write(folder, step, content)])
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -91,6 +91,21 @@ def test_a_node_that_wrote_a_checkpoint_does_not_fetch_it(
     folder = checkpoints(tmp_path)
     save(folder, 100)
     monkeypatch.setattr(RemoteDirectory, "download", None)
+    found = folder.latest()
+    assert found is not None
+    folder.here(found)
+    assert (found.learner_path / "state").read_text() == "weights 100"
+
+
+@pytest.mark.parametrize("node", ["one", "other"])
+def test_a_copy_that_an_earlier_run_left_is_not_taken_for_the_checkpoint(
+    store: ObjectStore, tmp_path: Path, node: str
+) -> None:
+    """The earlier run was at the same address. Its files had the same sizes."""
+    save(checkpoints(tmp_path / node), 100, "weighed")
+    RemoteDirectory(ADDRESS).delete("")
+    save(checkpoints(tmp_path / "one"), 100, "weights")
+    folder = checkpoints(tmp_path / node)
     found = folder.latest()
     assert found is not None
     folder.here(found)

@@ -28,6 +28,7 @@ import math
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ LEARNER_FOLDER = "learner"
 BUFFER_FILE = "buffer.bin"
 META_FILE = "meta.json"
 MANIFEST_FILE = "manifest.json"
+# In a store: a name that no other checkpoint has. The copy on a node may be of an earlier run that
+# was at the same address, with files of the same sizes.
+STAMP_FILE = "stamp"
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _PARTIAL_SUFFIX = ".partial"
@@ -191,10 +195,12 @@ class CheckpointDirectory:
         objects = self._store.files(folder)
         self._path.mkdir(parents=True, exist_ok=True)
         present = _sizes(checkpoint.path) if checkpoint.path.is_dir() else {}
-        if all(
+        if STAMP_FILE in present and all(
             present.get(name.removeprefix(f"{folder}/")) == objects[name].size for name in objects
         ):
-            return
+            stamp = self._store.read(f"{folder}/{STAMP_FILE}")
+            if stamp == (checkpoint.path / STAMP_FILE).read_bytes():
+                return
         with new_directory(checkpoint.path, replace=True) as partial:
             for name in objects:
                 self._store.download(name, partial / name.removeprefix(f"{folder}/"), _no_progress)
@@ -261,7 +267,8 @@ class CheckpointDirectory:
         partial = self.partial_path(step)
         folder = f"{CHECKPOINT_FOLDER}/{_name(step)}"
         sizes = {name: size for of_rank in written for name, size in of_rank.items()}
-        for name in (BUFFER_FILE, META_FILE):
+        (partial / STAMP_FILE).write_text(uuid.uuid4().hex)
+        for name in (BUFFER_FILE, META_FILE, STAMP_FILE):
             store.upload(partial / name, f"{folder}/{name}")
             sizes[name] = (partial / name).stat().st_size
         found = store.files(folder)
@@ -280,7 +287,8 @@ class CheckpointDirectory:
     ) -> Checkpoint:
         """Add buffer, meta data and manifest, sync, rename, and prune. Rank 0 only.
 
-        A complete checkpoint of the same step holds the same state and is kept instead.
+        A complete checkpoint of the same step holds the same state and is kept instead. With a
+        store this holds for the store's: the one in the copy may be of another run.
 
         Args:
             written: for each rank what `written` returned, after all ranks had written.
@@ -299,7 +307,7 @@ class CheckpointDirectory:
             if self._store is not None and not self._in_store(meta.step):
                 self._commit_to_store(self._store, meta.step, written)
             (partial / MANIFEST_FILE).write_text(json.dumps(_sizes(partial), indent=2))
-            if final.exists() and isinstance(_read(final), Checkpoint):
+            if self._store is None and final.exists() and isinstance(_read(final), Checkpoint):
                 shutil.rmtree(partial)
             else:
                 if final.exists():
